@@ -1,0 +1,14 @@
+"""The one exception that means "the user can fix this"; the command line prints it as one line."""
+
+
+class InputError(ValueError):
+    """Bad input: a configuration field, a flag, a path or a file.
+
+    The message reads `<what>: got X; expected Y; try Z`. Anything else that escapes is a bug and
+    keeps its traceback.
+    """
+
+    def __init__(self, what: str, got: object, expected: str, hint: str = ""):
+        self.what = what
+        message = f"{what}: got {got!r}; expected {expected}" + (f"; try {hint}" if hint else "")
+        super().__init__(" ".join(message.split()))
