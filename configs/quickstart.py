@@ -1,0 +1,34 @@
+"""A small model of Python source, trained in about two minutes on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """About 1M parameters; the text is Python's own standard library."""
+    c = base.get_config()
+    c.model.d_model = 128
+    c.model.num_layers = 4
+    c.model.num_heads = 4
+    c.model.d_ff = 512
+    c.model.max_seq_len = 256
+    c.model.dropout = 0.0  # less than one epoch: nothing to overfit
+
+    c.data.vocab_size = 2048
+    c.data.seq_len = 128
+
+    c.optimizer.name = "muon"
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.warmup_steps = 50
+    c.optimizer.final_lr_fraction = 0.0
+
+    c.train.num_steps = 1200
+    c.train.batch_size = 8
+    c.train.grad_accum_steps = 1
+    c.train.log_every = 20
+    c.train.eval_every = 600
+    c.train.sample_prompt = "def "
+
+    c.checkpoint.save_every = 600
+    return c

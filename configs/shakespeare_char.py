@@ -1,0 +1,40 @@
+"""Characters of Shakespeare in nanoGPT's CPU setting: 4 layers of 128, batches of 12 x 64.
+
+Give the text with --config.data.path=FILE; the last tenth is held out.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """0.8M parameters, 2,000 steps."""
+    c = base.get_config()
+    c.model.d_model = 128
+    c.model.num_layers = 4
+    c.model.num_heads = 4
+    c.model.d_ff = 512
+    c.model.max_seq_len = 64
+    c.model.dropout = 0.0
+
+    c.data.source = "files"
+    c.data.path = "tinyshakespeare.txt"
+    c.data.tokenizer = "char"
+    c.data.seq_len = 64
+    c.data.val_split = "tail"
+
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.b2 = 0.99
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.warmup_steps = 100
+    c.optimizer.final_lr_fraction = 0.05
+
+    c.train.num_steps = 2000
+    c.train.batch_size = 12
+    c.train.grad_accum_steps = 1
+    c.train.log_every = 50
+    c.train.eval_every = 500
+
+    c.checkpoint.save_every = 500
+    return c

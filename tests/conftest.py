@@ -1,0 +1,92 @@
+"""What must be settled before the first test imports jax, and the fixtures that the tests share."""
+
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs import base
+from sheepop_jax.config import Config
+from sheepop_jax.runtime import cpu_xla_flags
+
+# None of these imports brings jax. Flags stand before the user's own, so that the user's win.
+_OUTSIDE = dict(os.environ)
+_FLAGS = f"{cpu_xla_flags(version('jaxlib'))} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# No two dimensions are equal (C = 10), so that an axis in the wrong place cannot go unnoticed.
+SMALL: dict[str, Any] = {
+    "model.d_model": 60,
+    "model.num_layers": 2,
+    "model.num_heads": 6,
+    "model.num_kv_heads": 3,
+    "model.d_ff": 79,
+    "model.max_seq_len": 29,
+    "data.vocab_size": 307,
+    "data.seq_len": 13,
+    "optimizer.warmup_steps": 2,
+    "train.platform": "cpu",
+    "train.num_steps": 7,
+    "train.batch_size": 5,
+    "train.grad_accum_steps": 2,
+    "train.dtype": "float32",
+}
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Config]:
+    """`make_config({"model.use_bias": True, …})`: base.py, made small, then changed as given."""
+
+    def make(overrides: Mapping[str, Any] | None = None) -> Config:
+        config = base.get_config()
+        config.update_from_flattened_dict({**SMALL, **(overrides or {})})
+        return Config.from_dict(config)
+
+    return make
+
+
+@pytest.fixture
+def process_env() -> dict[str, str]:
+    """The environment for a program that a test starts: one CPU device, flags as the user's."""
+    return _OUTSIDE | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture
+def small_config(make_config: Callable[..., Config]) -> Config:
+    """The small configuration as it is."""
+    return make_config()
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """`random_params(model, seed=0)`: parameters of which none is at 0 or 1, as init leaves some.
+
+    Biases and LayerNorm's γ and β are random too, and the linear layers are wide enough for every
+    part of the model to show in its output.
+    """
+    import jax
+    from flax import linen as nn
+
+    def make(model: Any, seed: int = 0) -> Any:
+        tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
+        shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))["params"]
+        generator = np.random.default_rng(seed)
+
+        def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+            x = generator.standard_normal(leaf.shape)
+            match path[-1].key:
+                case "kernel":
+                    x = x / np.sqrt(leaf.shape[0])
+                case "scale":
+                    x = 1 + 0.3 * x
+                case "bias":
+                    x = 0.5 * x
+            return jax.numpy.asarray(x, leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+    return make
