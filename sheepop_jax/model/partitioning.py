@@ -1,0 +1,103 @@
+"""Where arrays live: the one table from logical axis names to the axes of the device mesh."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sheepop_jax.config import Config, MeshConfig
+from sheepop_jax.errors import InputError
+
+# fsdp splits parameters along the width of the model, and the batch as `data` does.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "activation": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "position": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh (data, fsdp, tensor) over all devices; an axis of -1 takes what the others leave.
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    known = 1
+    for size in sizes.values():
+        known *= max(size, 1)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(devices) % known or (not rest and known != len(devices)):
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        rule = f"axes whose product is the number of devices, {len(devices)}"
+        raise InputError("mesh", shape, rule, "--config.mesh.data=-1")
+    for name in rest:
+        sizes[name] = len(devices) // known
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=axis_types
+    )
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Refuses a mesh that does not divide the model or the batch, naming the field and the rule."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
+    for field, value, axis, size in (
+        ("train.batch_size", config.train.batch_size, "data x fsdp", replicas),
+        ("model.d_model", model.d_model, "fsdp", fsdp),
+        ("model.num_heads", model.num_heads, "tensor", tensor),
+        ("model.num_kv_heads", model.kv_heads, "tensor", tensor),
+        ("model.d_ff", model.d_ff, "tensor", tensor),
+    ):
+        if value % size:
+            raise InputError(field, value, f"a multiple of the mesh's {axis} = {size}")
+    if 128 % tensor:
+        raise InputError("mesh.tensor", tensor, "a divisor of 128, as the padded vocabulary is")
+
+
+def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
+    """Sharding of an array whose batch axis comes after `leading` others."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, RULES["batch"]))
+
+
+def state_shardings(boxed_params: Any, state: Any, mesh: Mesh) -> Any:
+    """Shardings for every leaf of a training state.
+
+    Args:
+        boxed_params: abstract parameters with Flax's metadata of logical axes.
+        state: any pytree that holds the parameters and trees shaped like them (an optimizer's
+            moments): a leaf whose path ends in a parameter's path lives where that parameter does.
+        mesh: the devices.
+
+    Returns:
+        A tree like `state` of `NamedSharding`; whatever is no parameter is replicated.
+    """
+    specs = nn.get_partition_spec(boxed_params)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, list(RULES.items()))
+    by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for cut in range(len(path)):
+            found = by_path.get(path[cut:])
+            if found is not None and len(found.spec) <= leaf.ndim:
+                return found
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an activation's layout by logical axis names; outside a mesh, returns it unchanged."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = PartitionSpec(*(RULES[axis] for axis in axes))
+    return jax.lax.with_sharding_constraint(x, spec)

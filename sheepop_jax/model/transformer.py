@@ -1,0 +1,255 @@
+"""The decoder-only transformer: token ids → hidden states, and `unembed`: hidden states → logits.
+
+Alphabet: B batch, T time, S key time, D model width, H query heads, K key/value heads, C head
+width, F feed-forward width, V vocabulary (padded), M = B·T tokens.
+
+Parameters are fp32; `dtype` is that of the activations. Linear layers see their tokens flattened to
+[M, D]: a product over one axis, forward and backward, is what XLA compiles best on a CPU.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sheepop_jax.config import ModelConfig
+from sheepop_jax.model import attention as attn
+from sheepop_jax.model.partitioning import constrain
+
+VOCAB_MULTIPLE = 128
+INIT_STDDEV = 0.02
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """V, the rows of the embedding: the vocabulary rounded up to what hardware multiplies well."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _linear(
+    config: ModelConfig, features: int, axes: tuple[str, str], name: str, dtype: Any, stddev: float
+) -> nn.Dense:
+    """x W (+ b), W [in, out] ~ N(0, stddev)."""
+    return nn.Dense(
+        features,
+        use_bias=config.use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(stddev), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def _norm(config: ModelConfig, name: str, dtype: Any) -> nn.LayerNorm:
+    """γ (x - mean) / √(variance + ε) + β, statistics in fp32. Source: Ba et al. 2016."""
+    return nn.LayerNorm(
+        epsilon=config.norm_eps,
+        dtype=dtype,
+        use_fast_variance=False,  # E[x²] - E[x]² cancels when the mean is large
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        name=name,
+    )
+
+
+def _residual_stddev(config: ModelConfig) -> float:
+    """Keeps the residual stream's variance at init from growing with depth (GPT-2)."""
+    return INIT_STDDEV / math.sqrt(2 * config.num_layers)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention, from the cache when there is one."""
+
+    config: ModelConfig
+    dtype: Any
+    implementation: attn.Implementation
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, mask, layer_cache, index, deterministic):
+        cfg = self.config
+        b, t, d = x_BTD.shape
+        h, k, c = cfg.num_heads, cfg.kv_heads, cfg.head_dim
+        x_MD = x_BTD.reshape(b * t, d)
+
+        def project(heads: int, axis: str, name: str) -> jax.Array:
+            y = _linear(cfg, heads * c, ("embed", axis), name, self.dtype, INIT_STDDEV)(x_MD)
+            return y.reshape(b, t, heads, c)
+
+        q_BTHC = project(h, "heads", "query")
+        k_BTKC = project(k, "kv_heads", "key")
+        v_BTKC = project(k, "kv_heads", "value")
+        if rope is not None:
+            q_BTHC, k_BTKC = attn.apply_rope(q_BTHC, *rope), attn.apply_rope(k_BTKC, *rope)
+
+        if layer_cache is not None:
+            keys, values = layer_cache
+            k_BTKC = attn.write_cache(keys, k_BTKC, index)
+            v_BTKC = attn.write_cache(values, v_BTKC, index)
+            layer_cache = (k_BTKC, v_BTKC)
+        if layer_cache is None and self.implementation == "cudnn":
+            out_BTHC = attn.attend_causal_cudnn(q_BTHC, k_BTKC, v_BTKC)
+        else:
+            dropout = nn.Dropout(cfg.attention_dropout, deterministic=deterministic)
+            out_BTHC = attn.attend(q_BTHC, k_BTKC, v_BTKC, mask, dropout)
+        stddev = _residual_stddev(cfg)
+        out = _linear(cfg, d, ("heads", "embed"), "output", self.dtype, stddev)
+        return out(out_BTHC.reshape(b * t, h * c)).reshape(b, t, d), layer_cache
+
+
+class FeedForward(nn.Module):
+    """W₂ activation(W₁ x), position by position."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        cfg = self.config
+        b, t, d = x_BTD.shape
+        up = _linear(cfg, cfg.d_ff, ("embed", "mlp"), "up", self.dtype, INIT_STDDEV)
+        down = _linear(cfg, d, ("mlp", "embed"), "down", self.dtype, _residual_stddev(cfg))
+        return down(activate(up(x_BTD.reshape(b * t, d)), cfg.activation)).reshape(b, t, d)
+
+
+def activate(x: jax.Array, activation: str) -> jax.Array:
+    """GELU x Φ(x) (Hendrycks & Gimpel 2016), exact or by its tanh approximation, or ReLU."""
+    match activation:
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+class Block(nn.Module):
+    """Pre-norm: x + Dropout(MHA(LN x)), then x + Dropout(FFN(LN x))."""
+
+    config: ModelConfig
+    dtype: Any
+    implementation: attn.Implementation
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, mask, layer_cache, index, deterministic):
+        cfg = self.config
+        attention = Attention(cfg, self.dtype, self.implementation, name="attention")
+        feed_forward = FeedForward(cfg, self.dtype, name="feed_forward")
+        dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
+        y, layer_cache = attention(
+            _norm(cfg, "attention_norm", self.dtype)(x_BTD),
+            rope,
+            mask,
+            layer_cache,
+            index,
+            deterministic,
+        )
+        x_BTD = constrain(x_BTD + dropout(y), "batch", "length", "activation")
+        y = feed_forward(_norm(cfg, "feed_forward_norm", self.dtype)(x_BTD))
+        return constrain(x_BTD + dropout(y), "batch", "length", "activation"), layer_cache
+
+
+class Transformer(nn.Module):
+    """The whole model up to, but without, the logits.
+
+    Attributes:
+        config: the architecture.
+        vocab_size: the tokenizer's true size; the embedding has `padded_vocab_size` rows.
+        dtype: of the activations.
+        implementation: the attention of a training step, from `attention.choose_implementation`.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    dtype: Any = jnp.float32
+    implementation: attn.Implementation = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        cache: attn.Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, attn.Cache | None]:
+        """Maps token ids to hidden states.
+
+        Args:
+            tokens_BT: int32 ids below `vocab_size`.
+            cache: with one, the tokens are the next T slots of each row; without, a whole context.
+            deterministic: whether dropout is off; on, an rng named "dropout" is needed.
+
+        Returns:
+            Hidden states [B, T, D] after the final LayerNorm, in `dtype`; and the cache, advanced
+            by T, or None.
+        """
+        cfg = self.config
+        t = tokens_BT.shape[1]
+        if cache is None:
+            positions, mask, index = jnp.arange(t, dtype=jnp.int32), attn.causal_mask(t), None
+        else:
+            positions, mask, index = cache.positions(t), cache.mask(t), cache.index
+
+        embedding_VD = self._table("embedding", padded_vocab_size(self.vocab_size), "vocab")
+        x_BTD = embedding_VD[tokens_BT]
+        if not cfg.tie_embeddings:  # read by `output_embedding`
+            self._table("output_embedding", padded_vocab_size(self.vocab_size), "vocab")
+        rope = None
+        match cfg.position:
+            case "rope":
+                rope = attn.rope_tables(positions, cfg.head_dim, cfg.rope_theta)
+            case "sinusoidal":
+                x_BTD = x_BTD + attn.sinusoidal_embedding(positions, cfg.d_model)
+            case "learned":
+                x_BTD = x_BTD + self._table("positions", cfg.max_seq_len, "position")[positions]
+            case _:
+                raise ValueError(f"unknown position {cfg.position!r}")
+        x_BTD = constrain(x_BTD.astype(self.dtype), "batch", "length", "activation")
+        x_BTD = nn.Dropout(cfg.dropout, deterministic=deterministic)(x_BTD)
+
+        layers = []
+        # Arguments count from the module itself: the sixth is `deterministic`.
+        block = nn.remat(Block, static_argnums=(6,)) if cfg.remat and cache is None else Block
+        for i in range(cfg.num_layers):
+            layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x_BTD, layer_cache = block(cfg, self.dtype, self.implementation, name=f"block_{i}")(
+                x_BTD, rope, mask, layer_cache, index, deterministic
+            )
+            layers.append(layer_cache)
+        if cache is not None:
+            keys, values = zip(*layers, strict=True)
+            cache = dataclasses.replace(cache, keys=keys, values=values, index=cache.index + t)
+        return _norm(cfg, "final_norm", self.dtype)(x_BTD), cache
+
+    def _table(self, name: str, rows: int, axis: str) -> jax.Array:
+        normal = nn.initializers.normal(INIT_STDDEV)
+        init = nn.with_logical_partitioning(normal, (axis, "embed"))
+        return self.param(name, init, (rows, self.config.d_model), jnp.float32)
+
+
+def output_embedding(params: dict[str, Any]) -> jax.Array:
+    """The output layer's weights, fp32 [V, D]: their own, or the token embedding's when tied."""
+    return params.get("output_embedding", params["embedding"])
+
+
+def unembed(hidden_D: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits, fp32 [..., V]: hidden states [..., D] times the embedding, padded rows at -inf.
+
+    The embedding is cast to the hidden states' dtype; products are summed in fp32.
+    """
+    d = hidden_D.shape[-1]
+    hidden_MD = hidden_D.reshape(-1, d)
+    # [V, D] x [D, M], transposed, rather than [M, D] x [D, V]: with one row to decode, XLA's CPU
+    # backend reads the embedding five times as fast this way round.
+    logits_VM = jax.lax.dot_general(
+        embedding_VD.astype(hidden_D.dtype),
+        hidden_MD,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    logits_MV = logits_VM.T
+    if vocab_size < logits_MV.shape[-1]:
+        padding = jnp.arange(logits_MV.shape[-1]) >= vocab_size
+        logits_MV = jnp.where(padding, -jnp.inf, logits_MV)
+    return logits_MV.reshape(*hidden_D.shape[:-1], -1)

@@ -1,0 +1,290 @@
+"""Attention's pure functions against closed forms, literal tables and numpy float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sheepop_jax.model import attention as attn
+from tests import reference
+
+B, T, S, H, K, C = 2, 5, 7, 6, 2, 10
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "attention_dropout", "expected"),
+    [
+        ("cuda", jnp.bfloat16, 64, 0.0, "cudnn"),
+        ("cuda", jnp.dtype("bfloat16"), 8, 0.0, "cudnn"),
+        ("cuda", jnp.bfloat16, 128, 0.0, "cudnn"),
+        ("cuda", jnp.bfloat16, 136, 0.0, "xla"),
+        ("cuda", jnp.bfloat16, 60, 0.0, "xla"),
+        ("cuda", jnp.bfloat16, 64, 0.1, "xla"),
+        ("cuda", jnp.float32, 64, 0.0, "xla"),
+        ("cpu", jnp.bfloat16, 64, 0.0, "xla"),
+        ("tpu", jnp.bfloat16, 64, 0.0, "xla"),
+        ("cpu", jnp.float32, 64, 0.0, "xla"),
+    ],
+)
+def test_choose_implementation(platform, dtype, head_dim, attention_dropout, expected):
+    chosen = attn.choose_implementation(platform, dtype, head_dim, attention_dropout)
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_rope_tables_are_the_closed_form(theta):
+    positions = np.array([[0, 1, 2], [3, 11, 400]], np.int32)
+    cos, sin = attn.rope_tables(jnp.asarray(positions), C, theta)
+    angles = [
+        [[p * theta ** (-2 * i / C) for i in range(C // 2)] for p in row] for row in positions
+    ]
+    assert cos.dtype == sin.dtype == jnp.float32
+    assert cos.shape == sin.shape == (2, 3, 1, C // 2)
+    # An angle is rounded to fp32, so its error grows with the position.
+    np.testing.assert_allclose(cos[:, :, 0], np.cos(angles), atol=1e-4)
+    np.testing.assert_allclose(sin[:, :, 0], np.sin(angles), atol=1e-4)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angles[0]), atol=1e-6)
+
+
+def test_rope_is_a_product_of_complex_numbers():
+    x_BTHC = normal(B, T, H, C)
+    cos, sin = attn.rope_tables(jnp.arange(T), C, 10000.0)
+    rotated_BTHC = attn.apply_rope(x_BTHC, cos, sin)
+    assert rotated_BTHC.dtype == jnp.float32
+    for b in range(B):
+        for h in range(H):
+            expected_TC = reference.rotate(np.asarray(x_BTHC[b, :, h], np.float64), 10000.0)
+            np.testing.assert_allclose(rotated_BTHC[b, :, h], expected_TC, rtol=1e-5, atol=1e-6)
+
+
+def test_rope_takes_a_position_for_each_row():
+    """The cached case: rows of different starts rotate by their own positions."""
+    x_BTHC = normal(2, 1, H, C)
+    cos, sin = attn.rope_tables(jnp.array([[3], [17]]), C, 10000.0)
+    rotated_BTHC = attn.apply_rope(x_BTHC, cos, sin)
+    for b, position in enumerate((3, 17)):
+        for h in range(H):
+            x_TC = np.asarray(x_BTHC[b, :, h], np.float64)
+            expected_TC = reference.rotate(x_TC, 10000.0, first_position=position)
+            np.testing.assert_allclose(rotated_BTHC[b, :, h], expected_TC, rtol=1e-5, atol=2e-6)
+
+
+def test_rope_scores_depend_on_differences_of_positions_only():
+    q_C, k_C = normal(C, seed=1), normal(C, seed=2)
+
+    def scores(first: int) -> np.ndarray:
+        """q at position first + m times k at first + n, for all m, n: [T, T]."""
+        tables = attn.rope_tables(first + jnp.arange(T), C, 10000.0)
+        rotate = [attn.apply_rope(jnp.tile(x, (1, T, 1, 1)), *tables)[0, :, 0] for x in (q_C, k_C)]
+        return np.asarray(rotate[0] @ rotate[1].T)
+
+    at_zero = scores(0)
+    np.testing.assert_allclose(scores(23), at_zero, atol=2e-5)
+    for difference in range(-T + 1, T):
+        assert np.ptp(np.diagonal(at_zero, difference)) < 1e-5
+    ends = [np.diagonal(at_zero, difference)[0] for difference in range(-T + 1, T)]
+    assert np.min(np.abs(np.diff(ends))) > 1e-3  # and they do depend on it
+
+
+def test_rope_in_bf16_is_the_fp32_rotation_rounded_once():
+    x_BTHC = normal(B, T, H, C).astype(jnp.bfloat16)
+    tables = attn.rope_tables(100 + jnp.arange(T), C, 10000.0)
+    rotated_BTHC = attn.apply_rope(x_BTHC, *tables)
+    assert rotated_BTHC.dtype == jnp.bfloat16
+    expected_BTHC = attn.apply_rope(x_BTHC.astype(jnp.float32), *tables).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        rotated_BTHC.astype(jnp.float32), expected_BTHC.astype(jnp.float32)
+    )
+
+
+def test_sinusoidal_is_the_closed_form():
+    table_TD = attn.sinusoidal_embedding(jnp.arange(11), 14)
+    assert table_TD.dtype == jnp.float32
+    np.testing.assert_allclose(table_TD, reference.sinusoids(11, 14), atol=2e-6)
+    rows_BTD = attn.sinusoidal_embedding(jnp.array([[0, 1], [7, 10]]), 14)
+    np.testing.assert_array_equal(rows_BTD, np.asarray(table_TD)[[[0, 1], [7, 10]]])
+
+
+def test_causal_mask_is_a_literal_table():
+    expected = [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]
+    mask = attn.causal_mask(4)
+    assert mask.dtype == jnp.bool_
+    np.testing.assert_array_equal(mask, np.array(expected, bool))
+
+
+MASK_SHARED = [
+    [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 1],
+        [1, 1, 1, 0, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 0, 1],
+    ]
+]
+MASK_PER_ROW = MASK_SHARED + [
+    [
+        [0, 0, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 1, 1],
+        [0, 0, 0, 0, 0, 1, 1],
+        [0, 1, 0, 1, 0, 1, 0],
+        [1, 0, 0, 0, 0, 0, 1],
+    ]
+]
+
+
+def attend_in_float64(q_BTHC, k_BSKC, v_BSKC, mask_BTS) -> np.ndarray:
+    """Softmax over the visible keys alone, one query of one head at a time."""
+    q_BTHC, k_BSKC, v_BSKC = (np.asarray(x, np.float64) for x in (q_BTHC, k_BSKC, v_BSKC))
+    b, t, h, c = q_BTHC.shape
+    group = h // k_BSKC.shape[2]
+    mask_BTS = np.broadcast_to(np.asarray(mask_BTS, bool), (b, t, k_BSKC.shape[1]))
+    out_BTHC = np.empty((b, t, h, c))
+    for row, query, head in np.ndindex(b, t, h):
+        seen = mask_BTS[row, query]
+        k_SC, v_SC = k_BSKC[row, seen, head // group], v_BSKC[row, seen, head // group]
+        weights_S = reference.softmax(k_SC @ q_BTHC[row, query, head] / math.sqrt(c))
+        out_BTHC[row, query, head] = weights_S @ v_SC
+    return out_BTHC
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("mask", [MASK_SHARED, MASK_PER_ROW], ids=["shared", "per_row"])
+def test_attend_is_the_formula_in_float64(mask, kv_heads):
+    q_BTHC = 3 * normal(B, T, H, C, seed=1)
+    k_BSKC, v_BSKC = normal(B, S, kv_heads, C, seed=2), normal(B, S, kv_heads, C, seed=3)
+    out_BTHC = attn.attend(q_BTHC, k_BSKC, v_BSKC, jnp.array(mask, bool))
+    assert out_BTHC.dtype == jnp.float32
+    expected_BTHC = attend_in_float64(q_BTHC, k_BSKC, v_BSKC, mask)
+    np.testing.assert_allclose(out_BTHC, expected_BTHC, rtol=1e-5, atol=2e-6)
+
+
+def test_grouped_heads_are_repeated_heads():
+    q_BTHC = normal(B, T, H, C, seed=1)
+    k_BSKC, v_BSKC = normal(B, S, K, C, seed=2), normal(B, S, K, C, seed=3)
+    mask_BTS = jnp.array(MASK_PER_ROW, bool)
+    repeated = [jnp.repeat(x, H // K, axis=2) for x in (k_BSKC, v_BSKC)]
+    np.testing.assert_allclose(
+        attn.attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS),
+        attn.attend(q_BTHC, *repeated, mask_BTS),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_a_query_that_sees_nothing_gives_the_mean_and_no_nan():
+    q_BTHC, k_BSKC, v_BSKC = (normal(1, 3, 2, 4, seed=seed) for seed in range(3))
+    mask_BTS = jnp.array([[[1, 0, 0], [0, 0, 0], [1, 1, 1]]], bool)
+
+    def total(q_BTHC, k_BSKC, v_BSKC):
+        return attn.attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS).sum()
+
+    out_BTHC = attn.attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
+    np.testing.assert_allclose(out_BTHC[:, 1], v_BSKC.mean(axis=1), rtol=1e-5, atol=1e-6)
+    for gradient in jax.grad(total, argnums=(0, 1, 2))(q_BTHC, k_BSKC, v_BSKC):
+        assert np.isfinite(gradient).all()
+
+
+def test_attend_in_bf16_keeps_scores_and_softmax_in_fp32():
+    """Scores of 100 and 100.2 are one number in bf16, and two different weights in fp32."""
+    q_BTHC = jnp.full((1, 1, 1, 2), 10.0, jnp.bfloat16)
+    near = 10.0 + np.array([0.0, 0.0625])  # bf16's spacing at 10
+    k_BSKC = jnp.asarray(near[None, :, None, None] * np.ones(2), jnp.bfloat16)
+    v_BSKC = jnp.array([[[[1.0, 0.0]], [[0.0, 1.0]]]], jnp.bfloat16)
+    out = attn.attend(q_BTHC, k_BSKC, v_BSKC, jnp.ones((1, 1, 2), bool))
+    assert out.dtype == jnp.bfloat16
+    expected = attend_in_float64(q_BTHC, k_BSKC, v_BSKC, np.ones((1, 1, 2)))
+    assert expected[0, 0, 0, 1] > 0.69
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=2**-8)
+
+
+def test_dropout_is_applied_to_the_weights_after_the_softmax():
+    q_BTHC = normal(B, T, H, C, seed=1)
+    k_BSKC, v_BSKC = normal(B, S, K, C, seed=2), normal(B, S, K, C, seed=3)
+    mask_BTS, seen = jnp.array(MASK_PER_ROW, bool), []
+
+    def keep_half(weights: jax.Array) -> jax.Array:
+        seen.append(weights)
+        return weights * (jnp.arange(S) < 4)
+
+    out_BTHC = attn.attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS, keep_half)
+    (weights,) = seen
+    np.testing.assert_allclose(weights.sum(axis=-1), np.ones(weights.shape[:-1]), rtol=1e-5)
+    hidden = (weights * ~mask_BTS[:, None, None]).sum()
+    assert weights.dtype == jnp.float32 and hidden == 0
+    without_BTHC = attn.attend(q_BTHC, k_BSKC, v_BSKC.at[:, 4:].set(0), mask_BTS)
+    np.testing.assert_allclose(out_BTHC, without_BTHC, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_the_cudnn_call_means_causal_attention(monkeypatch, kv_heads):
+    """With XLA in cuDNN's place, since the call is ours and the kernel is not."""
+    real = jax.nn.dot_product_attention
+
+    def on_xla(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return real(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    q_BTHC = normal(B, T, H, C, seed=1)
+    k_BTKC, v_BTKC = normal(B, T, kv_heads, C, seed=2), normal(B, T, kv_heads, C, seed=3)
+    np.testing.assert_allclose(
+        attn.attend_causal_cudnn(q_BTHC, k_BTKC, v_BTKC),
+        attn.attend(q_BTHC, k_BTKC, v_BTKC, attn.causal_mask(T)),
+        rtol=1e-5,
+        atol=2e-6,
+    )
+
+
+def cache_of(start: list[int], index: int, slots: int = 5) -> attn.Cache:
+    cache = attn.init_cache(2, jnp.array(start, jnp.int32), slots, K, C, jnp.float32)
+    return cache.replace(index=jnp.int32(index))
+
+
+def test_a_new_cache():
+    cache = attn.init_cache(3, jnp.array([0, 2], jnp.int32), 5, K, C, jnp.bfloat16)
+    assert len(cache.keys) == len(cache.values) == 3
+    for layer in cache.keys + cache.values:
+        assert layer.shape == (2, 5, K, C) and layer.dtype == jnp.bfloat16
+        assert not layer.any()
+    assert cache.index.shape == () and cache.index.dtype == jnp.int32 and cache.index == 0
+    assert cache.start.dtype == jnp.int32
+    np.testing.assert_array_equal(cache.start, [0, 2])
+
+
+def test_cache_positions_are_a_literal_table():
+    np.testing.assert_array_equal(
+        cache_of([0, 2, 3], index=0).positions(4), [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 0, 0]]
+    )
+    positions = cache_of([0, 2, 4], index=3).positions(2)
+    assert positions.dtype == jnp.int32
+    np.testing.assert_array_equal(positions, [[3, 4], [1, 2], [0, 0]])
+
+
+def test_cache_mask_is_a_literal_table():
+    prefill = [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
+        [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]],
+        [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]],
+    ]
+    mask_BTS = cache_of([0, 1, 2], index=0).mask(3)
+    assert mask_BTS.dtype == jnp.bool_
+    np.testing.assert_array_equal(mask_BTS, np.array(prefill, bool))
+    step = [[[1, 1, 1, 1, 0]], [[0, 1, 1, 1, 0]], [[0, 0, 1, 1, 0]]]
+    np.testing.assert_array_equal(cache_of([0, 1, 2], index=3).mask(1), np.array(step, bool))
+
+
+def test_write_cache_writes_the_rows_and_nothing_else():
+    buffer_BSKC = normal(B, S, K, C)
+    rows_BTKC = normal(B, 2, K, C, seed=1)
+    written_BSKC = attn.write_cache(buffer_BSKC, rows_BTKC, jnp.int32(3))
+    expected_BSKC = np.array(buffer_BSKC)
+    expected_BSKC[:, 3:5] = rows_BTKC
+    np.testing.assert_array_equal(written_BSKC, expected_BSKC)
+    half = attn.write_cache(buffer_BSKC.astype(jnp.bfloat16), rows_BTKC, jnp.int32(0))
+    assert half.dtype == jnp.bfloat16
