@@ -1,0 +1,163 @@
+"""Round trips, special tokens, determinism and foreign files of the tokenizers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from sheepop_jax.data import tokenizer as module
+from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
+from sheepop_jax.errors import InputError
+
+TEXTS = ["the cat sat on the mat\r\n", "  the dog's, 'twas e\u0301 \U0001f411", "\tthe end."] * 5
+BPE = train_bpe(iter(TEXTS), 283)
+CHAR = train_char(TEXTS)
+# Two in five of the examples hold the special token's text, the rest anything that UTF-8 can.
+ANY_TEXT = st.lists(st.one_of(st.text(), st.just("<|endoftext|>"))).map("".join)
+
+
+def test_bpe_learns_merges_and_reserves_end_of_text():
+    assert BPE.vocab_size == 283
+    assert BPE.end_of_text == 0
+    assert len(BPE.encode("the mat")) < len("the mat")
+    assert BPE.decode([BPE.end_of_text], skip_special=False) == "<|endoftext|>"
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(ANY_TEXT)
+def test_bpe_gives_any_text_back(text):
+    ids = BPE.encode(text)
+    assert BPE.decode(ids) == text
+    assert BPE.end_of_text not in ids
+    assert all(0 <= i < BPE.vocab_size for i in ids)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(ANY_TEXT)
+def test_char_is_one_token_a_code_point(text):
+    tokenizer = train_char([text, "<|endoftext|>"])
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert [tokenizer.decode([i]) for i in ids] == list(text)
+    assert tokenizer.vocab_size == len(set(text + "<|endoftext|>")) + 1
+    assert tokenizer.end_of_text not in ids
+
+
+def test_char_names_the_character_that_it_never_saw_and_its_position():
+    with pytest.raises(InputError, match=r"text: got .*u2603.*U\+2603\) at position 4.*data\.tok"):
+        CHAR.encode("the \u2603 q\u2603")
+    with pytest.raises(InputError, match=r"prompt: .* at position 1"):
+        CHAR.check("tQ", "prompt")
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CHAR], ids=["bpe", "char"])
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"U\+D83D at position 3"):
+        tokenizer.encode("the\ud83d")
+
+
+def test_decoding_skips_end_of_text_unless_asked_and_cut_characters_are_marked():
+    sheep = BPE.encode("\U0001f411")
+    ids = [0, *BPE.encode("the"), 0]
+    assert BPE.decode(ids) == "the"
+    assert BPE.decode(ids, skip_special=False) == "<|endoftext|>the<|endoftext|>"
+    assert BPE.decode(BPE.encode("\u2603")[:-1]) == "\ufffd"
+    assert BPE.decode(sheep) == "\U0001f411"
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CHAR], ids=["bpe", "char"])
+def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded = Tokenizer.from_file(path)
+    assert loaded.to_json() == tokenizer.to_json()
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert (loaded.vocab_size, loaded.end_of_text) == (tokenizer.vocab_size, 0)
+    for text in ("end", "the mat\r\n"):
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    if tokenizer is BPE:  # a loaded one, too, takes special text in a document for text
+        assert 0 not in loaded.encode("<|endoftext|>")
+    else:
+        with pytest.raises(InputError):
+            loaded.encode("Q")
+
+
+def test_training_is_repeatable_in_other_processes():
+    code = (
+        "import json, sys; from sheepop_jax.data.tokenizer import train_bpe, train_char;"
+        "texts = json.loads(sys.argv[1]); "
+        "print(train_bpe(iter(texts), 283).fingerprint, train_char(texts).fingerprint)"
+    )
+    for parallel, seed in (("true", "1"), ("false", "2")):
+        out = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(TEXTS)],
+            env={"TOKENIZERS_PARALLELISM": parallel, "PYTHONHASHSEED": seed},
+            cwd=module.__file__.rsplit("/", 3)[0],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert out.split() == [BPE.fingerprint, CHAR.fingerprint]
+
+
+def test_long_texts_are_cut_where_the_ids_stay_the_same(monkeypatch):
+    odd = "\x1c a\x1d\n b\u3000 c's 'll 12 \n3"
+    text = "".join(TEXTS) + " \n \n  x" * 9 + "\n\n" + "y" * 19 + odd
+    for size in range(17, 60):
+        monkeypatch.setattr(module, "_PIECE_CHARS", size)
+        pieces = list(split_text(text))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= size
+    text += "the cat's sat-mat, " * 20
+    for size in range(100, 112):  # a cut is always near: ids are those of the whole
+        monkeypatch.setattr(module, "_PIECE_CHARS", size)
+        pieces = list(split_text(text))
+        assert len(pieces) > 1
+        assert sum(BPE.encode_batch(pieces), []) == BPE.encode(text)
+
+
+def foreign(end_of_text: str) -> tokenizers.Tokenizer:
+    vocabulary = {"the": 5, "cat": 3, end_of_text: 11}  # ids with gaps
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=end_of_text))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.enable_truncation(2)
+    inner.enable_padding(length=7)
+    return inner
+
+
+@pytest.mark.parametrize("end_of_text", ["<|endoftext|>", "</s>", "<|end_of_text|>"])
+def test_a_foreign_tokenizer_neither_cuts_nor_pads(end_of_text):
+    loaded = Tokenizer.from_json(foreign(end_of_text).to_str())
+    assert (loaded.vocab_size, loaded.end_of_text) == (12, 11)
+    assert loaded.encode("the cat the") == [5, 3, 5]
+
+
+def test_special_text_is_text_for_a_foreign_tokenizer():
+    inner = tokenizers.Tokenizer(models.WordLevel({"s": 0, "?": 1}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["</s>"])
+    loaded = Tokenizer.from_json(inner.to_str())
+    assert loaded.end_of_text == 2
+    assert loaded.encode("</s>") == [1, 0, 1]
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"data\.tokenizer: got '.*nowhere \(No such file"):
+        Tokenizer.from_file(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"data\.tokenizer: .*Is a directory"):
+        Tokenizer.from_file(tmp_path)
+    for content, said in (
+        (b"{", "not a tokenizer"),
+        (b"\xff", "not UTF-8"),
+        (foreign("<stop>").to_str().encode(), "end-of-text token"),
+    ):
+        (tmp_path / "t.json").write_bytes(content)
+        with pytest.raises(InputError, match=rf"data\.tokenizer.*t\.json.*{said}|{said}.*t\.json"):
+            Tokenizer.from_file(tmp_path / "t.json")
