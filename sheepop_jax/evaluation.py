@@ -1,0 +1,147 @@
+"""Held-out figures: loss, perplexity, bits per byte and accuracy, exact over every token."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from sheepop_jax.data.batches import Batch, evaluation_batches, num_evaluation_batches
+from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.model.transformer import Transformer, output_embedding
+from sheepop_jax.training.loss import EvaluationSums, chunk_length, evaluation_sums
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one evaluation found.
+
+    Attributes:
+        loss: nats per predicted token.
+        perplexity: e^loss.
+        bits_per_byte: loss in bits over all tokens, per UTF-8 byte of the documents; comparable
+            between tokenizers.
+        accuracy: share of tokens whose most probable prediction was right.
+        tokens: predicted, end-of-text included.
+        bytes: of the documents they stand for.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    accuracy: float
+    tokens: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Plain values, as `evaluate --json` prints them."""
+        return asdict(self)
+
+
+@partial(jax.jit, static_argnums=0)
+def _batch_sums(model: Transformer, params: Any, batch: Batch) -> EvaluationSums:
+    inputs_BT, targets_BT, weights_BT = map(jnp.asarray, batch)
+    hidden_BTD, _ = model.apply({"params": params}, inputs_BT)
+    embedding_VD = output_embedding(params)
+    chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0])
+    return evaluation_sums(
+        hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, chunk
+    )
+
+
+def evaluate(
+    model: Transformer, params: Any, batches: Iterable[Batch], bytes_per_token: float
+) -> Figures:
+    """Sums over all batches, divided once.
+
+    Args:
+        model: with the dtype to compute in.
+        params: fp32.
+        batches: [B, T] with weight 0 on what does not count; on the device or not.
+        bytes_per_token: UTF-8 bytes of the documents over all predicted tokens.
+
+    Raises:
+        ValueError: no token counts.
+    """
+    totals = [0.0, 0.0, 0.0]  # float64, since fp32 stops counting at 2**24
+    queued: list[EvaluationSums] = []
+
+    def add(sums: EvaluationSums) -> None:
+        for i, value in enumerate(sums):
+            totals[i] += float(value)
+
+    for batch in batches:
+        queued.append(_batch_sums(model, params, batch))
+        if len(queued) > 1:  # fetch a batch's numbers while the next one is computed
+            add(queued.pop(0))
+    for sums in queued:
+        add(sums)
+    loss_sum, correct, tokens = totals
+    if tokens == 0:
+        raise ValueError("an evaluation without a single counted token")
+    loss, num_bytes = loss_sum / tokens, tokens * bytes_per_token
+    return Figures(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=loss_sum / math.log(2) / num_bytes,
+        accuracy=correct / tokens,
+        tokens=round(tokens),
+        bytes=round(num_bytes),
+    )
+
+
+def evaluate_stream(
+    model: Transformer,
+    params: Any,
+    stream: TokenStream,
+    *,
+    seq_len: int,
+    batch_size: int,
+    overlap: int = 0,
+    max_batches: int = 0,
+    put: Callable[[Any], Any] = lambda array: array,
+    check: Callable[[], None] = lambda: None,
+) -> Figures:
+    """Evaluates over a token stream, showing how far it is.
+
+    Args:
+        model: with the dtype to compute in.
+        params: fp32.
+        stream: from `prepare` or `TokenStream.from_array`.
+        seq_len: T, the window.
+        batch_size: B.
+        overlap: tokens of context that a window shares with the one before.
+        max_batches: 0 = all.
+        put: moves an array [B, T] to the device.
+        check: called before each batch; may raise to leave.
+    """
+    shape = {"seq_len": seq_len, "batch_size": batch_size, "overlap": overlap}
+    total = num_evaluation_batches(len(stream), **shape, max_batches=max_batches)
+
+    def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            check()
+            yield Batch(*map(put, batch))
+
+    batches = evaluation_batches(
+        stream,
+        **shape,
+        max_batches=max_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    # On a terminal a bar, gone when done; elsewhere nothing.
+    shown = tqdm(
+        on_device(batches),
+        total=total,
+        desc="evaluating",
+        leave=False,
+        delay=2,
+        disable=None,
+        dynamic_ncols=True,
+    )
+    return evaluate(model, params, shown, stream.num_bytes / (len(stream) - 1))

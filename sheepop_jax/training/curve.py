@@ -1,0 +1,55 @@
+"""`training_curve.png`: losses, learning rate, gradient norm and speed of a run, from its log."""
+
+from pathlib import Path
+from typing import Any
+
+from sheepop_jax.training.metrics import read_metrics
+
+NAME = "training_curve.png"
+
+
+def draw_curve(directory: Path) -> Path | None:
+    """Draws the curve of a run directory and returns its path; None when nothing was logged."""
+    # pyplot keeps global state and asks for a display; a bare Figure does neither.
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(directory)
+    train = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "val_loss" in line]
+    if not train and not held_out:
+        return None
+
+    def column(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    panels = (
+        (
+            axes[0, 0],
+            (("loss", train, "training"), ("val_loss", held_out, "held-out")),
+            "loss, nats",
+        ),
+        (axes[0, 1], (("learning_rate", train, ""),), "learning rate"),
+        (axes[1, 0], (("grad_norm", train, ""),), "gradient norm, before clipping"),
+        (axes[1, 1], (("tokens_per_second", train, ""),), "tokens per second"),
+    )
+    for axis, curves, title in panels:
+        for key, rows, label in curves:
+            marker = "o" if len(rows) < 2 or key == "val_loss" else ""
+            axis.plot(*column(rows, key), label=label, linewidth=1.5, marker=marker, markersize=4)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(curves) > 1:
+            axis.legend(frameon=False)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].yaxis.set_major_formatter("{x:.3g}")
+    axes[0, 0].yaxis.set_minor_formatter("{x:.3g}")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+    path = directory / NAME
+    figure.savefig(path, dpi=120)
+    return path

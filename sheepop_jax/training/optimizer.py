@@ -1,0 +1,84 @@
+"""The update rule: clip by global norm, AdamW or Muon, decay on matrices, a schedule by update."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from sheepop_jax.config import OptimizerConfig
+
+# Matches the typical size of an AdamW update, so that one learning rate serves both (Liu et al.
+# 2025, "Muon is scalable for LLM training").
+MUON_UPDATE_RMS = 0.2
+
+
+def make_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
+    """The learning rate of update n = 0 … num_updates - 1.
+
+    Linear warmup, learning_rate · (n + 1) / warmup_steps, so that the first update already moves;
+    then from learning_rate down to final_lr_fraction · learning_rate, which the last update gets.
+    Cosine: Loshchilov & Hutter 2017, "SGDR", equation 5.
+    """
+    peak, floor, warmup = config.learning_rate, config.final_lr_fraction, config.warmup_steps
+    decay_steps = max(1, num_updates - warmup - 1)
+    match config.schedule:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=floor)
+        case "linear":
+            decay = optax.linear_schedule(peak, floor * peak, decay_steps)
+        case "constant":
+            decay = optax.constant_schedule(peak)
+        case _:
+            raise ValueError(f"unknown schedule {config.schedule!r}")
+    if warmup == 0:
+        return decay
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices (linear layers, embeddings), false for biases and LayerNorm's vectors."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _muon_matrices(params: Any) -> Any:
+    """Muon orthogonalises the linear layers' matrices; tables of embeddings are left to Adam."""
+
+    def numbers(path: tuple[Any, ...], p: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        is_kernel = path[-1].key == "kernel"
+        return optax.contrib.MuonDimensionNumbers() if is_kernel else None
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """The whole chain, from mean gradients to parameter updates.
+
+    Sources: Adam, Kingma & Ba 2015; decoupled decay, Loshchilov & Hutter 2019; Muon, Jordan et al.
+    2024; clipping by global norm, Pascanu et al. 2013.
+    """
+    match config.name:
+        case "adamw":
+            direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+        case "muon":
+            muon = optax.contrib.muon(
+                learning_rate=1.0,
+                eps=config.eps,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                muon_weight_dimension_numbers=_muon_matrices,
+                consistent_rms=MUON_UPDATE_RMS,
+            )
+            direction = optax.chain(muon, optax.scale(-1.0))  # undo the sign of a descent step
+        case _:
+            raise ValueError(f"unknown optimizer {config.name!r}")
+    clip = config.max_grad_norm or math.inf
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if math.isfinite(clip) else optax.identity(),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )

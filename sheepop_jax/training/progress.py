@@ -1,0 +1,66 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere; always on stderr."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows the training steps of one process."""
+
+    def __init__(self, first_step: int, last_step: int, show: bool):
+        self._last = last_step
+        self._show = show
+        self._bar = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(initial=first_step, total=last_step, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Counts one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
+        """Shows the figures of a training line."""
+        if not self._show:
+            return
+        text = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
+            f"{readable_flops(values['flops_per_second'])}"
+        )
+        if values.get("peak_share") is not None:
+            text += f" ({values['peak_share']:.0%} of peak)"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+        else:
+            left = readable_seconds(seconds_left)
+            self.line(f"step {step}/{self._last}  {text}  {left} left")
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._show:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def readable_seconds(seconds: float) -> str:
+    """1:02:03 or 4:05."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def readable_flops(flops: float) -> str:
+    """FLOP/s with a prefix: 12.3 GFLOP/s."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if flops >= scale:
+            return f"{flops / scale:.3g} {prefix}FLOP/s"
+    return f"{flops / 1e6:.3g} MFLOP/s"

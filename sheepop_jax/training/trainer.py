@@ -1,0 +1,289 @@
+"""The training loop, the only one: update, evaluate, log, flush, save, in this order."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sheepop_jax.config import Config
+from sheepop_jax.data.batches import Batch, TrainBatches
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.partitioning import batch_sharding, state_shardings
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.checkpoint import SCORE, Checkpoints, DamagedCheckpoint
+from sheepop_jax.training.curve import draw_curve
+from sheepop_jax.training.metrics import MetricsLog
+from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.progress import Progress, readable_seconds
+from sheepop_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    init_params,
+    init_state,
+    make_train_step,
+)
+from sheepop_jax.training.stop import StopRequested, StopSignal
+from sheepop_jax.training.throughput import Throughput, flops_per_token
+
+log = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2  # on the device: the one in use and the next
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row had non-finite gradients."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training run needs.
+
+    Attributes:
+        config: the whole configuration.
+        directory: the run directory; `checkpoints/`, the log and the curve go there.
+        model: with the dtype and the attention to train with.
+        mesh: the devices.
+        batches: step → batch.
+        num_steps: updates of the whole run, resumed or not.
+        evaluate: parameters → held-out figures, `val_loss` among them.
+        sample: parameters → a text to show; None shows none.
+        peak_flops: of all devices together, FLOP/s; 0 where unknown.
+        first_process: whether this process shows and logs.
+    """
+
+    config: Config
+    directory: Path
+    model: Transformer
+    mesh: Mesh
+    batches: TrainBatches
+    num_steps: int
+    evaluate: Callable[[Any], dict[str, float]]
+    sample: Callable[[Any], str] | None
+    peak_flops: float
+    first_process: bool = True
+
+
+def fit(job: Job, stop: StopSignal) -> dict[str, float]:
+    """Trains to `job.num_steps`, from the newest whole checkpoint if there is one.
+
+    Returns:
+        The held-out figures of the last step.
+
+    Raises:
+        StopRequested: a signal came; what was done is saved.
+        TrainingDiverged: `train.max_skipped_steps` updates in a row were not finite.
+        InputError: every checkpoint is damaged.
+    """
+    with jax.set_mesh(job.mesh):
+        loop = _Loop(job, stop)
+        try:
+            return loop.run()
+        finally:
+            loop.close()
+
+
+class _Loop:
+    """One process's run of the loop; its fields are what survives from step to step."""
+
+    def __init__(self, job: Job, stop: StopSignal):
+        config = job.config
+        self.job, self.stop = job, stop
+        self.schedule = make_schedule(config.optimizer, job.num_steps)
+        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.checkpoints = Checkpoints(job.directory / "checkpoints", config.checkpoint.keep)
+        self.state, saved = self._first_state()
+        self.step = self.saved_step = int(self.state.step)
+        best = self.checkpoints.best()
+        self.best = self.checkpoints.manifest(best)["figures"][SCORE] if best else float("inf")
+        # Figures of the evaluation at this very step; empty where there was none.
+        self.figures = {name: value for name, value in saved.items() if name.startswith("val_")}
+        self.metrics = MetricsLog(job.directory, self.step) if job.first_process else None
+        self.progress = Progress(self.step, job.num_steps, job.first_process)
+        self.throughput = Throughput(
+            self.step,
+            saved.get("train_seconds", 0.0),
+            config.train.sequences_per_update * config.data.seq_len,
+            flops_per_token(self.state.params, config),
+            job.peak_flops,
+        )
+        self.first_step = self.step
+        self.skipped_in_a_row = 0
+        self.data_wait = 0.0
+        self.in_flight: StepMetrics | None = None
+
+    def run(self) -> dict[str, float]:
+        last = self.job.num_steps
+        if self.step >= last:
+            log.info("nothing to do: the run is at step %d of %d", self.step, last)
+            return self.figures
+        batches = self._device_batches()
+        batch = next(batches)
+        train_step = self._compile(batch)
+        self.throughput.start()
+        try:
+            while self.step < last:
+                self.stop.check()
+                self.state, metrics = train_step(self.state, batch)
+                self._account()  # for the step before, while this one runs
+                self.step, self.figures, self.in_flight = self.step + 1, {}, metrics
+                waiting_since = time.perf_counter()
+                if self.step < last:
+                    batch = next(batches)
+                self.data_wait += time.perf_counter() - waiting_since
+                self._evaluate_and_save()
+        except StopRequested:
+            self._account()
+            if self.step > self.saved_step:
+                self._save()
+            self.checkpoints.wait()
+            raise
+        self.checkpoints.wait()
+        return self.figures
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.metrics:
+            self.metrics.close()
+            draw_curve(self.job.directory)
+
+    def _first_state(self) -> tuple[TrainState, dict[str, Any]]:
+        """The newest whole checkpoint and its figures, or a fresh state, where it will live."""
+        job = self.job
+
+        def fresh() -> TrainState:
+            return init_state(job.model, self.optimizer, job.config.seed)
+
+        abstract = jax.eval_shape(fresh)
+        boxed = jax.eval_shape(lambda: init_params(job.model, job.config.seed))
+        self.shardings = state_shardings(boxed, abstract, job.mesh)
+        target = jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding), abstract, self.shardings
+        )
+        steps = self.checkpoints.steps()
+        for step in reversed(steps):
+            try:
+                state = self.checkpoints.restore(step, target)
+            except DamagedCheckpoint as damage:
+                aside = self.checkpoints.set_aside(step)
+                log.warning("checkpoint %d is damaged (%s); moved to %s", step, damage, aside)
+                continue
+            log.info("going on from step %d", step)
+            return state, self.checkpoints.manifest(step)["figures"]
+        if steps:
+            directory = str(self.checkpoints.directory)
+            raise InputError(
+                directory, "only damaged checkpoints", "a whole one", "a new --workdir"
+            )
+        return jax.jit(fresh, out_shardings=self.shardings)(), {}
+
+    def _device_batches(self) -> Iterator[Batch]:
+        """Batches on the device, the next one on its way while one is in use."""
+        sharding = batch_sharding(self.job.mesh, leading=1)
+        queue: deque[Batch] = deque()
+        for batch in self.job.batches.iterate(self.step, self.job.num_steps):
+            put = [jax.make_array_from_process_local_data(sharding, array) for array in batch]
+            queue.append(Batch(*put))
+            if len(queue) == BATCHES_AHEAD:
+                yield queue.popleft()
+        yield from queue
+
+    def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        job = self.job
+        step = make_train_step(job.model, self.optimizer, self.schedule, job.config.seed)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        started = time.perf_counter()
+        compiled = jitted.lower(self.state, batch).compile()
+        log.info("train step compiled in %.1f s", time.perf_counter() - started)
+        return compiled
+
+    def _account(self) -> None:
+        """Waits for the numbers of the step in flight: counts, reports, and notices trouble."""
+        if self.in_flight is None:
+            return
+        metrics, self.in_flight = jax.device_get(self.in_flight), None
+        self.progress.advance()
+        train = self.job.config.train
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
+        if metrics.skipped:
+            log.warning("step %d skipped: its gradients are not finite", self.step)
+        if self.skipped_in_a_row >= train.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{self.skipped_in_a_row} updates in a row had non-finite gradients, the last at "
+                f"step {self.step}; lower optimizer.learning_rate, or look at the data"
+            )
+        per_step = self.throughput.seconds_per_step(self.step)
+        left = (self.job.num_steps - self.step) * per_step
+        if self.step == self.first_step + 3:
+            self.progress.line(f"{per_step:.3g} s a step: about {readable_seconds(left)} to go")
+        if self.step % train.log_every == 0 or self.step == self.job.num_steps:
+            self._report(metrics, left)
+
+    def _report(self, metrics: StepMetrics, seconds_left: float) -> None:
+        values = {
+            "loss": float(metrics.loss),
+            "learning_rate": float(metrics.learning_rate),
+            "grad_norm": float(metrics.grad_norm),
+            "skipped": bool(metrics.skipped),
+            "data_wait_seconds": self.data_wait,
+            **self.throughput.interval(self.step),
+        }
+        self.data_wait = 0.0
+        self.progress.report(self.step, values, seconds_left)
+        if self.metrics:
+            self.metrics.write(self.step, values)
+            self.metrics.flush()
+
+    def _evaluate_and_save(self) -> None:
+        """Does what is due after this step, with the clock stopped."""
+        last, config = self.job.num_steps, self.job.config
+        evaluate = _due(self.step, config.train.eval_every, last)
+        save = _due(self.step, config.checkpoint.save_every, last)
+        if not (evaluate or save):
+            return
+        self._account()
+        self.throughput.stop()
+        if evaluate:
+            save |= self._evaluate()
+        if save:
+            self._save()
+        self.throughput.start()
+
+    def _evaluate(self) -> bool:
+        """Evaluates, shows and logs; returns whether this is the best so far."""
+        started = time.perf_counter()
+        self.figures = figures = self.job.evaluate(self.state.params)
+        train_seconds = self.throughput.seconds
+        self.progress.line(
+            f"step {self.step}  held-out: loss {figures['val_loss']:.4f}  "
+            f"perplexity {figures['val_perplexity']:.2f}  "
+            f"bits/byte {figures['val_bits_per_byte']:.4f}  "
+            f"accuracy {figures['val_accuracy']:.1%}  "
+            f"(took {time.perf_counter() - started:.1f} s; updates so far {train_seconds:.1f} s)"
+        )
+        if self.metrics:
+            self.metrics.write(self.step, {**figures, "train_seconds": train_seconds})
+            self.metrics.flush()
+        if self.job.sample:
+            text = self.job.sample(self.state.params)
+            self.progress.line("sample: " + text.strip("\n").replace("\n", "\n        "))
+        better = figures[SCORE] < self.best
+        self.best = min(self.best, figures[SCORE])
+        return better
+
+    def _save(self) -> None:
+        figures = {**self.figures, "train_seconds": self.throughput.seconds}
+        self.checkpoints.save(self.state, figures)
+        self.saved_step = self.step
+        if self.metrics:
+            draw_curve(self.job.directory)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens now."""
+    return step == last or (every > 0 and step % every == 0)

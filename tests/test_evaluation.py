@@ -1,0 +1,66 @@
+"""Held-out figures against numpy over every token."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.evaluation import evaluate, evaluate_stream
+from sheepop_jax.model.transformer import Transformer
+from tests import reference
+
+VOCAB = 101
+
+
+@pytest.fixture
+def trained(small_config, random_params):
+    model = Transformer(small_config.model, VOCAB)
+    params = random_params(model)
+    return model, {**params, "embedding": params["embedding"] * 0.3}
+
+
+@pytest.mark.parametrize(("length", "batch", "overlap"), [(40, 4, 0), (41, 2, 5), (9, 3, 0)])
+def test_figures_are_those_of_numpy_over_all_tokens(small_config, trained, length, batch, overlap):
+    model, params = trained
+    seq_len = 13
+    tokens = np.random.default_rng(5).integers(0, VOCAB, length, dtype=np.int32)
+    stream = TokenStream.from_array(tokens, num_bytes=77, num_documents=1)
+    found = evaluate_stream(
+        model, params, stream, seq_len=seq_len, batch_size=batch, overlap=overlap
+    )
+
+    nats, right, counted = 0.0, 0, 0
+    start, done = 0, 1  # `done`: the first token that is not yet predicted
+    while done < length:
+        window = tokens[start : start + seq_len + 1]
+        logits = reference.logits(params, small_config.model, window[None, :-1])[0, :, :VOCAB]
+        for t, target in enumerate(window[1:]):
+            if start + t + 1 < done:
+                continue  # context only
+            nats += np.log(np.exp(logits[t] - logits[t].max()).sum()) + logits[t].max()
+            nats -= logits[t, target]
+            right += logits[t].argmax() == target
+            counted += 1
+        done = start + len(window)
+        start += seq_len - overlap
+    assert counted == length - 1
+    assert found.tokens == counted and found.bytes == 77
+    assert found.loss == pytest.approx(nats / counted, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / counted), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 77, rel=1e-5)
+    assert found.accuracy == pytest.approx(right / counted)
+
+
+def test_a_part_of_the_stream_has_its_share_of_the_bytes(trained):
+    model, params = trained
+    tokens = np.random.default_rng(6).integers(0, VOCAB, 53, dtype=np.int32)
+    stream = TokenStream.from_array(tokens, num_bytes=520, num_documents=1)
+    part = evaluate_stream(model, params, stream, seq_len=13, batch_size=2, max_batches=1)
+    assert (part.tokens, part.bytes) == (26, 260)
+    assert part.bits_per_byte == pytest.approx(part.loss / math.log(2) * 26 / 260)
+
+
+def test_nothing_to_evaluate_is_an_error(trained):
+    with pytest.raises(ValueError, match="without a single counted token"):
+        evaluate(*trained, [], 1.0)

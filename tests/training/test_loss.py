@@ -1,0 +1,109 @@
+"""The chunked cross-entropy against numpy float64, and what it must never hold in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sheepop_jax.training import loss
+
+B, T, D, VOCAB, V = 3, 7, 11, 101, 128
+
+
+@pytest.fixture
+def arrays():
+    draw = np.random.default_rng(0)
+    hidden = draw.standard_normal((B, T, D)).astype(np.float32)
+    embedding = draw.standard_normal((V, D)).astype(np.float32)
+    targets = draw.integers(0, VOCAB, (B, T), dtype=np.int32)
+    weights = draw.integers(0, 2, (B, T)).astype(np.float32)
+    weights[1, 2] = 0.25  # weights are not only 0 and 1
+    return hidden, embedding, targets, weights
+
+
+def reference(hidden, embedding, targets, weights):
+    """Loss, d hidden and d embedding from the formula, one token at a time, in float64."""
+    hidden, embedding = hidden.astype(np.float64), embedding.astype(np.float64)
+    total, d_hidden, d_embedding = 0.0, np.zeros_like(hidden), np.zeros_like(embedding)
+    for b in range(hidden.shape[0]):
+        for t in range(hidden.shape[1]):
+            logits = embedding[:VOCAB] @ hidden[b, t]
+            probabilities = np.exp(logits - logits.max())
+            probabilities /= probabilities.sum()
+            total -= weights[b, t] * np.log(probabilities[targets[b, t]])
+            d_logits = probabilities.copy()
+            d_logits[targets[b, t]] -= 1
+            d_logits *= weights[b, t]
+            d_hidden[b, t] = d_logits @ embedding[:VOCAB]
+            d_embedding[:VOCAB] += np.outer(d_logits, hidden[b, t])
+    return total, d_hidden, d_embedding
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50])
+def test_value_and_gradients_follow_the_formula_for_any_chunk(arrays, chunk):
+    value, gradients = jax.value_and_grad(loss.cross_entropy_sum, argnums=(0, 1))(
+        *arrays, VOCAB, chunk
+    )
+    expected, *expected_gradients = reference(*arrays)
+    assert float(value) == pytest.approx(expected, rel=1e-6)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_scale_with_what_follows(arrays):
+    def halved(hidden, embedding):
+        return 0.5 * loss.cross_entropy_sum(hidden, embedding, *arrays[2:], VOCAB, 3)
+
+    found = jax.grad(halved, argnums=(0, 1))(*arrays[:2])
+    _, *expected = reference(*arrays)
+    for half, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(half, 0.5 * whole, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [2, 7])
+def test_evaluation_sums_are_the_same_loss_and_count_right_predictions(arrays, chunk):
+    hidden, embedding, targets, weights = arrays
+    best = (hidden @ embedding[:VOCAB].T).argmax(-1)
+    targets[0] = best[0]
+    sums = loss.evaluation_sums(hidden, embedding, targets, weights, VOCAB, chunk)
+    assert float(sums.loss) == pytest.approx(reference(*arrays)[0], rel=1e-6)
+    assert float(sums.weight) == weights.sum()
+    assert float(sums.correct) == (weights * (best == targets)).sum()
+
+
+def test_what_weighs_nothing_changes_nothing(arrays):
+    hidden, embedding, targets, weights = arrays
+    other = np.where(weights == 0, (targets + 1) % VOCAB, targets).astype(np.int32)
+    for chunk in (3, 7):
+        first = loss.cross_entropy_sum(hidden, embedding, targets, weights, VOCAB, chunk)
+        second = loss.cross_entropy_sum(hidden, embedding, other, weights, VOCAB, chunk)
+        assert float(first) == float(second)
+
+
+def test_no_array_of_all_logits_exists():
+    time, vocab = 64, 1 << 12
+    elements = 2 * time * vocab
+    shapes = (
+        jax.ShapeDtypeStruct((2, time, D), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, D), jnp.float32),
+        jax.ShapeDtypeStruct((2, time), jnp.int32),
+        jax.ShapeDtypeStruct((2, time), jnp.float32),
+    )
+
+    def temporary_bytes(chunk):
+        gradient = jax.grad(loss.cross_entropy_sum, argnums=(0, 1))
+        compiled = jax.jit(gradient, static_argnums=(4, 5)).lower(*shapes, vocab, chunk).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(time) > 4 * elements  # whole logits: the measure sees them
+    assert temporary_bytes(4) < elements
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 512), (32, 1024), (3, 997)])
+@pytest.mark.parametrize("vocab", [128, 50304])
+def test_chunk_length_stays_within_its_bound_and_covers_time(shape, vocab):
+    chunk = loss.chunk_length(shape, vocab)
+    assert 1 <= chunk <= shape[1]
+    assert chunk == 1 or shape[0] * chunk * vocab <= loss.CHUNK_ELEMENTS
+    chunks = -(-shape[1] // chunk)
+    assert chunks * chunk - shape[1] < chunks  # evened out: hardly any padding

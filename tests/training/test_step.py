@@ -1,0 +1,191 @@
+"""One update: what it computes, what it leaves alone, and what it never does twice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from sheepop_jax.config import MeshConfig
+from sheepop_jax.data.batches import Batch
+from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shardings
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.step import init_params, init_state, make_train_step
+
+VOCAB = 101
+
+
+def random_batch(microbatches, batch, time, seed=0):
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(0, VOCAB, (microbatches, batch, time + 1), dtype=np.int32)
+    weights = np.ones((microbatches, batch, time), np.float32)
+    return Batch(tokens[..., :-1], tokens[..., 1:], weights)
+
+
+class Setup:
+    """A small model, its optimizer and its step."""
+
+    def __init__(self, config, seed=3, **changes):
+        self.model = Transformer(dataclasses.replace(config.model, **changes), VOCAB)
+        schedule = make_schedule(config.optimizer, 50)
+        self.optimizer = make_optimizer(config.optimizer, schedule)
+        self.step = make_train_step(self.model, self.optimizer, schedule, seed)
+
+    def state(self, seed=3):
+        return init_state(self.model, self.optimizer, seed)
+
+
+def assert_trees_close(first, second, rtol):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(np.abs(b).max(), 1e-6))
+
+
+def assert_trees_equal(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_unequal_microbatches_equal_one_batch(small_config):
+    setup = Setup(small_config, dropout=0.0)
+    split = random_batch(3, 2, 7)
+    split.weights[0, 0, 2:] = 0  # microbatches with 9, 14 and 3 counted tokens
+    split.weights[2] = 0
+    split.weights[2, 1, 4:] = 1
+    joined = Batch(*(array.reshape(1, 6, 7) for array in split))
+    one, one_metrics = jax.jit(setup.step)(setup.state(), joined)
+    three, three_metrics = jax.jit(setup.step)(setup.state(), split)
+    assert float(three_metrics.tokens) == split.weights.sum() == 26
+    assert float(one_metrics.loss) == pytest.approx(float(three_metrics.loss), rel=1e-6)
+    assert float(one_metrics.grad_norm) == pytest.approx(float(three_metrics.grad_norm), rel=1e-5)
+    # The first moment is the clipped gradient, without Adam's division that magnifies noise.
+    moments = [optax.tree.get(s.opt_state, "mu") for s in (one, three)]
+    assert_trees_close(*moments, rtol=1e-5)
+
+
+def test_padding_does_not_change_the_gradient(small_config):
+    setup = Setup(small_config, dropout=0.0)
+    short = random_batch(1, 2, 5)
+    padded = Batch(*(np.pad(array, ((0, 0), (0, 1), (0, 3))) for array in short))
+    _, expected = jax.jit(setup.step)(setup.state(), short)
+    _, found = jax.jit(setup.step)(setup.state(), padded)
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-6)
+    assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)
+
+
+def test_non_finite_gradients_touch_nothing_but_the_cursor(small_config):
+    setup = Setup(small_config)
+    step = jax.jit(setup.step)
+    state, _ = step(setup.state(), random_batch(2, 3, 5))
+    poisoned = random_batch(2, 3, 5, seed=1)
+    poisoned.weights[1, 0, 0] = np.inf
+    after, metrics = step(state, poisoned)
+    assert bool(metrics.skipped)
+    assert (int(after.step), int(after.updates)) == (2, 1)
+    assert_trees_equal((after.params, after.opt_state), (state.params, state.opt_state))
+    going_on, metrics = step(after, random_batch(2, 3, 5, seed=2))
+    assert not bool(metrics.skipped)
+    assert (int(going_on.step), int(going_on.updates)) == (3, 2)
+    # The schedule follows the optimizer's count, not the cursor.
+    schedule = make_schedule(small_config.optimizer, 50)
+    assert float(metrics.learning_rate) == pytest.approx(float(schedule(1)))
+    counts = [
+        int(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(going_on.opt_state)
+        if ".count" in str(path[-1])
+    ]
+    assert counts and set(counts) == {2}
+
+
+def test_second_step_compiles_nothing_and_the_state_is_donated(small_config):
+    setup = Setup(small_config)
+    step = jax.jit(setup.step, donate_argnums=0)
+    state, _ = step(setup.state(), random_batch(2, 3, 5))
+    assert step._cache_size() == 1
+    old = state.params["embedding"]
+    state, _ = step(state, random_batch(2, 3, 5, seed=1))
+    assert step._cache_size() == 1
+    assert old.is_deleted()
+
+
+def test_dropout_is_a_function_of_seed_and_step(small_config):
+    setup = Setup(small_config, dropout=0.3)
+    step = jax.jit(setup.step)
+    batch = random_batch(2, 3, 5)
+    state = setup.state()
+    losses = [float(step(state, batch)[1].loss) for _ in range(2)]
+    assert losses[0] == losses[1]
+    later = dataclasses.replace(state, step=state.step + 1)
+    assert float(step(later, batch)[1].loss) != losses[0]
+    other_seed = Setup(small_config, seed=4, dropout=0.3)
+    assert float(jax.jit(other_seed.step)(state, batch)[1].loss) != losses[0]
+
+
+def test_microbatches_have_dropout_of_their_own(small_config):
+    setup = Setup(small_config, dropout=0.3)
+    batch = random_batch(1, 3, 5)
+    twice = Batch(*(np.concatenate([array, array]) for array in batch))
+    state = setup.state()
+    one = float(jax.jit(setup.step)(state, batch)[1].loss)
+    both = float(jax.jit(setup.step)(state, twice)[1].loss)
+    assert one != both
+
+
+def test_overfits_one_batch(make_config):
+    config = make_config(
+        {
+            "model.dropout": 0.0,
+            "optimizer.learning_rate": 1e-2,
+            "optimizer.warmup_steps": 5,
+            "optimizer.final_lr_fraction": 0.1,
+        }
+    )
+    setup = Setup(config)
+    step = jax.jit(setup.step, donate_argnums=0)
+    batch, state = random_batch(1, 4, 13), setup.state()
+    first = None
+    for _ in range(50):
+        state, metrics = step(state, batch)
+        first = first or float(metrics.loss)
+    assert first == pytest.approx(np.log(VOCAB), rel=0.05)
+    assert float(metrics.loss) < 0.05
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)])
+def test_any_mesh_computes_the_same_update(small_config, mesh):
+    setup = Setup(small_config, dropout=0.2, num_kv_heads=2, d_ff=78)
+    batch = random_batch(2, 8, 7)
+    batch.weights[0, 3:, 4:] = 0
+    _, expected = jax.jit(setup.step)(setup.state(), batch)
+
+    devices = jax.devices()[: int(np.prod(mesh))]
+    device_mesh = make_mesh(MeshConfig(*mesh), devices)
+    with jax.set_mesh(device_mesh):
+        boxed = jax.eval_shape(lambda: init_params(setup.model, 3))
+        shardings = state_shardings(boxed, jax.eval_shape(setup.state), device_mesh)
+        state = jax.jit(setup.state, out_shardings=shardings)()
+        placed = Batch(*(jax.device_put(x, batch_sharding(device_mesh, 1)) for x in batch))
+        step = jax.jit(setup.step, out_shardings=(shardings, None))
+        state, metrics = step(state, placed)
+    assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    assert float(metrics.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-4)
+    kernel = state.params["block_0"]["feed_forward"]["up"]["kernel"]
+    shard = kernel.sharding.shard_shape(kernel.shape)
+    assert shard == (60 // mesh[1], 78 // mesh[2])
+
+
+def test_init_is_plain_arrays_in_fp32(small_config):
+    setup = Setup(small_config)
+    state = setup.state()
+    for leaf in jax.tree.leaves(state.params):
+        assert isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32
+    boxed = init_params(setup.model, 3)
+    assert any(
+        isinstance(x, nn.LogicallyPartitioned)
+        for x in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    )
+    assert_trees_equal(nn.meta.unbox(boxed), state.params)

@@ -1,0 +1,241 @@
+"""The loop: exactly N updates, everything when it is due, and going on where it stopped."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sheepop_jax.config import MeshConfig
+from sheepop_jax.data.batches import TrainBatches
+from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.partitioning import make_mesh
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints
+from sheepop_jax.training.metrics import read_metrics
+from sheepop_jax.training.stop import StopRequested, StopSignal
+from sheepop_jax.training.throughput import Throughput, flops_per_token
+from sheepop_jax.training.trainer import Job, TrainingDiverged, fit
+
+VOCAB = 101
+
+
+@pytest.fixture
+def make_job(make_config, tmp_path):
+    """`make_job(num_steps=…, …)`: a run of a tiny model on random tokens."""
+
+    def make(num_steps=7, evaluate=None, overrides=None, directory=tmp_path):
+        settings = {
+            "train.log_every": 1,
+            "train.eval_every": 3,
+            "checkpoint.save_every": 2,
+            "train.num_steps": num_steps,
+        }
+        config = make_config({**settings, **(overrides or {})})
+        tokens = np.random.default_rng(0).integers(0, VOCAB, 500, dtype=np.int32)
+        batches = TrainBatches(
+            TokenStream.from_array(tokens, 1, 1),
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+            accum=config.train.grad_accum_steps,
+            batch_size=config.train.batch_size,
+        )
+        figures = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+        return Job(
+            config=config,
+            directory=directory,
+            model=Transformer(config.model, VOCAB),
+            mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
+            batches=batches,
+            num_steps=num_steps,
+            evaluate=evaluate or (lambda params: {"val_loss": 3.0, **figures}),
+            sample=lambda params: "text",
+            peak_flops=0.0,
+        )
+
+    return make
+
+
+def training_lines(directory):
+    return [line for line in read_metrics(directory) if "loss" in line]
+
+
+def arrays_of(job):
+    """All arrays of the newest checkpoint of a finished run."""
+    checkpoints = Checkpoints(job.directory / "checkpoints")
+    root = job.directory / "checkpoints" / f"{checkpoints.steps()[-1]:08d}"
+    import orbax.checkpoint as ocp
+
+    restored = [ocp.StandardCheckpointer().restore(root / name) for name in ("params", "optimizer")]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job):
+    job = make_job(num_steps=7)
+    fit(job, StopSignal())
+    lines = read_metrics(job.directory)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6, 7]
+    checkpoints = Checkpoints(job.directory / "checkpoints")
+    assert checkpoints.steps() == [3, 6, 7]  # the best (the first of equals) and the latest two
+    assert (job.directory / "training_curve.png").exists()
+
+
+def test_lines_have_what_the_contract_names(make_job):
+    job = make_job(num_steps=3)
+    fit(job, StopSignal())
+    train, held_out = read_metrics(job.directory)[-2:]
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(train)
+    names = {"val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy", "train_seconds"}
+    assert names <= set(held_out)
+
+
+@pytest.mark.parametrize("first", [2, 3])
+def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
+    whole = make_job(num_steps=5, directory=tmp_path / "whole")
+    parts = make_job(num_steps=5, directory=tmp_path / "parts")
+    for job in (whole, parts):
+        job.directory.mkdir()
+    fit(whole, StopSignal())
+    stop, evaluations = StopSignal(), []
+
+    class StopAt:
+        """Asks to stop once the loop has done `first` steps."""
+
+        def __init__(self):
+            self.looked = 0
+
+        def check(self):
+            self.looked += 1
+            if self.looked == first + 1:
+                raise StopRequested("test")
+
+    with pytest.raises(StopRequested):
+        fit(parts, StopAt())  # type: ignore[arg-type]
+    assert Checkpoints(parts.directory / "checkpoints").steps()[-1] == first
+    fit(parts, stop)
+    del evaluations
+    for a, b in zip(training_lines(whole.directory), training_lines(parts.directory), strict=True):
+        assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
+    for a, b in zip(arrays_of(whole), arrays_of(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_is_left_alone(make_job):
+    job = make_job(num_steps=3)
+    expected = fit(job, StopSignal())
+    before = read_metrics(job.directory)
+    assert fit(job, StopSignal()) == expected != {}
+    assert read_metrics(job.directory) == before
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_own_steps(make_job, caplog):
+    job = make_job(num_steps=4)
+    fit(job, StopSignal())
+    newest = job.directory / "checkpoints" / "00000004"
+    (newest / MANIFEST).write_text("{}")
+    fit(job, StopSignal())
+    assert "damaged" in caplog.text
+    assert Checkpoints(job.directory / "checkpoints").steps()[-1] == 4
+    assert [line["step"] for line in training_lines(job.directory)] == [1, 2, 3, 4]
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(make_job):
+    job = make_job(num_steps=2)
+    fit(job, StopSignal())
+    (job.directory / "checkpoints" / "00000002" / MANIFEST).unlink()
+    with pytest.raises(InputError, match="only damaged checkpoints"):
+        fit(job, StopSignal())
+
+
+def test_the_best_by_validation_loss_is_kept(make_job):
+    losses = iter([2.0, 1.0, 3.0, 4.0])
+
+    def evaluate(params):
+        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+        return {"val_loss": next(losses), **rest}
+
+    overrides = {"train.eval_every": 2, "checkpoint.save_every": 0, "checkpoint.keep": 1}
+    job = make_job(num_steps=7, evaluate=evaluate, overrides=overrides)
+    fit(job, StopSignal())
+    checkpoints = Checkpoints(job.directory / "checkpoints")
+    assert (checkpoints.best(), checkpoints.steps()) == (4, [4, 7])
+
+
+def test_a_stop_during_evaluation_saves_the_step(make_job):
+    def evaluate(params):
+        raise StopRequested("SIGTERM")
+
+    job = make_job(num_steps=7, evaluate=evaluate)
+    with pytest.raises(StopRequested):
+        fit(job, StopSignal())
+    assert Checkpoints(job.directory / "checkpoints").steps() == [2, 3]
+
+
+def test_non_finite_updates_in_a_row_end_the_run(make_job, monkeypatch):
+    job = make_job(num_steps=9, overrides={"train.max_skipped_steps": 3, "train.eval_every": 0})
+    whole = TrainBatches.batch_at
+
+    def poisoned(self, step):
+        batch = whole(self, step)
+        return batch._replace(weights=batch.weights * np.float32(np.inf if step > 1 else 1))
+
+    monkeypatch.setattr(TrainBatches, "batch_at", poisoned)
+    with pytest.raises(TrainingDiverged, match="3 updates in a row .* at step 5"):
+        fit(job, StopSignal())
+    skipped = [line["step"] for line in training_lines(job.directory) if line["skipped"]]
+    assert skipped == [3, 4]
+
+
+def test_nothing_compiles_after_the_first_steps(make_job):
+    job = make_job(num_steps=9)
+    compiled = []
+
+    def evaluate(params):
+        compiled.append(len(events))
+        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+        return {"val_loss": 1.0, **rest}
+
+    events: list[str] = []
+
+    def listen(event, duration, **labels):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        fit(dataclasses.replace(job, evaluate=evaluate), StopSignal())
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled[0] > 0  # the listener hears compilations
+    assert compiled[1] == compiled[2]  # from step 6, after the first evaluation and save, none
+
+
+def test_flops_of_a_token_by_hand(make_config):
+    config = make_config({"model.num_kv_heads": 6})
+    model = Transformer(config.model, VOCAB)
+    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    d, f, layers, time = 60, 79, 2, 13
+    weights = 128 * d + layers * (4 * d * d + 2 * d * f + 4 * d) + 2 * d
+    assert flops_per_token(params, config) == 6 * weights + 12 * layers * time * d
+
+
+def test_the_clock_stands_still_when_stopped(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Throughput(4, 10.0, tokens_per_step=6, flops=2.0, peak=100.0)
+    clock.start()
+    now[0] += 3
+    clock.stop()
+    now[0] += 50
+    clock.start()
+    now[0] += 1
+    assert clock.seconds == 14.0
+    assert clock.seconds_per_step(8) == 1.0
+    values = clock.interval(8)
+    assert values["tokens_per_second"] == 6.0
+    assert values["flops_per_second"] == 12.0
+    assert values["peak_share"] == 0.12
+    assert json.dumps(values)
