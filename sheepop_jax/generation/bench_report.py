@@ -1,0 +1,76 @@
+"""The inference benchmark's rows as a table, a JSON file and a plot."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.generation.bench import MEMORY, Row
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; the speed-up is over the same case without the cache."""
+    slow = {(r.prompt_length, r.batch_size): r.tokens_per_second for r in rows if not r.cached}
+    lines = [
+        "| prompt | batch | new | cache | tokens/s | speed-up | first, ms | peak, MiB | agree |",
+        "|--:|--:|--:|:--|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        ratio = r.tokens_per_second / slow[r.prompt_length, r.batch_size]
+        lines.append(
+            f"| {r.prompt_length} | {r.batch_size} | {r.new_tokens} "
+            f"| {'yes' if r.cached else 'no'} | {r.tokens_per_second:.1f} | {ratio:.2f} "
+            f"| {1e3 * r.first_token_seconds:.1f} | {r.peak_bytes / 2**20:.1f} "
+            f"| {r.agreement:.1%} |"
+        )
+    return "\n".join([*lines, "", MEMORY])
+
+
+def write_results(rows: Sequence[Row], directory: Path, about: dict[str, Any]) -> list[Path]:
+    """Writes `inference.json` and `inference.png`; returns their paths.
+
+    Args:
+        rows: from `benchmark`.
+        directory: made if it is not there.
+        about: what was measured on what, for the JSON (run, step, device, dtype, versions).
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    data, plot = directory / "inference.json", directory / "inference.png"
+    content = {**about, "memory": MEMORY, "rows": [dataclasses.asdict(row) for row in rows]}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _plot(rows, plot)
+    except OSError as error:
+        rule = "a directory that can be written"
+        raise InputError("--out", f"{directory} ({error.strerror})", rule) from None
+    return [data, plot]
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = (
+        ("tokens / s", lambda row: row.tokens_per_second),
+        ("time to first token, ms", lambda row: 1e3 * row.first_token_seconds),
+        ("peak memory, MiB", lambda row: row.peak_bytes / 2**20),
+    )
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for i, size in enumerate(sorted({row.batch_size for row in rows})):
+            for cached, line in ((True, "o-"), (False, "s--")):
+                chosen = [r for r in rows if r.batch_size == size and r.cached == cached]
+                chosen.sort(key=lambda row: row.prompt_length)
+                name = f"batch {size}, {'with' if cached else 'without'} cache"
+                lengths, values = [r.prompt_length for r in chosen], [value(r) for r in chosen]
+                axes.plot(lengths, values, line, color=f"C{i}", label=name)
+        axes.set(xlabel="prompt length, tokens", ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)

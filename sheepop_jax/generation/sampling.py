@@ -1,0 +1,121 @@
+"""Logits → token: temperature, then top-k, then top-p of what is left, then one draw.
+
+Alphabet: B batch, V vocabulary (padded rows at -inf). Milliseconds below: one row, V = 50304, one
+process on 2 CPU cores, jax 0.12; 8 rows cost about 8 times as much.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sheepop_jax.generation.request import Kind
+
+
+def sample(
+    keys_B: jax.Array,
+    logits_BV: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    *,
+    kind: Kind,
+) -> jax.Array:
+    """Draws one token a row.
+
+    Args:
+        keys_B: a key for each row; unused when greedy.
+        logits_BV: fp32, -inf where a token must not be chosen.
+        temperature: fp32 scalar above 0; unused when greedy.
+        top_k: int32 scalar; used when `kind.top_k`.
+        top_p: fp32 scalar; used when `kind.top_p`.
+        kind: which of these apply; the values themselves are traced, so that changing one compiles
+            nothing.
+
+    Returns:
+        int32 [B]. A row whose logits are not numbers gets V, which no token has.
+
+    Source: drawing is the Gumbel-max trick: argmax(logits + G), G = -log(-log U), is distributed as
+    softmax(logits) (Maddison et al. 2014, "A* sampling", section 2).
+    """
+    if kind.greedy:
+        return most_probable(logits_BV)
+    logits_BV = logits_BV / temperature
+    if kind.top_k:
+        logits_BV = keep_top_k(logits_BV, top_k)
+    if kind.top_p:
+        logits_BV = keep_top_p(logits_BV, top_p)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+    return most_probable(logits_BV + noise_BV)
+
+
+def most_probable(logits_BV: jax.Array) -> jax.Array:
+    """The first token of the highest logit: int32 [B]; V where there is none (NaN).
+
+    A maximum and a minimum take 0.06 ms on CPU, `jnp.argmax` 0.25 ms.
+    """
+    vocab_size = logits_BV.shape[-1]
+    tokens_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(best_BV, tokens_BV, vocab_size), axis=-1)
+
+
+def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
+    """The k highest logits of each row, the others at -inf; equal ones count in order of token.
+
+    `k` is int32 and traced; 0 keeps all. By bisection 0.25 ms on CPU; `lax.top_k` with a static k
+    takes 0.06 ms but compiles anew for each k, and sorting takes 7.8 ms.
+    """
+    k = jnp.asarray(k, jnp.int32)
+    ones_BV = jnp.ones(logits_BV.shape, jnp.int32)
+    target_B = jnp.full(logits_BV.shape[:1], k)
+    return jnp.where((k == 0) | _best(logits_BV, ones_BV, target_B), logits_BV, -jnp.inf)
+
+
+def keep_top_p(logits_BV: jax.Array, p: jax.Array | float) -> jax.Array:
+    """The fewest highest logits whose probability reaches p; the others at -inf.
+
+    At least one token is kept; equal ones count in order of token. `p` is fp32 and traced; 1 keeps
+    all. 0.3 ms on CPU.
+
+    Source: Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1.
+    """
+    p = jnp.asarray(p, jnp.float32)
+    weights_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
+    target_B = jnp.maximum(p * jnp.sum(weights_BV, axis=-1), jnp.finfo(jnp.float32).tiny)
+    return jnp.where((p >= 1) | _best(logits_BV, weights_BV, target_B), logits_BV, -jnp.inf)
+
+
+def _best(logits_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
+    """Boolean [B, V]: the fewest highest logits whose weights add up to the target, or all.
+
+    The threshold is found bit by bit, from the highest: 32 masked sums. `weights_BV` and `target_B`
+    are above 0 and of one dtype, int32 or fp32.
+    """
+    rank_BV = _rank(logits_BV)
+
+    def weigh(chosen_BV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen_BV, weights_BV, 0), axis=-1)
+
+    def next_bit(i: jax.Array, threshold_B: jax.Array) -> jax.Array:
+        raised_B = threshold_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(weigh(rank_BV >= raised_B[:, None]) >= target_B, raised_B, threshold_B)
+
+    threshold_B = jax.lax.fori_loop(0, 32, next_bit, jnp.zeros(target_B.shape, jnp.uint32))
+    above_BV = rank_BV > threshold_B[:, None]
+    tied_BV = rank_BV == threshold_B[:, None]
+
+    def first_of_tied() -> jax.Array:
+        """Those of the tied that come before the target is reached."""
+        tied_weights_BV = jnp.where(tied_BV, weights_BV, 0)
+        before_BV = jnp.cumsum(tied_weights_BV, axis=-1) - tied_weights_BV
+        return tied_BV & (weigh(above_BV)[:, None] + before_BV < target_B[:, None])
+
+    # Rare, and as dear as the threshold.
+    several = jnp.any(jnp.sum(tied_BV, axis=-1) > 1)
+    return above_BV | jax.lax.cond(several, first_of_tied, lambda: tied_BV)
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    """fp32 → uint32 of the same order: IEEE bits, with negative numbers' turned round."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 equals 0
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -1,0 +1,100 @@
+"""The inference benchmark: what it counts, what it refuses, what it writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.generation import bench, bench_report
+from sheepop_jax.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def model_and_params(
+    make_config: Callable[..., Any], random_params: Callable[..., Any]
+) -> tuple[Transformer, Any]:
+    model = Transformer(make_config().model, 307)
+    return model, random_params(model)
+
+
+@pytest.fixture(scope="module")
+def rows(model_and_params: tuple[Transformer, Any]) -> list[bench.Row]:
+    return bench.benchmark(
+        *model_and_params, prompt_lengths=[3, 11], batch_sizes=[1, 2], new_tokens=5, repeats=2
+    )
+
+
+def test_rows(model_and_params: tuple[Transformer, Any], rows: list[bench.Row]) -> None:
+    """Every case with the cache and without; both write the same tokens, and as many."""
+    cases = [(row.prompt_length, row.batch_size, row.cached) for row in rows]
+    assert cases == [(p, b, c) for p in (3, 11) for b in (1, 2) for c in (True, False)]
+    weights = sum(np.size(leaf) * 4 for leaf in _leaves(model_and_params[1]))
+    for row in rows:
+        assert row.new_tokens == 5
+        assert row.agreement == 1.0
+        assert row.tokens_per_second * row.seconds == pytest.approx(5 * row.batch_size)
+        assert row.first_token_seconds > 0
+        assert weights < row.peak_bytes < 10 * weights
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [x for v in tree.values() for x in _leaves(v)] if isinstance(tree, dict) else [tree]
+
+
+def test_tokens_of_the_slow_way_are_greedy(model_and_params: tuple[Transformer, Any]) -> None:
+    """Against a loop of full forward passes: agreement alone could be of two wrong texts."""
+    model, params = model_and_params
+    prompts = np.array([[3, 5, 7], [11, 13, 17]], np.int32)
+    program = bench._uncached(model, params, prompts, 4)
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[0])
+    tokens = np.pad(prompts, ((0, 0), (0, 4)))
+    for slot in range(3, 7):
+        logits = np.asarray(forward(tokens))[:, slot - 1] @ np.asarray(params["embedding"]).T
+        tokens[:, slot] = logits[:, :307].argmax(-1)
+    assert np.asarray(program.write(False)).tolist() == tokens[:, 3:].tolist()
+    first = np.asarray(program.write(True))
+    assert first[:, 0].tolist() == tokens[:, 3].tolist() and not first[:, 1:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_lengths": [0]}, "--prompt_lengths"),
+        ({"batch_sizes": []}, "--batch_sizes"),
+        ({"new_tokens": 0}, "--new_tokens"),
+        ({"repeats": 0}, "--repeats"),
+        ({"prompt_lengths": [3, 27]}, "--max_new_tokens: got 5; expected at most 2"),
+    ],
+)
+def test_bad_settings(
+    model_and_params: tuple[Transformer, Any], change: dict[str, Any], message: str
+) -> None:
+    """Refused before anything is compiled."""
+    settings = {"prompt_lengths": [3], "batch_sizes": [1], "new_tokens": 5, "repeats": 1}
+    with pytest.raises(InputError, match=message):
+        bench.benchmark(*model_and_params, **{**settings, **change})
+
+
+def test_report(rows: list[bench.Row], tmp_path: Path) -> None:
+    table = bench_report.format_table(rows)
+    lines = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(rows)
+    assert len({len(line) for line in lines}) == 1
+    ratio = rows[0].tokens_per_second / rows[1].tokens_per_second
+    assert float(lines[2][6]) == pytest.approx(ratio, abs=0.006)
+    assert float(lines[3][6]) == 1
+
+    data, plot = bench_report.write_results(rows, tmp_path / "made" / "bench", {"run": "x"})
+    content = json.loads(data.read_text())
+    assert content["run"] == "x" and content["memory"]
+    assert [bench.Row(**row) for row in content["rows"]] == rows
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out"):
+        bench_report.write_results(rows, tmp_path / "file" / "bench", {})

@@ -1,0 +1,229 @@
+"""Sampling against brute force in numpy float64, and against the distribution it stands for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.generation.request import SamplingConfig
+from sheepop_jax.generation.sampling import keep_top_k, keep_top_p, most_probable, sample
+
+ROWS, VOCAB = 7, 113
+
+top_k, top_p, best = map(jax.jit, (keep_top_k, keep_top_p, most_probable))
+draw_jit = jax.jit(sample, static_argnames="kind")
+
+
+def random_logits(seed: int, *, ties: bool = False) -> np.ndarray:
+    """fp32 [ROWS, VOCAB] with padding at -inf; with ties, few distinct values and both zeros."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(scale=3, size=(ROWS, VOCAB)).astype(np.float32)
+    if ties:
+        logits = np.round(logits / 2) * 2
+        logits[logits == 0] *= generator.choice([-1, 1], size=(logits == 0).sum())
+    logits[:, -5:] = -np.inf
+    return logits
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """softmax in float64."""
+    weights = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def by_rank(row: np.ndarray) -> list[int]:
+    """Tokens by falling logit, equal ones in order of token."""
+    return sorted(range(len(row)), key=lambda token: (-row[token], token))
+
+
+def brute_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    kept = np.full_like(logits, -np.inf)
+    for row, out in zip(logits, kept, strict=True):
+        for token in by_rank(row)[:k]:
+            out[token] = row[token]
+    return kept
+
+
+def brute_top_p(logits: np.ndarray, p: float) -> np.ndarray:
+    kept = np.full_like(logits, -np.inf)
+    for row, probability, out in zip(logits, probabilities(logits), kept, strict=True):
+        total = 0.0
+        for token in by_rank(row):
+            out[token] = row[token]
+            total += probability[token]
+            if total >= p:
+                break
+    return kept
+
+
+def keys(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def draw(logits: np.ndarray, config: SamplingConfig, row_keys: jax.Array) -> np.ndarray:
+    """`sample` by a configuration, [B]."""
+    scalars = (
+        np.float32(config.fp32_temperature),
+        np.int32(min(config.top_k, 2**31 - 1)),
+        np.float32(config.top_p),
+    )
+    return np.asarray(draw_jit(row_keys, logits, *scalars, kind=config.kind))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 17, VOCAB - 5, VOCAB, 10 * VOCAB])
+def test_top_k_is_brute_force(k: int, ties: bool) -> None:
+    for seed in range(5):
+        logits = random_logits(seed, ties=ties)
+        np.testing.assert_array_equal(top_k(logits, k), brute_top_k(logits, k))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.83, 0.999])
+def test_top_p_is_brute_force(p: float, ties: bool) -> None:
+    for seed in range(5):
+        logits = random_logits(seed, ties=ties)
+        np.testing.assert_array_equal(top_p(logits, p), brute_top_p(logits, p))
+
+
+def test_top_p_of_known_probabilities() -> None:
+    """Written out: 0.5, 0.25, 0.125, 0.125; a set that reaches p exactly is enough."""
+    logits = np.log2(np.array([[0.125, 0.5, 0.125, 0.25]], np.float32)) * np.float32(np.log(2))
+    for p, kept in [(0.3, [1]), (0.49, [1]), (0.51, [1, 3]), (0.8, [0, 1, 3]), (0.9, [0, 1, 2, 3])]:
+        assert np.flatnonzero(np.isfinite(top_p(logits, p))[0]).tolist() == kept
+    equal = np.zeros((1, 8), np.float32)
+    assert np.flatnonzero(np.isfinite(top_p(equal, 0.5))[0]).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("p", [1e-45, 1e-38, 1e-30])
+def test_tiny_p_keeps_one(p: float) -> None:
+    logits = random_logits(0)
+    kept = np.isfinite(top_p(logits, p))
+    assert (kept.sum(-1) == 1).all()
+    np.testing.assert_array_equal(kept.argmax(-1), logits.argmax(-1))
+
+
+def test_off_keeps_all() -> None:
+    """A tail too small for an fp32 sum to notice included."""
+    logits = np.concatenate([random_logits(0), np.full((ROWS, 1), -60, np.float32)], 1)
+    np.testing.assert_array_equal(top_k(logits, 0), logits)
+    np.testing.assert_array_equal(top_p(logits, 1.0), logits)
+
+
+def test_most_probable_is_argmax() -> None:
+    """The first of equals, as numpy has it; a row that is not numbers gets a token out of range."""
+    for seed in range(5):
+        logits = random_logits(seed, ties=True)
+        np.testing.assert_array_equal(best(logits), logits.argmax(-1))
+    assert best(jnp.full((1, VOCAB), jnp.nan))[0] == VOCAB
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-31, 1e-25])
+def test_coldest_is_greedy(temperature: float) -> None:
+    logits = random_logits(1)
+    tokens = draw(logits, SamplingConfig(temperature), keys(ROWS))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_top_1_is_greedy_with_ties() -> None:
+    logits = random_logits(2, ties=True)
+    tokens = draw(logits, SamplingConfig(1.3, top_k=1), keys(ROWS))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1e4, 1e300])
+def test_padding_is_never_chosen(temperature: float) -> None:
+    """Not even at a temperature that makes all else equal."""
+    logits = np.repeat(random_logits(3)[:1], 5000, 0)
+    logits[:, 20:] = -np.inf
+    tokens = draw(logits, SamplingConfig(temperature), keys(5000))
+    assert tokens.max() < 20
+
+
+def expected_distribution(row: np.ndarray, config: SamplingConfig) -> np.ndarray:
+    """float64: temperature first, then top-k, then top-p of what is left."""
+    logits = row[None].astype(np.float64) / config.temperature
+    if config.top_k:
+        logits = brute_top_k(logits, config.top_k)
+    if config.top_p < 1:
+        logits = brute_top_p(logits, config.top_p)
+    return probabilities(logits)[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(1.0),
+        SamplingConfig(0.6),
+        SamplingConfig(2.0, top_k=11),
+        SamplingConfig(2.5, top_p=0.7),
+        SamplingConfig(2.5, top_k=9, top_p=0.6),
+    ],
+)
+def test_frequencies(config: SamplingConfig) -> None:
+    """Chi-square of 60,000 draws; the order of the filters shows in the last case."""
+    count, row = 60_000, random_logits(4)[0]
+    tokens = draw(np.repeat(row[None], count, 0), config, keys(count, seed=5))
+    expected = expected_distribution(row, config) * count
+    observed = np.bincount(tokens, minlength=VOCAB)
+    assert observed[expected == 0].sum() == 0
+    common = expected >= 5
+    seen = np.append(observed[common], observed[~common].sum())
+    hoped = np.append(expected[common], expected[~common].sum())
+    seen, hoped = seen[hoped > 0], hoped[hoped > 0]
+    assert stats.chisquare(seen, hoped * count / hoped.sum()).pvalue > 1e-3
+
+
+def test_order_of_the_filters() -> None:
+    """top_p counts within what top_k left, of the probabilities at this temperature."""
+    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
+    for config, allowed in [
+        (SamplingConfig(1.0, top_p=0.65), {0, 1}),
+        (SamplingConfig(1.0, top_k=2, top_p=0.55), {0}),  # 0.4 of 0.7 reaches 0.55
+        (SamplingConfig(0.25, top_p=0.65), {0}),
+    ]:
+        tokens = draw(np.repeat(logits, 300, 0), config, keys(300))
+        assert set(tokens.tolist()) == allowed
+
+
+def test_rows_and_keys_are_their_own() -> None:
+    """A row's token depends on its own key and logits only; another key gives another token."""
+    logits = random_logits(6)
+    config = SamplingConfig(3.0, top_k=50, top_p=0.9)
+    together = draw(logits, config, keys(ROWS))
+    alone = [draw(logits[i : i + 1], config, keys(ROWS)[i : i + 1])[0] for i in range(ROWS)]
+    assert together.tolist() == alone
+    many = draw(np.repeat(logits[:1], 50, 0), config, keys(50))
+    assert len(set(many.tolist())) > 5
+
+
+def test_new_values_compile_nothing(compilations: list[str]) -> None:
+    logits = random_logits(0)
+    for config in (
+        SamplingConfig(1.0, 5, 0.9),
+        SamplingConfig(0.7, 50, 0.5),
+        SamplingConfig(1e20, 2**40, 0.99),
+    ):
+        draw(logits, config, keys(ROWS))
+        if config.top_k == 5:
+            compilations.clear()
+    assert compilations == []
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"top_k": -1}, "--top_k"),
+        ({"top_p": 0.0}, "--top_p"),
+        ({"top_p": 1.01}, "--top_p"),
+        ({"top_p": float("nan")}, "--top_p"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(values: dict[str, float], flag: str) -> None:
+    with pytest.raises(InputError, match=flag):
+        SamplingConfig(**values)  # type: ignore[arg-type]
