@@ -1,0 +1,250 @@
+"""Write text with a trained run: flags → prompts → one call into the library → stdout."""
+
+import argparse
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.generation.request import (
+    DEFAULT_MAX_NEW_TOKENS,
+    SamplingConfig,
+    resolve_context,
+    truncate_left,
+)
+
+log = logging.getLogger("sample")
+
+EPILOG = """\
+examples:
+  python sample.py --ckpt runs/quickstart --prompt "def main"
+  python sample.py --ckpt runs/quickstart --prompt "import" --prompt "class" --num_samples 3
+  python sample.py --ckpt runs/base --prompt_file story.txt --temperature 0        # greedy
+  python sample.py --ckpt runs/base --top_k 50 --top_p 0.95 --seed 7 --json | jq -r .completion
+  echo -n "Once" | python sample.py --ckpt runs/base --prompt_file -
+
+The text goes to stdout, everything else to stderr. The same flags give the same text: a sample
+depends on its prompt, its number and the seed, not on what else is sampled along with it.
+A prompt that begins with a dash is written --prompt=-x. Without a prompt, a new document begins.
+
+exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; try --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, each on its own still unchecked."""
+    parser = _Parser(
+        prog="sample.py",
+        description="Continue prompts with a trained model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="RUN", help="a run directory, as train.py leaves it")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    add("--prompt_file", metavar="FILE", help="a prompt that is a whole file; - for stdin")
+    add(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help=f"default: what the context still holds, {DEFAULT_MAX_NEW_TOKENS} at most",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0 takes the most probable token, 1 draws as the model says (default 0.8)",
+    )
+    add("--top_k", type=int, default=0, metavar="K", help="draw from the K best (default 0: off)")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the fewest best that reach probability P, after top_k (default 1: off)",
+    )
+    add("--num_samples", type=int, default=1, metavar="N", help="for each prompt (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--step", default="latest", help="checkpoint: latest (default), best or a number")
+    add("--json", action="store_true", help="one object a line for each sample")
+    add("--context", type=int, metavar="N", help="default: model.max_seq_len of the run")
+    add("--truncate", choices=("left",), help="drop the beginning of a prompt that does not fit")
+    add("--platform", choices=("auto", "cpu", "cuda", "tpu"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--debug", action="store_true", help="show tracebacks and debug logs")
+    return parser.parse_args(argv)
+
+
+def check(flags: argparse.Namespace) -> SamplingConfig:
+    """Refuses what no run could make right; imports no jax.
+
+    Raises:
+        InputError: names the flag.
+    """
+    sampling = SamplingConfig(flags.temperature, flags.top_k, flags.top_p)
+    if flags.max_new_tokens is not None and flags.max_new_tokens < 0:
+        raise InputError("--max_new_tokens", flags.max_new_tokens, "at least 0")
+    if flags.num_samples < 1:
+        raise InputError("--num_samples", flags.num_samples, "at least 1")
+    if not 0 <= flags.seed < 2**32:
+        raise InputError("--seed", flags.seed, "a whole number in [0, 2**32)")
+    if flags.context is not None and flags.context < 2:
+        raise InputError("--context", flags.context, "at least 2 (one token of prompt, one new)")
+    if flags.step not in ("latest", "best"):
+        if not (flags.step.isascii() and flags.step.isdigit()):
+            raise InputError("--step", flags.step, "latest, best or a number")
+        flags.step = int(flags.step)
+    return sampling
+
+
+def read_prompts(flags: argparse.Namespace) -> list[str]:
+    """The prompts, `--prompt_file` last; one empty prompt when there is none.
+
+    Raises:
+        InputError: the file cannot be read, or text is not UTF-8.
+    """
+    prompts = list(flags.prompt)
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("--prompt", prompt, f"UTF-8 (character {error.start})") from None
+    if flags.prompt_file is not None:
+        try:
+            file = flags.prompt_file
+            raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            prompts.append(raw.decode("utf-8"))
+        except OSError as error:
+            got = f"{flags.prompt_file} ({error.strerror})"
+            raise InputError("--prompt_file", got, "a file that can be read") from None
+        except UnicodeDecodeError as error:
+            got = f"{flags.prompt_file}, invalid at byte {error.start}"
+            raise InputError("--prompt_file", got, "UTF-8 text") from None
+    return prompts or [""]
+
+
+def sample(flags: argparse.Namespace) -> None:
+    """Everything from the flags to the text on stdout.
+
+    Raises:
+        InputError: a flag, a prompt or the run is wrong.
+    """
+    sampling, texts = check(flags), read_prompts(flags)
+
+    from sheepop_jax import runtime
+
+    machine = runtime.prepare(flags.platform)
+
+    from sheepop_jax.generation.decode import generate
+    from sheepop_jax.run import open_run
+
+    run = open_run(flags.ckpt)
+    tokenizer, trained = run.tokenizer, run.config.model.max_seq_len
+    context = resolve_context(run.config.model, flags.context)
+    if context > trained:
+        log.warning("context of %d tokens; the model was trained on %d at most", context, trained)
+    if sampling.top_k > tokenizer.vocab_size:
+        log.warning(
+            "--top_k %d is above the vocabulary: %d it is", sampling.top_k, tokenizer.vocab_size
+        )
+    prompts = []
+    for text in texts:
+        tokenizer.check(text, "--prompt")
+        ids = tokenizer.encode(text)
+        kept = ids
+        if flags.truncate == "left":
+            kept = truncate_left(ids, flags.max_new_tokens, context)
+        if len(kept) < len(ids):
+            log.warning("dropped the first %d of %d tokens", len(ids) - len(kept), len(ids))
+        prompts.append(kept)
+    params, step = run.params(flags.step)
+    log.info("step %d of %s", step, run.directory)
+    completions = generate(
+        run.model(machine.compute_dtype(flags.dtype)),
+        params,
+        prompts,
+        sampling=sampling,
+        end_of_text=tokenizer.end_of_text,
+        max_new_tokens=flags.max_new_tokens,
+        num_samples=flags.num_samples,
+        seed=flags.seed,
+        context=context,
+    )
+    several = len(completions) > 1
+    for i, completion in enumerate(completions):
+        prompt, text = texts[i // flags.num_samples], tokenizer.decode(completion.tokens)
+        if flags.json:
+            record = {
+                "prompt": prompt,
+                "completion": text,
+                "tokens": completion.tokens,
+                "stop_reason": completion.stop_reason,
+            }
+            print(json.dumps(record, ensure_ascii=False))
+            continue
+        if several:
+            which = f"sample {i % flags.num_samples + 1} of {flags.num_samples}"
+            if len(texts) > 1:
+                which = f"prompt {i // flags.num_samples + 1} of {len(texts)}, {which}"
+            print(f"--- {which} ---")
+        print(prompt + text)
+    sys.stdout.flush()
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program; returns its exit code."""
+    flags = parse(argv)
+    level = logging.DEBUG if flags.debug else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for noisy in ("jax", "absl", "orbax", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+    try:
+        sample(flags)
+    except InputError as error:
+        if flags.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # nobody reads on: what the interpreter still flushes goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def leave_on_interrupt() -> None:
+    """Makes Ctrl-C end the program at once with 130, also while XLA compiles or decodes.
+
+    A Python signal handler waits until compiled code returns; a thread on the wake-up descriptor
+    does not. There is nothing to save.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+
+    def wait() -> None:
+        while os.read(read_end, 1) != bytes([signal.SIGINT]):
+            pass
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    leave_on_interrupt()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Training a run from a configuration: the rooms wired together, in the order data passes them."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sheepop_jax.config import Config
+from sheepop_jax.data.batches import TrainBatches, steps_per_epoch
+from sheepop_jax.data.shards import prepare
+from sheepop_jax.evaluation import evaluate_stream
+from sheepop_jax.generation.decode import generate
+from sheepop_jax.generation.request import SamplingConfig
+from sheepop_jax.model.attention import choose_implementation
+from sheepop_jax.model.partitioning import batch_sharding, check_mesh, make_mesh
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.run import Run, WorkdirLock, create_run
+from sheepop_jax.runtime import Runtime
+from sheepop_jax.training.stop import StopSignal
+from sheepop_jax.training.trainer import Job, fit
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config, workdir: str | Path, machine: Runtime, stop: StopSignal | None = None
+) -> dict[str, float]:
+    """Trains a run in `workdir`, or goes on with the one that is there.
+
+    Args:
+        config: all of it.
+        workdir: created if missing.
+        machine: from `runtime.prepare`.
+        stop: looked at between steps; without one nothing stops the run.
+
+    Returns:
+        The held-out figures after the last step: `val_loss`, `val_perplexity`,
+        `val_bits_per_byte`, `val_accuracy`.
+
+    Raises:
+        InputError: the configuration does not fit the machine, the data or the run in `workdir`.
+        StopRequested: a signal came, and what was done is saved.
+    """
+    stop = StopSignal() if stop is None else stop
+    directory = Path(workdir)
+    mesh = make_mesh(config.mesh, jax.devices())
+    check_mesh(config, mesh)
+    first = jax.process_index() == 0
+    with WorkdirLock(directory):
+        data = prepare(config.data)
+        stop.check()
+        run = create_run(directory, config, data)
+        dtype = machine.compute_dtype(config.train.dtype)
+        implementation = choose_implementation(
+            machine.platform, dtype, config.model.head_dim, config.model.attention_dropout
+        )
+        model = Transformer(config.model, data.tokenizer.vocab_size, dtype, implementation)
+        num_steps = config.train.num_steps or config.train.num_epochs * steps_per_epoch(
+            len(data.train), config.data.seq_len, config.train.sequences_per_update
+        )
+        if config.optimizer.warmup_steps >= num_steps:
+            log.warning(
+                "optimizer.warmup_steps = %d: the warmup is longer than the run of %d updates",
+                config.optimizer.warmup_steps,
+                num_steps,
+            )
+        log.info("activations in %s, attention by %s", dtype.name, implementation)
+
+        def figures(params: Any) -> dict[str, float]:
+            found = evaluate_stream(
+                model,
+                params,
+                data.validation,
+                seq_len=config.data.seq_len,
+                batch_size=config.train.batch_size,
+                max_batches=config.train.eval_batches,
+                put=lambda array: jax.make_array_from_process_local_data(
+                    batch_sharding(mesh, leading=0), array
+                ),
+                check=stop.check,
+            ).to_dict()
+            names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+            return {f"val_{name}": found[name] for name in names}
+
+        batches = TrainBatches(
+            data.train,
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+            accum=config.train.grad_accum_steps,
+            batch_size=config.train.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        job = Job(
+            config=config,
+            directory=directory,
+            model=model,
+            mesh=mesh,
+            batches=batches,
+            num_steps=num_steps,
+            evaluate=figures,
+            sample=_sampler(run, model) if first and config.train.sample_tokens else None,
+            peak_flops=machine.peak_flops,
+            first_process=first,
+        )
+        return fit(job, stop)
+
+
+def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:
+    train, tokenizer = run.config.train, run.tokenizer
+    prompt = tokenizer.encode(train.sample_prompt)
+
+    def sample(params: Any) -> str:
+        room = run.config.model.max_seq_len - max(len(prompt), 1)
+        [completion] = generate(
+            model,
+            params,
+            [prompt],
+            sampling=SamplingConfig(temperature=0.8, top_k=50),
+            end_of_text=tokenizer.end_of_text,
+            max_new_tokens=min(train.sample_tokens, room),
+            seed=run.config.seed,
+        )
+        return train.sample_prompt + tokenizer.decode(completion.tokens)
+
+    return sample

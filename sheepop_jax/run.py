@@ -1,0 +1,216 @@
+"""The run directory: made or checked before training, opened for sampling and evaluating.
+
+It is self-contained: `config.json`, `tokenizer.json`, `metrics.jsonl`, `training_curve.png`,
+`checkpoints/`. Copied to another machine, it still samples and evaluates.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sheepop_jax.config import Config
+from sheepop_jax.data.shards import PreparedData, prepare
+from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from sheepop_jax.training.step import init_params
+
+log = logging.getLogger(__name__)
+
+# Fields that make a run what it is; a resumed run must not change them. The others may change.
+IDENTITY = ("seed", "model", "data.seq_len", "train.batch_size", "train.grad_accum_steps")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, opened for reading; nothing in it is ever executed.
+
+    Attributes:
+        directory: where it is.
+        config: as resolved when it was trained.
+        tokenizer: the run's own.
+        data_identity: what decided its tokens and their order.
+        gzip_bits_per_byte: of `gzip -9` on the run's held-out bytes.
+    """
+
+    directory: Path
+    config: Config
+    tokenizer: Tokenizer
+    data_identity: dict[str, Any]
+    gzip_bits_per_byte: float
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The saved steps."""
+        return Checkpoints(self.directory / "checkpoints")
+
+    def model(self, dtype: Any = jnp.float32) -> Transformer:
+        """The architecture, with the attention that decodes and evaluates anywhere."""
+        return Transformer(self.config.model, self.tokenizer.vocab_size, dtype)
+
+    def params(self, step: str | int = "latest") -> tuple[Any, int]:
+        """Parameters of "latest", "best" or a number, fp32, on the first device; and the step.
+
+        Raises:
+            InputError: no such checkpoint, or it is damaged.
+        """
+        found = self.checkpoints.resolve(step)
+        target = jax.eval_shape(lambda: nn.meta.unbox(init_params(self.model(), 0)))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(lambda leaf: leaf.update(sharding=here), target)
+        try:
+            return self.checkpoints.restore_params(found, target), found
+        except DamagedCheckpoint as damage:
+            raise InputError(
+                "--step", step, f"a whole checkpoint ({damage})", "another --step"
+            ) from None
+
+    def held_out(self) -> PreparedData:
+        """The data of the run, made again from its source or found in the cache.
+
+        Raises:
+            InputError: the source is not here, or no longer what the run was trained on.
+        """
+        hint = "evaluate --data FILE, on any text file"
+        try:
+            data = prepare(self.config.data)
+        except InputError as error:
+            raise InputError(
+                f"{self.directory}: its held-out text",
+                f"an error ({error})",
+                "the data that the run was trained on",
+                hint,
+            ) from None
+        if data.identity != self.data_identity:
+            changed = _difference(self.data_identity, data.identity)
+            raise InputError(
+                f"{self.directory}: its data", changed, "the same as in training", hint
+            )
+        return data
+
+
+def open_run(path: str | Path) -> Run:
+    """Opens a run directory.
+
+    Raises:
+        InputError: it is not one.
+    """
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        beside = directory if directory.is_dir() else directory.parent
+        runs = (
+            sorted(p.parent.name for p in beside.glob("*/config.json")) if beside.is_dir() else []
+        )
+        hint = f"one of {', '.join(runs)} in {beside}" if runs else "train.py first"
+        raise InputError("--ckpt", str(path), "a run directory (with config.json)", hint)
+    try:
+        saved = json.loads((directory / "config.json").read_text())
+        config = Config.from_dict(saved["config"])
+        identity, gzip_figure = saved["data"], saved["gzip_bits_per_byte"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise InputError(str(directory / "config.json"), got, "a run's configuration") from None
+    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    return Run(directory, config, tokenizer, identity, gzip_figure)
+
+
+def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
+    """Writes a new run's configuration and tokenizer, or compares them with those that are there.
+
+    Raises:
+        InputError: the run in the directory is another one; the message says how it differs.
+    """
+    path = directory / "config.json"
+    if path.exists():
+        run = open_run(directory)
+        old, new = _flatten(run.config.to_dict()), _flatten(config.to_dict())
+        differing = {name for name in new if new[name] != old[name]}
+        fixed = {n for n in differing if n in IDENTITY or n.split(".")[0] in IDENTITY}
+        if data.identity != run.data_identity:
+            changed = _difference(run.data_identity, data.identity)
+            raise InputError(
+                str(directory),
+                f"other data ({changed})",
+                "the data of the run that is there",
+                "another --workdir",
+            )
+        if fixed:
+            changed = ", ".join(f"{n} {old[n]} -> {new[n]}" for n in sorted(fixed))
+            raise InputError(
+                str(directory),
+                changed,
+                "the configuration of the run that is there",
+                "another --workdir",
+            )
+        for name in sorted(differing):
+            log.info("changed since the run began: %s %s -> %s", name, old[name], new[name])
+    else:
+        (directory / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
+    record = {
+        "config": config.to_dict(),
+        "vocab_size": data.tokenizer.vocab_size,
+        "data": data.identity,
+        "gzip_bits_per_byte": data.gzip_bits_per_byte,
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy", "grain")},
+    }
+    pending = path.with_suffix(".pending")
+    pending.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(pending, path)
+    return open_run(directory)
+
+
+class WorkdirLock:
+    """Holds a run directory for this process; the kernel frees the lock of a dead one."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        path = self._directory / "lock"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+        except OSError as error:
+            got = f"{self._directory} ({error.strerror})"
+            raise InputError("--workdir", got, "a directory that can be written") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise InputError(
+                "--workdir", f"{self._directory}, in use by {owner}", "a free one"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"{socket.gethostname()}, pid {os.getpid()}")
+        self._file.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(f"{n} {str(old.get(n))[:12]} -> {str(new.get(n))[:12]}" for n in names)

@@ -1,0 +1,174 @@
+"""What must be settled before JAX starts: platform, XLA flags, compile cache, right numbers.
+
+The one place that knows the platform. `prepare` comes before the first computation; it imports jax
+itself, after the environment is set.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sheepop_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 matrix peak of one device, FLOP/s, by a part of jax's `device_kind`: the makers'
+# figures. The first match counts, so that longer names stand first.
+PEAK_FLOPS = (
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A10G", 70e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("TPU v6", 918e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v4", 275e12),
+    ("TPU v3", 123e12),
+    ("TPU v2", 46e12),
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine as JAX sees it.
+
+    Attributes:
+        platform: "cpu", "cuda" or "tpu".
+        device_kind: the maker's name of a device.
+        device_count: devices over all processes.
+        peak_flops: bf16 peak of all devices together, FLOP/s; 0 where unknown.
+    """
+
+    platform: str
+    device_kind: str
+    device_count: int
+    peak_flops: float
+
+    def compute_dtype(self, name: str) -> Any:
+        """The activations' dtype for `train.dtype`: "auto" is bf16 on GPU and TPU, fp32 on CPU."""
+        import jax.numpy as jnp
+
+        if name == "auto":
+            name = "float32" if self.platform == "cpu" else "bfloat16"
+        return jnp.dtype(name)
+
+
+def prepare(platform: str = "auto") -> Runtime:
+    """Settles platform, flags and caches, starts JAX, and checks that it computes right numbers.
+
+    Args:
+        platform: "auto" takes the best that jax finds; a named one ("cpu", "cuda", "tpu") that is
+            missing is an error, never a silent CPU.
+
+    Raises:
+        InputError: the named platform cannot be used.
+        RuntimeError: this version of jax computes wrong numbers on this machine.
+    """
+    _set_xla_flags()
+    import jax
+
+    if platform != "auto":
+        jax.config.update("jax_platforms", platform)
+    jax.config.update("jax_threefry_partitionable", True)  # random numbers independent of layout
+    if not jax.config.jax_compilation_cache_dir:
+        _use_compile_cache(jax)
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            "train.platform", platform, f"a platform that jax can use here ({reason})", "auto"
+        ) from None
+    found = {"gpu": "cuda"}.get(device.platform, device.platform)
+    if platform == "auto" and found == "cpu" and _nvidia_card():
+        log.warning(
+            "THIS MACHINE HAS AN NVIDIA CARD THAT JAX CANNOT USE: training runs on the CPU. "
+            "Install the GPU set with ./setup.sh --accelerator cuda12."
+        )
+    if found == "cpu":
+        check_numbers()
+    count = jax.device_count()
+    per_device = next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), 0.0)
+    runtime = Runtime(found, device.device_kind, count, per_device * count)
+    log.info("jax %s on %d x %s (%s)", jax.__version__, count, device.device_kind, found)
+    return runtime
+
+
+def cpu_xla_flags(jaxlib: str) -> str:
+    """The XLA flags that a version of jaxlib needs on the CPU; "" where nothing is known.
+
+    jaxlib 0.10 fuses reductions by a library that computes wrong sums: the fusion is turned off.
+    0.12 is right, and fusing matrix products alone makes a training step a quarter faster. A flag
+    that a version does not know would end the process, hence no flag beyond those tried.
+    """
+    major_minor = tuple(int(part) for part in jaxlib.split(".")[:2])
+    match major_minor:
+        case (0, 10):
+            return "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+        case (0, 12):
+            return "--xla_cpu_experimental_ynn_fusion_type=dot"
+    return ""
+
+
+def check_numbers() -> None:
+    """Computes a sum that broken versions of XLA's CPU backend get wrong.
+
+    Raises:
+        RuntimeError: the sum is wrong.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rows = np.linspace(-1, 1, 32769 * 3, dtype=np.float32).reshape(-1, 3)
+    norms = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)
+    off = float(np.abs(np.asarray(norms) - (rows.astype(np.float64) ** 2).sum(-1)).max())
+    if not off < 1e-5:
+        raise RuntimeError(
+            f"jax {jax.__version__} computes wrong numbers on this CPU (a sum of squares is off by "
+            f"{off:.2g}); unset XLA_FLAGS, or install another version of jax"
+        )
+
+
+def cache_directory() -> Path:
+    """The user's cache directory for this program; it need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sheepop_jax"
+
+
+def _set_xla_flags() -> None:
+    ours = cpu_xla_flags(version("jaxlib"))
+    users = os.environ.get("XLA_FLAGS", "")
+    if ours and ours.split("=")[0] not in users:  # the user's own value wins
+        os.environ["XLA_FLAGS"] = f"{users} {ours}".strip()
+
+
+def _use_compile_cache(jax: Any) -> None:
+    directory = cache_directory() / "xla"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("no persistent compile cache: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _nvidia_card() -> bool:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    return subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0

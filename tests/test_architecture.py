@@ -1,0 +1,250 @@
+"""Every file's imports, held against the table of allowed arrows; read with `ast`, never run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "sheepop_jax"
+
+LIBRARY = {"config", "data", "evaluation", "generation", "model", "run", "runtime", "training"}
+
+# For each room: the rooms of our own package that it may import besides `errors`, which all may.
+# A file belongs to the longest room that its dotted name starts with.
+ARROWS: dict[str, set[str]] = {
+    "sheepop_jax": set(),  # the package's own __init__: importing it must stay free
+    "sheepop_jax.errors": set(),
+    "sheepop_jax.config": set(),
+    "sheepop_jax.runtime": set(),
+    "sheepop_jax.data": {"config", "data"},
+    "sheepop_jax.model": {"config", "model"},
+    "sheepop_jax.training": {"config", "data", "model", "training"},
+    "sheepop_jax.generation": {"config", "model", "generation"},
+    "sheepop_jax.evaluation": {"config", "data", "model", "training.loss"},
+    "sheepop_jax.run": {"config", "data", "model", "training"},
+    "sheepop_jax.pipeline": LIBRARY,
+    "sheepop_jax.cli": set(),
+    "sheepop_jax.__main__": LIBRARY | {"cli", "pipeline"},
+    "train": LIBRARY | {"cli", "pipeline"},
+    "sample": LIBRARY | {"cli", "pipeline"},
+    "configs": set(),
+}
+
+PROGRAMS = ("train", "sample", "sheepop_jax.__main__")
+COMMAND_LINE = (*PROGRAMS, "sheepop_jax.cli", "configs")
+# Every room but errors, config, data and the command line. The data are numpy's.
+WITH_JAX = tuple(
+    f"sheepop_jax.{room}"
+    for room in ("evaluation", "generation", "model", "pipeline", "run", "runtime", "training")
+)
+
+# Libraries that only some rooms may import; any other library is free to all.
+OWNERS: dict[str, tuple[str, ...]] = {
+    "absl": COMMAND_LINE,
+    "argparse": COMMAND_LINE,
+    "ml_collections": COMMAND_LINE,
+    "orbax": ("sheepop_jax.training.checkpoint",),
+    "jax": (*PROGRAMS, *WITH_JAX),
+    "flax": WITH_JAX,
+    "optax": ("sheepop_jax.training",),
+    # Loading one of these runs code that the file brings along.
+    "pickle": (),
+    "dill": (),
+    "cloudpickle": (),
+    "torch": (),
+    "joblib": (),
+    "shelve": (),
+    "marshal": (),
+}
+
+DYNAMIC_IMPORTS = ("__import__", "import_module", "importlib.import_module")
+
+MAX_LINES = 300
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a file: sheepop_jax/data/batches.py → sheepop_jax.data.batches."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {
+    name_of(path): path
+    for pattern in (f"{PACKAGE}/**/*.py", "train.py", "sample.py", "configs/*.py")
+    for path in sorted(ROOT.glob(pattern))
+}
+
+
+def inside(name: str, room: str) -> bool:
+    """Whether a dotted name is a room or lies in it."""
+    return name == room or name.startswith(room + ".")
+
+
+def imports(name: str, tree: ast.AST, modules: set[str]) -> set[str]:
+    """Every dotted name that a module imports, functions' own imports and TYPE_CHECKING included.
+
+    `from sheepop_jax import runtime` counts as `sheepop_jax.runtime` where that is a module, and
+    as `sheepop_jax` where it is a name in the package itself.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # relative: counted from the package that holds the file
+                is_package = any(m.startswith(name + ".") for m in modules)
+                package = name.split(".") if is_package else name.split(".")[:-1]
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                is_module = full in modules or any(inside(module, full) for module in modules)
+                found.add(full if is_module else base)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC_IMPORTS:
+            argument = node.args[0] if node.args else None
+            known = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+            found.add(argument.value if known else "<an import that cannot be read>")
+    return found
+
+
+def problems(name: str, source: str, modules: set[str] | None = None) -> list[str]:
+    """All that is wrong with the source of a module called `name`; empty when nothing is."""
+    tree = ast.parse(source)
+    room = max((r for r in ARROWS if inside(name, r)), key=len)
+    if room == PACKAGE and name != PACKAGE:
+        return [f"{name}: no room in ARROWS; add one, and draw it in DESIGN.md"]
+    allowed = {f"{PACKAGE}.{target}" for target in ARROWS[room] | {"errors"}} - {name}
+    found = []
+    for target in sorted(imports(name, tree, modules or set(SOURCES))):
+        if inside(target, PACKAGE):
+            # A program may read the version; nobody below may lean on the package itself.
+            fine = any(inside(target, a) for a in allowed) or (
+                target == PACKAGE and room in PROGRAMS
+            )
+            if not fine:
+                found.append(f"{name} imports {target}; {room} may import {sorted(allowed)}")
+        elif inside(target, "configs"):
+            if room != "configs":
+                found.append(
+                    f"{name} imports {target}; a config is loaded by its path, by --config"
+                )
+        elif target.split(".")[0] in ("train", "sample", "tests", "benchmarks"):
+            found.append(f"{name} imports {target}: nothing imports a program")
+        elif target.startswith("<"):
+            found.append(f"{name}: {target}")
+        else:
+            owners = OWNERS.get(target.split(".")[0])
+            if owners is not None and not any(inside(name, owner) for owner in owners):
+                found.append(f"{name} imports {target}; only {list(owners)} may")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found.append(f"{name}:{node.lineno}: assert; python -O drops it, raise an InputError")
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                found.append(f"{name}:{node.value.lineno}: allow_pickle runs code from the file")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
+            found.append(f"{name}:{node.lineno}: {ast.unparse(node.func)} runs text as code")
+    if source.strip() and not ast.get_docstring(tree):
+        found.append(f"{name}: no docstring that says its one job")
+    if room != "configs" and len(source.splitlines()) >= MAX_LINES:
+        found.append(f"{name}: {len(source.splitlines())} lines; under {MAX_LINES} is the rule")
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_file_obeys_the_architecture(name: str) -> None:
+    """Every file of the package, the programs and the configs."""
+    found = problems(name, SOURCES[name].read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+
+
+# Modules that the planted lines below speak of, so that these tests do not hang on files' names.
+MODULES = {
+    "sheepop_jax", "sheepop_jax.errors", "sheepop_jax.config", "sheepop_jax.runtime",
+    "sheepop_jax.data", "sheepop_jax.data.batches", "sheepop_jax.data.tokenizer",
+    "sheepop_jax.model", "sheepop_jax.model.transformer", "sheepop_jax.training",
+    "sheepop_jax.training.loss", "sheepop_jax.training.trainer", "sheepop_jax.generation",
+    "sheepop_jax.generation.decode", "sheepop_jax.evaluation", "sheepop_jax.run",
+    "sheepop_jax.pipeline", "sheepop_jax.cli", "sheepop_jax.__main__",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sheepop_jax.errors", "import sheepop_jax.config"),
+        ("sheepop_jax.errors", "from sheepop_jax import errors"),
+        ("sheepop_jax.config", "from ml_collections import ConfigDict"),
+        ("sheepop_jax.config", "from sheepop_jax.model import transformer"),
+        ("sheepop_jax.config", "from sheepop_jax import __version__"),
+        ("sheepop_jax.runtime", "from sheepop_jax.config import Config"),
+        ("sheepop_jax.data.batches", "import jax"),
+        ("sheepop_jax.data.batches", "import jax.numpy as jnp"),
+        ("sheepop_jax.data.batches", "def f():\n    from jax import numpy"),
+        ("sheepop_jax.data.batches", "import flax.linen as nn"),
+        ("sheepop_jax.data.batches", "from ..training import loss"),
+        ("sheepop_jax.data.batches", "from sheepop_jax.training.loss import f"),
+        ("sheepop_jax.model.transformer", "import sheepop_jax.data.tokenizer"),
+        ("sheepop_jax.model.transformer", "from .. import runtime"),
+        ("sheepop_jax.model.transformer", "import optax"),
+        ("sheepop_jax.generation.decode", "from sheepop_jax.data.tokenizer import Tokenizer"),
+        ("sheepop_jax.generation.decode", "from sheepop_jax.training import loss"),
+        ("sheepop_jax.training.trainer", "from sheepop_jax import evaluation"),
+        ("sheepop_jax.training.trainer", "from sheepop_jax.generation import decode"),
+        ("sheepop_jax.training.trainer", "from orbax import checkpoint"),
+        ("sheepop_jax.training.trainer", "from absl import logging"),
+        ("sheepop_jax.training.trainer", "import importlib\nimportlib.import_module('pickle')"),
+        ("sheepop_jax.training.trainer", "import importlib\nimportlib.import_module(name)"),
+        ("sheepop_jax.training.checkpoint", "import pickle"),
+        ("sheepop_jax.training.checkpoint", "from torch import load"),
+        ("sheepop_jax.training.checkpoint", "np.load(path, allow_pickle=True)"),
+        ("sheepop_jax.training.checkpoint", "exec(text)"),
+        ("sheepop_jax.evaluation", "from sheepop_jax.training.trainer import train"),
+        ("sheepop_jax.evaluation", "from sheepop_jax import generation"),
+        ("sheepop_jax.training", "from .. import evaluation"),
+        ("sheepop_jax.run", "from sheepop_jax import runtime"),
+        ("sheepop_jax.training.trainer", "from sheepop_jax.run import Run"),
+        ("sheepop_jax.pipeline", "from sheepop_jax import cli"),
+        ("sheepop_jax.pipeline", "import argparse"),
+        ("sheepop_jax.cli", "import jax"),
+        ("sheepop_jax.training.step", "assert x"),
+        ("sheepop_jax.training.step", "import train"),
+        ("sheepop_jax.training.step", "from configs import base"),
+        ("sheepop_jax.utils", "x = 1"),
+        ("configs.quickstart", "from sheepop_jax.config import Config"),
+        ("train", "import orbax.checkpoint"),
+        ("train", "x = 1\n" * MAX_LINES),
+    ],
+)
+def test_checker_sees_what_is_planted(name: str, line: str) -> None:
+    """Each of these lines is exactly one thing wrong."""
+    assert len(problems(name, f'"""Planted."""\n{line}\n', MODULES)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sheepop_jax.config", "from sheepop_jax.errors import InputError"),
+        ("sheepop_jax.data.batches", "import grain\nfrom sheepop_jax.config import DataConfig"),
+        ("sheepop_jax.training.checkpoint", "import orbax.checkpoint as ocp"),
+        (
+            "sheepop_jax.training.trainer",
+            "from . import loss\nfrom sheepop_jax.data import batches",
+        ),
+        ("sheepop_jax.evaluation", "from sheepop_jax.training import loss"),
+        ("sheepop_jax.evaluation", "from sheepop_jax.training.loss import cross_entropy"),
+        ("sheepop_jax.data.batches", "np.load(path, allow_pickle=False)"),
+        ("configs.quickstart", "from configs.base import get_config\nimport ml_collections"),
+        ("train", "from absl import app\nfrom sheepop_jax import runtime, evaluation, __version__"),
+    ],
+)
+def test_checker_leaves_the_right_arrows_alone(name: str, line: str) -> None:
+    """The other half: a checker that refuses everything would pass the test above."""
+    assert problems(name, f'"""Fine."""\n{line}\n', MODULES) == []
+
+
+def test_checker_wants_a_docstring() -> None:
+    """An empty `__init__.py` has no job to state; anything else does."""
+    assert problems("sheepop_jax.data", "") == []
+    assert len(problems("sheepop_jax.data.batches", "x = 1\n")) == 1

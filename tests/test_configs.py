@@ -1,0 +1,54 @@
+"""Every shipped configuration: valid, and good for one train step, without running it."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sheepop_jax.config import Config
+from sheepop_jax.data.batches import Batch
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.step import init_state, make_train_step
+
+NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(name):
+    return Config.from_dict(importlib.import_module(f"configs.{name}").get_config())
+
+
+def test_the_promised_configurations_are_there():
+    assert {"base", "quickstart", "shakespeare_char", "wikitext103", "gpt2_124m"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_train_step_under_eval_shape(name):
+    config = load(name)
+    vocab_size = min(config.data.vocab_size, 50257)
+    model = Transformer(config.model, vocab_size)
+    schedule = make_schedule(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(model, optimizer, schedule, config.seed)
+    shape = (config.train.grad_accum_steps, config.train.batch_size, config.data.seq_len)
+    batch = Batch(
+        jax.ShapeDtypeStruct(shape, np.int32),
+        jax.ShapeDtypeStruct(shape, np.int32),
+        jax.ShapeDtypeStruct(shape, np.float32),
+    )
+    state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert after == state
+    assert metrics.loss.shape == ()
+
+
+@pytest.mark.parametrize(("name", "millions"), [("base", 44.6), ("gpt2_124m", 123.6)])
+def test_parameter_counts_in_the_documents(name, millions):
+    config = load(name)
+    model = Transformer(config.model, 50257)
+    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    padding = (50304 - 50257) * config.model.d_model
+    count = sum(leaf.size for leaf in jax.tree.leaves(params)) - padding
+    assert round(count / 1e6, 1) == millions

@@ -1,0 +1,110 @@
+"""Right numbers on every version, and a platform that is what it says."""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from sheepop_jax import runtime
+
+
+def run_fresh(code, **environment):
+    """Runs code in a new process without the flags that the tests set for themselves."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_known_wrong_case_comes_out_right_in_a_fresh_process():
+    code = """
+from sheepop_jax import runtime
+machine = runtime.prepare("cpu")
+import jax, jax.numpy as jnp, numpy as np
+rows = np.random.default_rng(0).standard_normal((32769, 3)).astype(np.float32)
+found = jax.jit(jax.vmap(lambda r: jnp.sum((jnp.eye(3) @ r) ** 2)))(rows)
+print(machine.platform, float(np.abs(found - (rows.astype(np.float64) ** 2).sum(-1)).max()))
+"""
+    result = run_fresh(code)
+    assert result.returncode == 0, result.stderr
+    platform, error = result.stdout.split()
+    assert platform == "cpu"
+    assert float(error) < 1e-4
+
+
+def test_wrong_numbers_are_noticed(monkeypatch):
+    runtime.check_numbers()
+    right = jnp.sum
+    monkeypatch.setattr(jnp, "sum", lambda x: 1.001 * right(x))
+    with pytest.raises(RuntimeError, match="wrong numbers"):
+        runtime.check_numbers()
+
+
+@pytest.mark.parametrize(
+    ("jaxlib", "flags"),
+    [
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=-reduce"),
+        ("0.11.1", ""),
+        ("0.12.0.1", "--xla_cpu_experimental_ynn_fusion_type=dot"),
+        ("0.13.0", ""),
+        ("1.0", ""),
+    ],
+)
+def test_flags_by_version(jaxlib, flags):
+    assert runtime.cpu_xla_flags(jaxlib) == flags
+
+
+def test_the_users_flags_are_kept_and_win(monkeypatch):
+    ours = "--xla_cpu_experimental_ynn_fusion_type"
+    monkeypatch.setattr(runtime, "version", lambda name: "0.12.0.1")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    runtime._set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {ours}=dot"
+    monkeypatch.setenv("XLA_FLAGS", f"{ours}=none")
+    runtime._set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == f"{ours}=none"
+
+
+def test_a_missing_platform_is_an_error_not_a_silent_cpu():
+    code = """
+from sheepop_jax import runtime
+try:
+    runtime.prepare("tpu")
+except InputError as error:
+    print(error)
+"""
+    result = run_fresh(code)
+    assert result.stdout.startswith("train.platform: got 'tpu'"), result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_dtypes_by_platform():
+    cpu = runtime.Runtime("cpu", "cpu", 1, 0.0)
+    gpu = runtime.Runtime("cuda", "H100", 1, 989e12)
+    names = ("auto", "float32", "bfloat16")
+    assert [cpu.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
+    assert [gpu.compute_dtype(name).name for name in names] == ["bfloat16", "float32", "bfloat16"]
+
+
+def test_an_nvidia_card_that_jax_cannot_use_is_said_loudly(tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho GPU 0: a card\n")
+    fake.chmod(0o755)
+    code = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout)
+from sheepop_jax import runtime
+print(runtime.prepare("auto").platform)
+"""
+    result = run_fresh(code, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    if result.stdout.splitlines()[-1:] == ["cuda"]:
+        pytest.skip("jax does use this machine's card")
+    assert "THIS MACHINE HAS AN NVIDIA CARD THAT JAX CANNOT USE" in result.stdout
+    named = run_fresh(code.replace('"auto"', '"cpu"'), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "NVIDIA" not in named.stdout
