@@ -1,0 +1,34 @@
+# `make` lists the targets. Each one makes what it needs first, and nothing twice.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint clean
+
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+# Options for ./setup.sh, e.g. make train SETUP_FLAGS="--accelerator cpu"
+SETUP_FLAGS ?=
+# Test processes. Each holds a jax of its own and keeps one to two cores busy.
+JOBS ?= 2
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## make .venv, if it is missing or not current
+	@./setup.sh --venv $(VENV) $(SETUP_FLAGS)
+
+train: setup  ## train configs/quickstart.py (about two minutes on a laptop), then print samples
+	$(PYTHON_IN_VENV) train.py --config configs/quickstart.py
+	$(PYTHON_IN_VENV) sample.py --ckpt runs/quickstart --prompt "def " --num_samples 2 --max_new_tokens 120
+
+test: lint  ## lint, types and the whole test suite
+	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal
+
+lint:  ## formatting, linter and types
+	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy
+
+clean:  ## remove environments, build output and tool caches; runs/ stays
+	rm -rf $(VENV) .ci/.venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
