@@ -7,7 +7,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.errors import InputError
 
 

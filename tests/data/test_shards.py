@@ -1,18 +1,21 @@
 """From text to token files and back, the cache, and what is refused."""
 
+import itertools
 import json
 import logging
 import threading
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sheepop_jax.data import shards
+from sheepop_jax.data import progress, shards, stream
 from sheepop_jax.data import tokenizer as tokenizer_module
 from sheepop_jax.data.batches import evaluation_batches
+from sheepop_jax.data.progress import Progress
 from sheepop_jax.data.shards import TokenStream, encode_text, prepare
 from sheepop_jax.data.tokenizer import train_bpe, train_char
 from sheepop_jax.errors import InputError
@@ -22,8 +25,9 @@ WORDS = ["sheep", "grass", "hill", "and", "the", "wool\n", "  ", "r\u00e9\U0001f
 
 
 @pytest.fixture
-def config(tmp_path, make_config):
+def config(tmp_path, make_config, monkeypatch):
     """A `DataConfig` over tmp_path/text with its cache in tmp_path/cache."""
+    monkeypatch.setattr(shards.os, "fsync", lambda file: None)  # takes 50 ms on a busy disk
     text = tmp_path / "text"
     text.mkdir()
     generator = np.random.default_rng(5)
@@ -42,15 +46,15 @@ def config(tmp_path, make_config):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Borders of shards, batches and pieces fall within every text."""
-    monkeypatch.setattr(shards, "_SHARD_TOKENS", 23)
-    monkeypatch.setattr(shards, "_BATCH_CHARS", 17)
+    monkeypatch.setattr(stream, "_SHARD_TOKENS", 23)
+    monkeypatch.setattr(stream, "_BATCH_CHARS", 17)
     monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 29)
 
 
-def documents_of(stream, tokenizer):
+def documents_of(tokens_of, tokenizer):
     """The texts of a stream, through evaluation windows."""
-    tokens = [int(stream.read(0, 1)[0])]
-    for batch in evaluation_batches(stream, seq_len=7, batch_size=3, overlap=2):
+    tokens = [int(tokens_of.read(0, 1)[0])]
+    for batch in evaluation_batches(tokens_of, seq_len=7, batch_size=3, overlap=2):
         tokens += batch.targets[batch.weights > 0].tolist()
     assert tokens[0] == tokens[-1] == tokenizer.end_of_text
     ends = [i for i, token in enumerate(tokens) if token == tokenizer.end_of_text]
@@ -161,7 +165,7 @@ def test_a_vocabulary_beyond_16_bits(tmp_path, config):
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     tokenizer = train_char(["abc"])
     tokenizer.vocab_size = 3
-    writer = shards._SplitWriter(tmp_path, "train", tokenizer)
+    writer = stream.SplitWriter(tmp_path, "train", tokenizer, Progress("", 0))
     writer.add("a", "abc", 3)
     with pytest.raises(InputError, match=r"id 3.*ids below its vocabulary size 3"):
         writer.close()
@@ -211,7 +215,9 @@ class TestCache:
 
     @pytest.mark.parametrize("damage", ["truncate", "append", "flip", "delete", "manifest"])
     @pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.bin", "tokenizer.json"])
-    def test_damage_is_refused(self, config, name, damage):
+    def test_damage_is_refused(self, config, monkeypatch, name, damage):
+        if damage in ("truncate", "append"):
+            monkeypatch.setattr(shards, "_HASH_BYTES", 0)  # as for large files: by size alone
         directory = prepare(config()).directory
         path = directory / name
         content = path.read_bytes()
@@ -288,6 +294,17 @@ class TestCache:
         monkeypatch.setattr(shards.os, "fsync", full)
         with pytest.raises(InputError, match=r"data\.cache_dir.*No space left.*MB free"):
             prepare(config())
+
+
+def test_a_long_preparation_logs_how_far_each_reading_is(config, monkeypatch, caplog, tmp_path):
+    clock = itertools.count(0, 11)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level(logging.INFO, "sheepop_jax"):
+        prepare(config())
+    for label in ("data: reading", "data: reading for the tokenizer", "data: encoding"):
+        lines = [r.message for r in caplog.records if r.message.startswith(f"{label}: ")]
+        assert len(lines) == 31, label
+        assert label == "data: reading" or lines[-1].endswith("/s, 0 s left")
 
 
 def test_the_tokenizer_never_sees_the_held_out_text(config, tmp_path):
