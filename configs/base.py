@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     c.data.cache_dir = ""  # where token shards are kept; "" = the user's cache directory
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
+    c.optimizer.name = "adamw"  # adamw | muon (linear layers by Muon; b1, b2, eps serve the rest)
     c.optimizer.learning_rate = 3e-4  # at the end of the warmup
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999

@@ -12,41 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar, cast, get_type_hints
 
 from sheepop_jax.errors import InputError
+from sheepop_jax.rules import Section
 
 _T = TypeVar("_T")
 
 
-class _Section:
-    """Rules shared by the sections; each names the field, the value and the rule."""
-
-    _prefix = ""
-
-    def _require(self, ok: bool, field: str, expected: str, hint: str = "") -> None:
-        if not ok:
-            raise InputError(f"{self._prefix}{field}", getattr(self, field), expected, hint)
-
-    def _at_least(self, low: int, *fields: str) -> None:
-        for field in fields:
-            self._require(getattr(self, field) >= low, field, f"at least {low}")
-
-    def _in(self, field: str, *choices: str) -> None:
-        value = getattr(self, field)
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"{near[0]!r}" if near else ""
-        self._require(value in choices, field, "one of " + ", ".join(choices), hint)
-
-    def _fraction(self, *fields: str) -> None:
-        for field in fields:
-            self._require(0 <= getattr(self, field) < 1, field, "a number in [0, 1)")
-
-    def _positive(self, *fields: str) -> None:
-        for field in fields:
-            value = getattr(self, field)
-            self._require(math.isfinite(value) and value > 0, field, "a finite number above 0")
-
-
 @dataclass(frozen=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The architecture; the vocabulary size is not here: it is known only after the tokenizer."""
 
     d_model: int
@@ -65,35 +37,33 @@ class ModelConfig(_Section):
     tie_embeddings: bool
     remat: bool
 
-    _prefix = "model."
+    prefix = "model."
 
     def __post_init__(self) -> None:
-        self._at_least(1, "d_model", "num_layers", "num_heads", "d_ff", "max_seq_len")
-        self._at_least(0, "num_kv_heads")
-        self._fraction("dropout", "attention_dropout")
-        self._in("activation", "gelu", "gelu_tanh", "relu")
-        self._in("position", "rope", "sinusoidal", "learned")
-        self._positive("rope_theta", "norm_eps")
-        self._require(
+        self.at_least(1, "d_model", "num_layers", "num_heads", "d_ff", "max_seq_len")
+        self.at_least(0, "num_kv_heads")
+        self.fraction("dropout", "attention_dropout")
+        self.one_of("activation", "gelu", "gelu_tanh", "relu")
+        self.one_of("position", "rope", "sinusoidal", "learned")
+        self.positive("rope_theta", "norm_eps")
+        self.require(
             self.d_model % self.num_heads == 0,
             "num_heads",
             f"a divisor of model.d_model = {self.d_model}",
         )
-        self._require(
+        self.require(
             self.num_heads % self.kv_heads == 0,
             "num_kv_heads",
             f"0 or a divisor of model.num_heads = {self.num_heads}",
         )
         if self.position == "rope":
-            self._require(
+            self.require(
                 self.head_dim % 2 == 0,
                 "num_heads",
                 f"an even head width for rope (model.d_model / model.num_heads = {self.head_dim})",
             )
         if self.position == "sinusoidal":
-            self._require(
-                self.d_model % 2 == 0, "d_model", "an even width for sinusoidal positions"
-            )
+            self.require(self.d_model % 2 == 0, "d_model", "an even width for sinusoidal positions")
 
     @property
     def head_dim(self) -> int:
@@ -107,7 +77,7 @@ class ModelConfig(_Section):
 
 
 @dataclass(frozen=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the text comes from, and how it becomes windows of tokens."""
 
     source: str
@@ -123,28 +93,28 @@ class DataConfig(_Section):
     val_split: str
     cache_dir: str
 
-    _prefix = "data."
+    prefix = "data."
 
     def __post_init__(self) -> None:
-        self._in("source", "auto", "files", "hub", "stdlib")
-        self._in("encoding_errors", "strict", "replace")
-        self._in("val_split", "auto", "document", "tail")
-        self._at_least(1, "seq_len")
-        self._require(
+        self.one_of("source", "auto", "files", "hub", "stdlib")
+        self.one_of("encoding_errors", "strict", "replace")
+        self.one_of("val_split", "auto", "document", "tail")
+        self.at_least(1, "seq_len")
+        self.require(
             0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", "0.1 for a tenth"
         )
-        self._require(self.tokenizer != "", "tokenizer", "bpe, char or a path to a tokenizer.json")
+        self.require(self.tokenizer != "", "tokenizer", "bpe, char or a path to a tokenizer.json")
         if self.tokenizer == "bpe":
-            self._require(
+            self.require(
                 self.vocab_size >= 257, "vocab_size", "at least 257 (256 bytes and end-of-text)"
             )
-        self._require(self.vocab_size <= 2**31 - 1, "vocab_size", "at most 2**31 - 1")
-        self._at_least(0, "vocab_size")
+        self.require(self.vocab_size <= 2**31 - 1, "vocab_size", "at most 2**31 - 1")
+        self.at_least(0, "vocab_size")
         if self.source == "files":
-            self._require(self.path != "", "path", "a file, a directory or a glob")
+            self.require(self.path != "", "path", "a file, a directory or a glob")
         if self.source == "hub":
-            self._require(self.name != "", "name", "the name of a hub dataset")
-            self._require(self.text_column != "", "text_column", "the name of the text column")
+            self.require(self.name != "", "name", "the name of a hub dataset")
+            self.require(self.text_column != "", "text_column", "the name of the text column")
 
     @property
     def resolved_source(self) -> str:
@@ -155,7 +125,7 @@ class DataConfig(_Section):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """The update rule and its schedule, counted in optimizer updates."""
 
     name: str
@@ -169,21 +139,21 @@ class OptimizerConfig(_Section):
     final_lr_fraction: float
     max_grad_norm: float
 
-    _prefix = "optimizer."
+    prefix = "optimizer."
 
     def __post_init__(self) -> None:
-        self._in("name", "adamw", "muon")
-        self._in("schedule", "cosine", "linear", "constant")
-        self._positive("learning_rate", "eps")
-        self._fraction("b1", "b2")
-        self._at_least(0, "warmup_steps")
-        self._require(
+        self.one_of("name", "adamw", "muon")
+        self.one_of("schedule", "cosine", "linear", "constant")
+        self.positive("learning_rate", "eps")
+        self.fraction("b1", "b2")
+        self.at_least(0, "warmup_steps")
+        self.require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             "weight_decay",
             "a finite number of at least 0",
         )
-        self._require(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", "a number in [0, 1]")
-        self._require(
+        self.require(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", "a number in [0, 1]")
+        self.require(
             math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0,
             "max_grad_norm",
             "a finite number of at least 0 (0 turns clipping off)",
@@ -191,7 +161,7 @@ class OptimizerConfig(_Section):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long, how many sequences, on what, and what is reported when."""
 
     platform: str
@@ -207,20 +177,20 @@ class TrainConfig(_Section):
     sample_tokens: int
     max_skipped_steps: int
 
-    _prefix = "train."
+    prefix = "train."
 
     def __post_init__(self) -> None:
-        self._in("platform", "auto", "cpu", "cuda", "tpu")
-        self._in("dtype", "auto", "float32", "bfloat16")
-        self._at_least(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
-        self._at_least(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
-        self._require(
+        self.one_of("platform", "auto", "cpu", "cuda", "tpu")
+        self.one_of("dtype", "auto", "float32", "bfloat16")
+        self.at_least(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
+        self.at_least(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
+        self.require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             "num_steps",
             f"exactly one of train.num_steps and train.num_epochs (= {self.num_epochs}) above 0",
             "--config.train.num_steps=0 with num_epochs, or num_epochs=0 with num_steps",
         )
-        self._require(
+        self.require(
             self.sample_prompt.isprintable() or "\n" in self.sample_prompt,
             "sample_prompt",
             "printable text",
@@ -233,40 +203,40 @@ class TrainConfig(_Section):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When to save, and how many of the latest to keep; the best is always kept."""
 
     save_every: int
     keep: int
 
-    _prefix = "checkpoint."
+    prefix = "checkpoint."
 
     def __post_init__(self) -> None:
-        self._at_least(0, "save_every")
-        self._at_least(1, "keep")
+        self.at_least(0, "save_every")
+        self.at_least(1, "keep")
 
 
 @dataclass(frozen=True)
-class MeshConfig(_Section):
+class MeshConfig(Section):
     """Sizes of the device mesh's axes; one of them may be -1, meaning the rest."""
 
     data: int
     fsdp: int
     tensor: int
 
-    _prefix = "mesh."
+    prefix = "mesh."
 
     def __post_init__(self) -> None:
         for field in ("data", "fsdp", "tensor"):
             value = getattr(self, field)
-            self._require(value == -1 or value >= 1, field, "at least 1, or -1 for the rest")
+            self.require(value == -1 or value >= 1, field, "at least 1, or -1 for the rest")
         rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
         if len(rest) > 1:
-            self._require(False, rest[1], "at most one axis of -1")
+            self.require(False, rest[1], "at most one axis of -1")
 
 
 @dataclass(frozen=True)
-class Config(_Section):
+class Config(Section):
     """A whole run; valid by construction."""
 
     seed: int
@@ -278,8 +248,8 @@ class Config(_Section):
     mesh: MeshConfig
 
     def __post_init__(self) -> None:
-        self._require(0 <= self.seed < 2**32, "seed", "a whole number in [0, 2**32)")
-        self.data._require(
+        self.require(0 <= self.seed < 2**32, "seed", "a whole number in [0, 2**32)")
+        self.data.require(
             self.data.seq_len <= self.model.max_seq_len,
             "seq_len",
             f"at most model.max_seq_len = {self.model.max_seq_len}",

@@ -10,6 +10,7 @@ import jax
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import TrainBatches, steps_per_epoch
 from sheepop_jax.data.shards import prepare
+from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import evaluate_stream
 from sheepop_jax.generation.decode import generate
 from sheepop_jax.generation.request import SamplingConfig
@@ -109,20 +110,36 @@ def train(
 
 
 def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:
+    """Parameters → a text that goes on from `train.sample_prompt`.
+
+    Raises:
+        InputError: the prompt does not fit the context.
+    """
     train, tokenizer = run.config.train, run.tokenizer
+    tokenizer.check(train.sample_prompt, "train.sample_prompt")
     prompt = tokenizer.encode(train.sample_prompt)
+    room = run.config.model.max_seq_len - max(len(prompt), 1)
+    if room < 1:
+        raise InputError(
+            "train.sample_prompt",
+            f"{len(prompt)} tokens",
+            f"fewer than model.max_seq_len = {run.config.model.max_seq_len}",
+            "--config.train.sample_tokens=0",
+        )
 
     def sample(params: Any) -> str:
-        room = run.config.model.max_seq_len - max(len(prompt), 1)
-        [completion] = generate(
-            model,
-            params,
-            [prompt],
-            sampling=SamplingConfig(temperature=0.8, top_k=50),
-            end_of_text=tokenizer.end_of_text,
-            max_new_tokens=min(train.sample_tokens, room),
-            seed=run.config.seed,
-        )
+        try:
+            [completion] = generate(
+                model,
+                params,
+                [prompt],
+                sampling=SamplingConfig(temperature=0.8, top_k=50),
+                end_of_text=tokenizer.end_of_text,
+                max_new_tokens=min(train.sample_tokens, room),
+                seed=run.config.seed,
+            )
+        except InputError as error:  # logits that are not finite: no reason to end the training
+            return f"none ({error})"
         return train.sample_prompt + tokenizer.decode(completion.tokens)
 
     return sample

@@ -122,6 +122,9 @@ def open_run(path: str | Path) -> Run:
         got = f"{type(error).__name__}: {error}"
         raise InputError(str(directory / "config.json"), got, "a run's configuration") from None
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    if tokenizer.vocab_size != saved["vocab_size"]:
+        got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {saved['vocab_size']}"
+        raise InputError(str(directory / "tokenizer.json"), got, expected)
     return Run(directory, config, tokenizer, identity, gzip_figure)
 
 

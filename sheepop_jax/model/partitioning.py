@@ -10,6 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sheepop_jax.config import Config, MeshConfig
 from sheepop_jax.errors import InputError
 
+# The vocabulary is padded to a multiple of this: good for hardware, and `tensor` can split it.
+VOCAB_MULTIPLE = 128
+
 # fsdp splits parameters along the width of the model, and the batch as `data` does.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -60,8 +63,9 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     ):
         if value % size:
             raise InputError(field, value, f"a multiple of the mesh's {axis} = {size}")
-    if 128 % tensor:
-        raise InputError("mesh.tensor", tensor, "a divisor of 128, as the padded vocabulary is")
+    if VOCAB_MULTIPLE % tensor:
+        rule = f"a divisor of {VOCAB_MULTIPLE}, of which the padded vocabulary is a multiple"
+        raise InputError("mesh.tensor", tensor, rule)
 
 
 def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:

@@ -17,9 +17,8 @@ from flax import linen as nn
 
 from sheepop_jax.config import ModelConfig
 from sheepop_jax.model import attention as attn
-from sheepop_jax.model.partitioning import constrain
+from sheepop_jax.model.partitioning import VOCAB_MULTIPLE, constrain
 
-VOCAB_MULTIPLE = 128
 INIT_STDDEV = 0.02
 
 
@@ -183,9 +182,15 @@ class Transformer(nn.Module):
         Returns:
             Hidden states [B, T, D] after the final LayerNorm, in `dtype`; and the cache, advanced
             by T, or None.
+
+        Raises:
+            ValueError: more tokens than the table of learned positions has rows. With a cache,
+                whoever makes it sees to that.
         """
         cfg = self.config
         t = tokens_BT.shape[1]
+        if cache is None and cfg.position == "learned" and t > cfg.max_seq_len:
+            raise ValueError(f"{t} tokens for a table of {cfg.max_seq_len} learned positions")
         if cache is None:
             positions, mask, index = jnp.arange(t, dtype=jnp.int32), attn.causal_mask(t), None
         else:
@@ -224,7 +229,7 @@ class Transformer(nn.Module):
 
     def _table(self, name: str, rows: int, axis: str) -> jax.Array:
         normal = nn.initializers.normal(INIT_STDDEV)
-        init = nn.with_logical_partitioning(normal, (axis, "embed"))
+        init: Any = nn.with_logical_partitioning(normal, (axis, "embed"))
         return self.param(name, init, (rows, self.config.d_model), jnp.float32)
 
 

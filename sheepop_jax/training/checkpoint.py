@@ -13,6 +13,7 @@ deletions, and are swept away by the next save.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,7 +62,7 @@ class Checkpoints:
                 score = self.manifest(step)["figures"].get(SCORE)
             except DamagedCheckpoint:
                 continue
-            if score is not None:
+            if score is not None and math.isfinite(score):
                 scored.append((score, step))
         return min(scored)[1] if scored else None
 

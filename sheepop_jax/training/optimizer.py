@@ -57,6 +57,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The whole chain, from mean gradients to parameter updates.
 
+    With "muon", `b1`, `b2` and `eps` are those of the parameters that Adam keeps, which then has
+    Nesterov's momentum; Muon's own momentum is optax's 0.95.
+
     Sources: Adam, Kingma & Ba 2015; decoupled decay, Loshchilov & Hutter 2019; Muon, Jordan et al.
     2024; clipping by global norm, Pascanu et al. 2013.
     """

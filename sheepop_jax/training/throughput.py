@@ -56,8 +56,12 @@ class Throughput:
         """Stops the clock; stopping twice is harmless."""
         self._stopped_at, self._running_since = self.seconds, None
 
+    def warmed_up(self, step: int) -> None:
+        """Leaves the steps up to `step` out of `seconds_per_step`: the first is often slow."""
+        self._session = (step, self.seconds)
+
     def seconds_per_step(self, step: int) -> float:
-        """Mean over this process's steps up to `step`."""
+        """Mean over this process's steps after the warm one, up to `step`."""
         first, seconds = self._session
         return (self.seconds - seconds) / max(step - first, 1)
 

@@ -217,9 +217,11 @@ class _Loop:
                 f"{self.skipped_in_a_row} updates in a row had non-finite gradients, the last at "
                 f"step {self.step}; lower optimizer.learning_rate, or look at the data"
             )
+        if self.step == self.first_step + 1:
+            self.throughput.warmed_up(self.step)
         per_step = self.throughput.seconds_per_step(self.step)
         left = (self.job.num_steps - self.step) * per_step
-        if self.step == self.first_step + 3:
+        if self.step == self.first_step + 4:
             self.progress.line(f"{per_step:.3g} s a step: about {readable_seconds(left)} to go")
         if self.step % train.log_every == 0 or self.step == self.job.num_steps:
             self._report(metrics, left)

@@ -1,5 +1,6 @@
 """Attention's pure functions against closed forms, literal tables and numpy float64."""
 
+import dataclasses
 import math
 
 import jax
@@ -243,7 +244,7 @@ def test_the_cudnn_call_means_causal_attention(monkeypatch, kv_heads):
 
 def cache_of(start: list[int], index: int, slots: int = 5) -> attn.Cache:
     cache = attn.init_cache(2, jnp.array(start, jnp.int32), slots, K, C, jnp.float32)
-    return cache.replace(index=jnp.int32(index))
+    return dataclasses.replace(cache, index=jnp.int32(index))
 
 
 def test_a_new_cache():

@@ -234,6 +234,10 @@ def test_the_clock_stands_still_when_stopped(monkeypatch):
     now[0] += 1
     assert clock.seconds == 14.0
     assert clock.seconds_per_step(8) == 1.0
+    clock.warmed_up(6)  # at 14 s
+    now[0] += 4
+    assert clock.seconds_per_step(8) == 2.0
+    now[0] -= 4
     values = clock.interval(8)
     assert values["tokens_per_second"] == 6.0
     assert values["flops_per_second"] == 12.0

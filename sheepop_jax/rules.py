@@ -1,0 +1,35 @@
+"""The rules that configuration fields share; a broken one is named with its value."""
+
+import difflib
+import math
+
+from sheepop_jax.errors import InputError
+
+
+class Section:
+    """Rules shared by the sections; each names the field, the value and the rule."""
+
+    prefix = ""
+
+    def require(self, ok: bool, field: str, expected: str, hint: str = "") -> None:
+        if not ok:
+            raise InputError(f"{self.prefix}{field}", getattr(self, field), expected, hint)
+
+    def at_least(self, low: int, *fields: str) -> None:
+        for field in fields:
+            self.require(getattr(self, field) >= low, field, f"at least {low}")
+
+    def one_of(self, field: str, *choices: str) -> None:
+        value = getattr(self, field)
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"{near[0]!r}" if near else ""
+        self.require(value in choices, field, "one of " + ", ".join(choices), hint)
+
+    def fraction(self, *fields: str) -> None:
+        for field in fields:
+            self.require(0 <= getattr(self, field) < 1, field, "a number in [0, 1)")
+
+    def positive(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            self.require(math.isfinite(value) and value > 0, field, "a finite number above 0")
