@@ -74,6 +74,7 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
 def test_a_missing_platform_is_an_error_not_a_silent_cpu():
     code = """
 from sheepop_jax import runtime
+from sheepop_jax.errors import InputError
 try:
     runtime.prepare("tpu")
 except InputError as error:

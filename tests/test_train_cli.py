@@ -42,6 +42,15 @@ def command(*words):
     return [sys.executable, *map(str, words)]
 
 
+def pinned(*words):
+    """Words for Python that run on one core: it pins itself, then becomes the command."""
+    code = (
+        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    return ["-c", code, *words]
+
+
 def run(*words, cwd=ROOT, **options):
     return subprocess.run(
         command(*words),
@@ -130,20 +139,16 @@ def test_the_same_command_on_a_finished_run_changes_nothing(trained, text_file):
 def test_a_killed_run_goes_on_bit_for_bit(trained, text_file, tmp_path):
     """On one core, where XLA's sums have one order."""
 
-    def pinned():
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = {"model__dropout": 0.1, "train__num_steps": 8}
-    result = run(*train_words(text_file, whole, **words), preexec_fn=pinned)
+    result = run(*pinned(*train_words(text_file, whole, **words)))
     assert result.returncode == 0, result.stderr
     process = subprocess.Popen(
-        command(*train_words(text_file, killed, **words)),
+        command(*pinned(*train_words(text_file, killed, **words))),
         cwd=ROOT,
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=pinned,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -153,7 +158,7 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, text_file, tmp_path):
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL
     assert max(line["step"] for line in log_lines(killed)) <= 8
-    result = run(*train_words(text_file, killed, **words), preexec_fn=pinned)
+    result = run(*pinned(*train_words(text_file, killed, **words)))
     assert result.returncode == 0, result.stderr
     assert "going on from step" in result.stderr
     assert digests(killed) == digests(whole)
