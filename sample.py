@@ -9,17 +9,18 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import NoReturn
 
+from sheepop_jax.cli import EXIT_INTERRUPTED, Parser, command
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.request import (
     DEFAULT_MAX_NEW_TOKENS,
     SamplingConfig,
+    new_token_limit,
     resolve_context,
     truncate_left,
 )
 
-log = logging.getLogger("sample")
+log = logging.getLogger("sheepop_jax.sample")
 
 EPILOG = """\
 examples:
@@ -36,20 +37,10 @@ A prompt that begins with a dash is written --prompt=-x. Without a prompt, a new
 exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; try --help", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, each on its own still unchecked."""
-    parser = _Parser(
-        prog="sample.py",
-        description="Continue prompts with a trained model.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(
+        prog="sample.py", description="Continue prompts with a trained model.", epilog=EPILOG
     )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="RUN", help="a run directory, as train.py leaves it")
@@ -169,6 +160,7 @@ def sample(flags: argparse.Namespace) -> None:
             kept = truncate_left(ids, flags.max_new_tokens, context)
         if len(kept) < len(ids):
             log.warning("dropped the first %d of %d tokens", len(ids) - len(kept), len(ids))
+        new_token_limit(max(len(kept), 1), flags.max_new_tokens, context)  # before the parameters
         prompts.append(kept)
     params, step = run.params(flags.step)
     log.info("step %d of %s", step, run.directory)
@@ -204,27 +196,13 @@ def sample(flags: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-def main(argv: list[str]) -> int:
-    """Runs the program; returns its exit code."""
+def main(argv: list[str]) -> None:
+    """Runs the program; leaves by `SystemExit` unless all went well."""
     flags = parse(argv)
-    level = logging.DEBUG if flags.debug else logging.INFO
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for noisy in ("jax", "absl", "orbax", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
-    try:
+    with command(flags.debug):
         sample(flags)
-    except InputError as error:
-        if flags.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # nobody reads on: what the interpreter still flushes goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
 def leave_on_interrupt() -> None:
@@ -240,11 +218,11 @@ def leave_on_interrupt() -> None:
     def wait() -> None:
         while os.read(read_end, 1) != bytes([signal.SIGINT]):
             pass
-        os._exit(130)
+        os._exit(EXIT_INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
     leave_on_interrupt()
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -32,7 +32,7 @@ BAD = [
     ([], "--ckpt"),
     (["--ckpt"], "--ckpt"),
     (["--chkpt", "x"], "--ckpt"),
-    (["--ckpt", "x", "--prom", "x"], "--prom"),  # no abbreviations
+    (["--ckpt", "x", "--temp", "1"], "--temp 1"),  # no abbreviations
     (["--ckpt", "x", "--temperature", "-0.5"], "--temperature: got -0.5"),
     (["--ckpt", "x", "--temperature", "nan"], "--temperature: got nan"),
     (["--ckpt", "x", "--temperature", "inf"], "--temperature: got inf"),
@@ -65,12 +65,10 @@ def test_refused_in_one_line(
     """In this process, where a look at the run would be an error of another name."""
     monkeypatch.setitem(sys.modules, "sheepop_jax.run", None)
     monkeypatch.setitem(sys.modules, "sheepop_jax.runtime", None)
-    try:
-        code = sample.main(arguments)
-    except SystemExit as exit_:
-        code = exit_.code
+    with pytest.raises(SystemExit) as left:
+        sample.main(arguments)
     out, err = capsys.readouterr()
-    assert code == 2
+    assert left.value.code == 2
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
     assert message in err
@@ -79,7 +77,9 @@ def test_refused_in_one_line(
 def test_prompt_file_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latin1.txt"
     path.write_bytes("déjà".encode("latin-1"))
-    assert sample.main(["--ckpt", "x", "--prompt_file", str(path)]) == 2
+    with pytest.raises(SystemExit) as left:
+        sample.main(["--ckpt", "x", "--prompt_file", str(path)])
+    assert left.value.code == 2
     assert "latin1.txt, invalid at byte 1'; expected UTF-8" in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_without_jax_and_at_once() -> None:
     """A fresh process that cannot import jax still says what is wrong with a flag."""
     code = (
         "import sys; sys.modules['jax'] = sys.modules['flax'] = None; sys.argv[0] = 'sample.py';"
-        "import sample; sys.exit(sample.main(sys.argv[1:]))"
+        "import sample; sample.main(sys.argv[1:])"
     )
     begin = time.monotonic()
     done = subprocess.run(
@@ -118,19 +118,46 @@ def test_debug_shows_the_traceback() -> None:
     assert b"Traceback" in done.stderr and b"--seed: got -1" in done.stderr
 
 
-def test_interrupt_is_quiet() -> None:
-    """While it waits for stdin: Ctrl-C ends it with 130 and not a word."""
+LONG = """
+import sample
+sample.leave_on_interrupt()
+import jax
+
+def count(carry):
+    return carry[0] + 1, carry[1] * 0.5 + 1
+
+program = jax.jit(lambda: jax.lax.while_loop(lambda carry: carry[0] < 2**31 - 1, count, (0, 0.0)))
+program = program.lower().compile()
+print("computing", flush=True)
+program()[1].block_until_ready()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["sample.py", "--ckpt", "x", "--prompt_file", "-"], ["-c", LONG]],
+    ids=["waiting for stdin", "in compiled code"],
+)
+def test_interrupt_is_quiet_and_at_once(arguments: list[str]) -> None:
+    """Ctrl-C ends it with 130 and not a word, also where Python's own handler would wait."""
     process = subprocess.Popen(
-        [sys.executable, "sample.py", "--ckpt", "x", "--prompt_file", "-"],
+        [sys.executable, *arguments],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin and process.stdout and process.stderr
-    _wait_until_reading(process.pid)
+    if arguments[0] == "-c":
+        assert process.stdout.readline() == b"computing\n"
+        time.sleep(0.5)
+    else:
+        _wait_until_reading(process.pid)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130
-    assert process.stdout.read() == b"" and process.stderr.read() == b""
-    for stream in (process.stdin, process.stdout, process.stderr):
-        stream.close()
+    try:
+        assert process.wait(timeout=20) == 130
+        assert process.stdout.read() == b"" and process.stderr.read() == b""
+    finally:
+        process.kill()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
 
 
 def _wait_until_reading(pid: int) -> None:
