@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_steps = 50
     c.optimizer.final_lr_fraction = 0.0
 
-    c.train.num_steps = 1000
+    c.train.num_steps = 1500
     c.train.batch_size = 8
     c.train.grad_accum_steps = 1
     c.train.log_every = 20

@@ -4,6 +4,7 @@ The one place that knows the platform. `prepare` comes before the first computat
 itself, after the environment is set.
 """
 
+import ctypes
 import logging
 import os
 import shutil
@@ -78,6 +79,7 @@ def prepare(platform: str = "auto") -> Runtime:
         RuntimeError: this version of jax computes wrong numbers on this machine.
     """
     _set_xla_flags()
+    _keep_freed_memory()
     import jax
 
     if platform != "auto":
@@ -154,6 +156,24 @@ def _set_xla_flags() -> None:
     users = os.environ.get("XLA_FLAGS", "")
     if ours and ours.split("=")[0] not in users:  # the user's own value wins
         os.environ["XLA_FLAGS"] = f"{users} {ours}".strip()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep what is freed, for the next training step to use.
+
+    XLA's CPU backend allocates its temporaries anew for each execution. By default glibc maps and
+    unmaps such large blocks, and the kernel clears every page again: a third to a half of the time
+    of a small training step. Elsewhere than on glibc, nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    # The numbers of malloc.h: M_TRIM_THRESHOLD (never give back), M_TOP_PAD (grow by 64 MB),
+    # M_MMAP_MAX (no block of its own mapping), M_ARENA_MAX (one heap: others cannot hold large
+    # blocks). Before jax starts its threads, which would each take a heap of their own.
+    for parameter, value in ((-1, -1), (-2, 1 << 26), (-4, 0), (-8, 1)):
+        mallopt(parameter, value)
 
 
 def _use_compile_cache(jax: Any) -> None:
