@@ -30,7 +30,6 @@ def test_outputs_are_cleared(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "least_images"), [("train_and_sample", 1), ("inside_the_model", 10)]
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # jupyter's
 def test_notebook_runs(
     name: str, least_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
