@@ -50,6 +50,15 @@ def command(debug: bool) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(
+            f"error: the Python package {error.name} is missing here; try ./setup.sh, and then "
+            "run this with .venv/bin/python",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:

@@ -266,6 +266,14 @@ def test_a_config_file_that_does_not_work(tmp_path, content, message):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_python_without_the_packages_says_what_to_do():
+    result = run("-S", "train.py", "--config", "configs/base.py")  # -S: no site-packages
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r"error: the Python package \w+ is missing here; .*setup.sh.*\n", result.stderr
+    )
+
+
 def test_a_missing_config_file_lists_those_that_are_there():
     result = run("train.py", "--config", "configs/bse.py")
     assert result.returncode == 2

@@ -1,9 +1,11 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere; always on stderr."""
 
+import contextlib
 import sys
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class Progress:
@@ -13,7 +15,10 @@ class Progress:
         self._last = last_step
         self._show = show
         self._bar = None
+        self._open = contextlib.ExitStack()
         if show and sys.stderr.isatty():
+            # Log lines go above the bar, not through it.
+            self._open.enter_context(logging_redirect_tqdm())
             self._bar = tqdm(initial=first_step, total=last_step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -49,6 +54,7 @@ class Progress:
         """Leaves the bar where it is."""
         if self._bar is not None:
             self._bar.close()
+        self._open.close()
 
 
 def readable_seconds(seconds: float) -> str:

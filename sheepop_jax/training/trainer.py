@@ -147,7 +147,12 @@ class _Loop:
         return self.figures
 
     def close(self) -> None:
+        """Leaves nothing open; a save that fails while another error is on its way is logged."""
         self.progress.close()
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            log.error("the last checkpoint was not saved: %s", error)
         if self.metrics:
             self.metrics.close()
             draw_curve(self.job.directory)
