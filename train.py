@@ -111,7 +111,8 @@ def main(argv: list[str]) -> int:
         except TrainingDiverged as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
-    print(f"{workdir}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    print(f"{workdir}: {shown or 'no figures: the run is beyond its last step'}")
     return 0
 
 

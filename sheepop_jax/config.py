@@ -190,11 +190,6 @@ class TrainConfig(Section):
             f"exactly one of train.num_steps and train.num_epochs (= {self.num_epochs}) above 0",
             "--config.train.num_steps=0 with num_epochs, or num_epochs=0 with num_steps",
         )
-        self.require(
-            self.sample_prompt.isprintable() or "\n" in self.sample_prompt,
-            "sample_prompt",
-            "printable text",
-        )
 
     @property
     def sequences_per_update(self) -> int:

@@ -38,7 +38,8 @@ def train(
 
     Returns:
         The held-out figures after the last step: `val_loss`, `val_perplexity`,
-        `val_bits_per_byte`, `val_accuracy`.
+        `val_bits_per_byte`, `val_accuracy`. Empty for a run that was already beyond its last step,
+        if that step was not evaluated.
 
     Raises:
         InputError: the configuration does not fit the machine, the data or the run in `workdir`.
@@ -106,13 +107,14 @@ def train(
             peak_flops=machine.peak_flops,
             first_process=first,
         )
-        figures_at_end = fit(job, stop)
-        log.info(
-            "held-out text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
-            figures_at_end["val_bits_per_byte"],
-            data.gzip_bits_per_byte,
-        )
-        return figures_at_end
+        result = fit(job, stop)
+        if result:
+            log.info(
+                "held-out text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
+                result["val_bits_per_byte"],
+                data.gzip_bits_per_byte,
+            )
+        return result
 
 
 def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:

@@ -41,6 +41,11 @@ def test_there_are_commands_to_check():
     assert len(commands()) > 8
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_placeholder_is_left(path):
+    assert "@@" not in path.read_text()
+
+
 @pytest.mark.parametrize(("program", "words"), commands(), ids=lambda x: str(x)[:60])
 def test_every_command_has_known_flags_and_fields(program, words, monkeypatch):
     monkeypatch.chdir(ROOT)
