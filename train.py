@@ -102,13 +102,14 @@ def main(argv: list[str]) -> int:
 
         machine = runtime.prepare(config.train.platform)
         from sheepop_jax.pipeline import train
+        from sheepop_jax.training.checkpoint import SaveFailed
         from sheepop_jax.training.trainer import TrainingDiverged
 
         try:
             figures = train(config, workdir, machine, stop)
         except StopRequested:
             return EXIT_STOPPED
-        except TrainingDiverged as error:
+        except (TrainingDiverged, SaveFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())

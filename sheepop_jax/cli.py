@@ -43,6 +43,8 @@ def command(debug: bool) -> Iterator[None]:
     if not debug:  # others' loggers speak up only when something is wrong
         logging.getLogger("sheepop_jax").setLevel(logging.INFO)
         logging.getLogger("absl").setLevel(logging.ERROR)
+        # When one of orbax's writes fails, those beside it are reported as "never retrieved".
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         yield
     except InputError as error:
@@ -50,6 +52,15 @@ def command(debug: bool) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except ModuleNotFoundError as error:
         if debug:
             raise
@@ -61,7 +72,3 @@ def command(debug: bool) -> Iterator[None]:
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

@@ -353,3 +353,21 @@ def test_a_directory_that_is_no_run(words, trained, tmp_path):
     assert result.stderr.splitlines()[-1].startswith("error: --ckpt: got ")
     beside = run(*words, "--ckpt", trained[0].parent / "tnyi")
     assert "tiny" in beside.stderr.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(trained, text_file, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained[0], workdir)
+    code = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    result = run("-c", code, *train_words(text_file, workdir, train__num_steps=9))
+    assert result.returncode == 1, result.stderr
+    assert "saved step" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"error: .*0000000[789]: not saved \(.*MB free", last), last
+    assert {"00000004", "00000006"} <= {p.name for p in (workdir / "checkpoints").iterdir()}
+    again = run(*train_words(text_file, workdir, train__num_steps=9))
+    assert again.returncode == 0 and "going on from step 6" in again.stderr

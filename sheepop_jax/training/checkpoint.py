@@ -38,6 +38,10 @@ class DamagedCheckpoint(Exception):
     """A checkpoint whose files are not those that were saved; the message names the file."""
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the older ones are intact."""
+
+
 class Checkpoints:
     """The checkpoints in one directory; saving goes on in the background."""
 
@@ -119,13 +123,13 @@ class Checkpoints:
         """Starts saving a state; returns as soon as the state may be donated again.
 
         Raises:
-            OSError: the previous save failed.
+            SaveFailed: the previous save failed.
         """
         self.wait()
         # On a CPU "device to host" is no copy, and the next step overwrites the donated buffers.
         state = jax.tree.map(jnp.copy, state)
         jax.block_until_ready(state)
-        self._pending = self._writer.submit(self._write, int(state.step), state, figures)
+        self._pending = self._writer.submit(self._commit, int(state.step), state, figures)
 
     def wait(self) -> None:
         """Blocks until the save in hand is committed, and raises what it raised."""
@@ -162,6 +166,17 @@ class Checkpoints:
             return checkpointer.restore(
                 self._path(step).absolute(), args=ocp.args.Composite(**args)
             )
+
+    def _commit(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+        try:
+            self._write(step, state, figures)
+        except Exception as error:  # orbax reports a full disk in more than one way
+            free = shutil.disk_usage(self.directory.parent).free / 1e6
+            reason = " ".join(str(error).split())[:200]
+            raise SaveFailed(
+                f"{self._path(step)}: not saved ({reason}); {free:,.0f} MB free there; older "
+                "checkpoints are intact"
+            ) from error
 
     def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
         self._sweep()

@@ -1,15 +1,18 @@
 """`training_curve.png`: losses, learning rate, gradient norm and speed of a run, from its log."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from sheepop_jax.training.metrics import read_metrics
 
+log = logging.getLogger(__name__)
+
 NAME = "training_curve.png"
 
 
 def draw_curve(directory: Path) -> Path | None:
-    """Draws the curve of a run directory and returns its path; None when nothing was logged."""
+    """Draws the curve of a run directory and returns its path; None when nothing was logged or it cannot be written."""
     # pyplot keeps global state and asks for a display; a bare Figure does neither.
     from matplotlib.figure import Figure
 
@@ -51,5 +54,9 @@ def draw_curve(directory: Path) -> Path | None:
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
     path = directory / NAME
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:  # a picture is no reason to lose a run
+        log.warning("%s: not drawn (%s)", path, error.strerror)
+        return None
     return path

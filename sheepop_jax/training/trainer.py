@@ -16,7 +16,7 @@ from sheepop_jax.data.batches import Batch, TrainBatches
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import batch_sharding, state_shardings
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.checkpoint import SCORE, Checkpoints, DamagedCheckpoint
+from sheepop_jax.training.checkpoint import SCORE, Checkpoints, DamagedCheckpoint, SaveFailed
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
@@ -78,6 +78,7 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
     Raises:
         StopRequested: a signal came; what was done is saved.
         TrainingDiverged: `train.max_skipped_steps` updates in a row were not finite.
+        SaveFailed: a checkpoint could not be written.
         InputError: every checkpoint is damaged.
     """
     with jax.set_mesh(job.mesh):
@@ -151,8 +152,8 @@ class _Loop:
         self.progress.close()
         try:
             self.checkpoints.wait()
-        except OSError as error:
-            log.error("the last checkpoint was not saved: %s", error)
+        except SaveFailed as error:
+            log.error("%s", error)
         if self.metrics:
             self.metrics.close()
             draw_curve(self.job.directory)

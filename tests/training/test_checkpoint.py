@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints, DamagedCheckpoint
+from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints, DamagedCheckpoint, SaveFailed
 from sheepop_jax.training.step import TrainState
 
 
@@ -164,7 +164,7 @@ def test_a_failed_save_is_raised_and_costs_no_older_checkpoint(tmp_path, monkeyp
 
     monkeypatch.setattr(json, "dump", full)
     checkpoints.save(make_state(3), {})
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveFailed, match=r"00000003: not saved \(.*No space left.* MB free"):
         checkpoints.wait()
     monkeypatch.undo()
     assert checkpoints.steps() == [2]
