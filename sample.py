@@ -141,6 +141,7 @@ def sample(flags: argparse.Namespace) -> None:
 
     from sheepop_jax.generation.decode import generate
     from sheepop_jax.run import open_run
+    from sheepop_jax.training.progress import printable
 
     run = open_run(flags.ckpt)
     tokenizer, trained = run.tokenizer, run.config.model.max_seq_len
@@ -192,7 +193,8 @@ def sample(flags: argparse.Namespace) -> None:
             if len(texts) > 1:
                 which = f"prompt {i // flags.num_samples + 1} of {len(texts)}, {which}"
             print(f"--- {which} ---")
-        print(prompt + text)
+        shown = prompt + text
+        print(printable(shown) if sys.stdout.isatty() else shown)
     sys.stdout.flush()
 
 

@@ -13,7 +13,7 @@ from sheepop_jax.errors import InputError
 EPILOG = """\
 examples:
   python train.py --config configs/quickstart.py
-  python train.py --config configs/base.py --config.data.path=my_texts/ --workdir runs/mine
+  python train.py --config configs/quickstart.py --config.data.path=my_texts/ --workdir runs/mine
   python train.py --config configs/base.py --config.train.num_steps=1000 --config.model.dropout=0
 
 Every field of configs/base.py can be set as --config.section.field=value. On a workdir that already

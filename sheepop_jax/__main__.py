@@ -20,7 +20,7 @@ exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C"""
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command and its flags."""
     parser = Parser(prog="python -m sheepop_jax", description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -28,7 +28,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--step", default="latest", help="latest (default), best or a number")
         sub.add_argument("--platform", choices=("auto", "cpu", "cuda", "tpu"), default="auto")
         sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-        sub.add_argument("--context", type=int, metavar="N", help="raises the run's context (RoPE)")
+        sub.add_argument(
+            "--context", type=int, metavar="N", help="default: the run's own; RoPE allows more"
+        )
         sub.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
         return sub
 
@@ -37,7 +39,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data", metavar="FILE", help="a text file; default: the run's own held-out split"
     )
     evaluate.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="tokens of context between windows"
+        "--overlap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that a window repeats from the one before, as context (default 0)",
     )
     evaluate.add_argument("--batch_size", type=int, default=8, metavar="B", help="default 8")
     evaluate.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -125,9 +131,15 @@ def bench(flags: argparse.Namespace) -> None:
     machine = runtime.prepare(flags.platform)
     from sheepop_jax.generation.bench import benchmark
     from sheepop_jax.generation.bench_report import format_table, write_results
+    from sheepop_jax.generation.request import resolve_context
     from sheepop_jax.run import open_run
 
     run = open_run(flags.ckpt)
+    context = resolve_context(run.config.model, flags.context)
+    longest = max(flags.prompt_lengths) + flags.new_tokens
+    if longest > context:
+        got = f"{longest} tokens with --new_tokens {flags.new_tokens}"
+        raise InputError("--prompt_lengths", got, f"at most the context, {context}", "--context")
     params, step = run.params(flags.step)
     dtype = machine.compute_dtype(flags.dtype)
     rows = benchmark(
@@ -137,7 +149,7 @@ def bench(flags: argparse.Namespace) -> None:
         batch_sizes=flags.batch_sizes,
         new_tokens=flags.new_tokens,
         repeats=flags.repeats,
-        context=flags.context,
+        context=context,
         report=lambda line: print(line, file=sys.stderr),
     )
     about = {

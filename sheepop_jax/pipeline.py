@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import TrainBatches, steps_per_epoch
@@ -19,10 +20,14 @@ from sheepop_jax.model.partitioning import batch_sharding, check_mesh, make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.run import Run, WorkdirLock, create_run
 from sheepop_jax.runtime import Runtime
+from sheepop_jax.training.step import init_params
 from sheepop_jax.training.stop import StopSignal
+from sheepop_jax.training.throughput import flops_per_token
 from sheepop_jax.training.trainer import Job, fit
 
 log = logging.getLogger(__name__)
+
+LONG_UPDATE_FLOPS = 5e12  # about a minute at what two CPU cores do
 
 
 def train(
@@ -69,6 +74,7 @@ def train(
                 num_steps,
             )
         log.info("activations in %s, attention by %s", dtype.name, implementation)
+        _warn_of_long_updates(config, model, machine)
 
         def figures(params: Any) -> dict[str, float]:
             found = evaluate_stream(
@@ -115,6 +121,19 @@ def train(
                 data.gzip_bits_per_byte,
             )
         return result
+
+
+def _warn_of_long_updates(config: Config, model: Transformer, machine: Runtime) -> None:
+    params = nn.meta.unbox(jax.eval_shape(lambda: init_params(model, 0)))
+    tokens = config.train.sequences_per_update * config.data.seq_len
+    flops = tokens * flops_per_token(params, config)
+    if machine.platform == "cpu" and flops > LONG_UPDATE_FLOPS:
+        log.warning(
+            "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
+            "train.grad_accum_steps, or begin with configs/quickstart.py",
+            tokens,
+            flops / 1e12,
+        )
 
 
 def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:

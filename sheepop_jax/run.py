@@ -113,6 +113,9 @@ def open_run(path: str | Path) -> Run:
             sorted(p.parent.name for p in beside.glob("*/config.json")) if beside.is_dir() else []
         )
         hint = f"one of {', '.join(runs)} in {beside}" if runs else "train.py first"
+        for above in directory.absolute().parents[:2]:  # RUN/checkpoints/STEP
+            if (above / "config.json").is_file():
+                hint = f"--ckpt {above}, with --step"
         raise InputError("--ckpt", str(path), "a run directory (with config.json)", hint)
     try:
         saved = json.loads((directory / "config.json").read_text())
@@ -201,6 +204,10 @@ class WorkdirLock:
         self._file.flush()
 
     def __exit__(self, *exception: object) -> None:
+        if [entry.name for entry in self._directory.iterdir()] == ["lock"]:
+            # Bad input, found before there was a run: leave nothing behind.
+            (self._directory / "lock").unlink()
+            self._directory.rmdir()
         self._file.close()
 
 

@@ -89,10 +89,13 @@ def prepare(platform: str = "auto") -> Runtime:
         _use_compile_cache(jax)
     try:
         device = jax.devices()[0]
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    # An installed backend that fails raises RuntimeError; one that is not installed, in jax 0.12, a
+    # bare AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or f"no {platform} backend is installed"
+        hint = "auto, or ./setup.sh --accelerator" + (" cuda12" if platform == "cuda" else "")
         raise InputError(
-            "train.platform", platform, f"a platform that jax can use here ({reason})", "auto"
+            "platform", platform, f"a platform that jax can use here ({reason})", hint
         ) from None
     found = {"gpu": "cuda"}.get(device.platform, device.platform)
     if platform == "auto" and found == "cpu" and _nvidia_card():

@@ -191,7 +191,8 @@ def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
     except FileNotFoundError:
-        raise InputError("data.path", str(path), "an existing file, directory or glob") from None
+        expected = "an existing file, directory or glob"
+        raise InputError("data.path", str(path), expected, "--config.data.path=PATH") from None
     except OSError as error:  # a symlink loop, no permission, a name too long
         got = f"{path} ({error.strerror})"
         raise InputError("data.path", got, "a readable file or directory") from error

@@ -12,7 +12,7 @@ NAME = "training_curve.png"
 
 
 def draw_curve(directory: Path) -> Path | None:
-    """Draws the curve of a run directory and returns its path; None when nothing was logged or it cannot be written."""
+    """Draws a run's curve and returns its path; None where nothing was logged or written."""
     # pyplot keeps global state and asks for a display; a bare Figure does neither.
     from matplotlib.figure import Figure
 

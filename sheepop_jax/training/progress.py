@@ -27,24 +27,20 @@ class Progress:
             self._bar.update()
 
     def report(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
-        """Shows the figures of a training line."""
-        if not self._show:
-            return
+        """Prints the figures of a training line."""
         text = (
-            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"grad {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
+            f"step {step}/{self._last}  loss {values['loss']:.4f}  "
+            f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.2f}  "
+            f"{values['tokens_per_second']:,.0f} tok/s  "
             f"{readable_flops(values['flops_per_second'])}"
         )
         if values.get("peak_share") is not None:
             text += f" ({values['peak_share']:.0%} of peak)"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-        else:
-            left = readable_seconds(seconds_left)
-            self.line(f"step {step}/{self._last}  {text}  {left} left")
+        self.line(f"{text}  {readable_seconds(seconds_left)} left")
 
     def line(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar, without the control characters that a model may write."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._show:
@@ -55,6 +51,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._open.close()
+
+
+def printable(text: str) -> str:
+    """The text with control characters, but for line breaks and tabs, shown rather than sent."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def readable_seconds(seconds: float) -> str:

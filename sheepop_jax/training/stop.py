@@ -15,7 +15,7 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Set by SIGTERM or SIGINT. A second signal ends the process at once, with exit code 75."""
+    """Set by SIGTERM or SIGINT. A second one ends the process at once, with 128 + its number."""
 
     def __init__(self) -> None:
         self._name = ""
@@ -33,7 +33,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._name:
-            os._exit(EXIT_STOPPED)
+            os._exit(128 + number)
         self._name = signal.Signals(number).name
         # The log may be what the signal interrupted: write without its locks.
         os.write(2, f"\n{self._name}: saving and stopping; once more to leave at once\n".encode())

@@ -41,6 +41,7 @@ class Throughput:
         self._stopped_at = train_seconds
         self._running_since: float | None = None
         self._session = self._interval = (step, train_seconds)
+        self.warm_seconds = 0.0
 
     @property
     def seconds(self) -> float:
@@ -58,12 +59,13 @@ class Throughput:
 
     def warmed_up(self, step: int) -> None:
         """Leaves the steps up to `step` out of `seconds_per_step`: the first is often slow."""
+        self.warm_seconds = self.seconds - self._session[1]
         self._session = (step, self.seconds)
 
     def seconds_per_step(self, step: int) -> float:
         """Mean over this process's steps after the warm one, up to `step`."""
         first, seconds = self._session
-        return (self.seconds - seconds) / max(step - first, 1)
+        return (self.seconds - seconds) / (step - first) if step > first else self.warm_seconds
 
     def interval(self, step: int) -> dict[str, float | None]:
         """Speeds since the last call, or the start, up to `step`; and begins a new interval."""

@@ -202,6 +202,7 @@ class _Loop:
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
         job = self.job
         step = make_train_step(job.model, self.optimizer, self.schedule, job.config.seed)
+        log.info("compiling the train step")
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         started = time.perf_counter()
         compiled = jitted.lower(self.state, batch).compile()
@@ -227,7 +228,8 @@ class _Loop:
             self.throughput.warmed_up(self.step)
         per_step = self.throughput.seconds_per_step(self.step)
         left = (self.job.num_steps - self.step) * per_step
-        if self.step == self.first_step + 4:
+        # The first step includes what happens only once: wait for others, unless steps are long.
+        if self.step == self.first_step + (4 if self.throughput.warm_seconds < 5 else 1):
             self.progress.line(f"{per_step:.3g} s a step: about {readable_seconds(left)} to go")
         if self.step % train.log_every == 0 or self.step == self.job.num_steps:
             self._report(metrics, left)
