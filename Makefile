@@ -18,7 +18,7 @@ setup:  ## make .venv, if it is missing or not current
 
 train: setup  ## train configs/quickstart.py (about two minutes on a laptop), then print samples
 	$(PYTHON_IN_VENV) train.py --config configs/quickstart.py
-	$(PYTHON_IN_VENV) sample.py --ckpt runs/quickstart --prompt "def " --num_samples 2 --max_new_tokens 120
+	$(PYTHON_IN_VENV) sample.py --ckpt runs/quickstart --prompt "class Reader:" --temperature 0.6 --num_samples 2 --max_new_tokens 120
 
 test: lint  ## lint, types and the whole test suite
 	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     c.train.grad_accum_steps = 1
     c.train.log_every = 20
     c.train.eval_every = 500
-    c.train.sample_prompt = "def "
+    c.train.sample_prompt = "class Reader:"
 
     c.checkpoint.save_every = 500
     return c

@@ -104,4 +104,4 @@ def test_make_train_made_short(tmp_path):
             check=False,
         )
         assert result.returncode == 0, result.stderr
-    assert result.stdout.count("def ") >= 2
+    assert result.stdout.count("class Reader:") >= 2
