@@ -20,7 +20,7 @@ exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C"""
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command and its flags."""
     parser = Parser(prog="python -m sheepop_jax", description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{evaluate,bench}")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)

@@ -43,7 +43,8 @@ def command(debug: bool) -> Iterator[None]:
     if not debug:  # others' loggers speak up only when something is wrong
         logging.getLogger("sheepop_jax").setLevel(logging.INFO)
         logging.getLogger("absl").setLevel(logging.ERROR)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, twice
+        # The hub's client logs each retry; it reads this when it is imported.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         # When one of orbax's writes fails, those beside it are reported as "never retrieved".
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:

@@ -139,6 +139,7 @@ class _Hub:
             raise InputError("data.name", self._name, "rows with text in the train split")
 
     def _rows(self) -> Iterator[dict[str, Any]]:
+        logger.info("data: opening %s on the Hugging Face hub", self._name)
         try:
             import datasets  # here, not above: it takes seconds, and only this source needs it
 
