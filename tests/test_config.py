@@ -91,6 +91,36 @@ def with_value(name, value):
     return values
 
 
+# The last values that are still good.
+EDGES = [
+    ("seed", 0),
+    ("seed", 2**32 - 1),
+    ("model.num_layers", 1),
+    ("model.dropout", 0.0),
+    ("data.vocab_size", 257),
+    ("data.seq_len", 512),
+    ("optimizer.b1", 0.0),
+    ("optimizer.weight_decay", 0.0),
+    ("optimizer.warmup_steps", 0),
+    ("optimizer.final_lr_fraction", 0.0),
+    ("optimizer.final_lr_fraction", 1.0),
+    ("optimizer.max_grad_norm", 0.0),
+    ("train.num_steps", 1),
+    ("train.batch_size", 1),
+    ("train.eval_every", 0),
+    ("train.sample_tokens", 0),
+    ("train.max_skipped_steps", 1),
+    ("checkpoint.save_every", 0),
+    ("checkpoint.keep", 1),
+    ("mesh.fsdp", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), EDGES)
+def test_values_at_the_edge_of_a_rule_are_good(name, value):
+    assert flat(ConfigDict(Config.from_dict(with_value(name, value)).to_dict()))[name] == value
+
+
 def test_base_is_valid_and_survives_json():
     config = Config.from_dict(base.get_config())
     assert Config.from_dict(config.to_dict()) == config
@@ -107,6 +137,22 @@ def test_bad_values_are_refused_by_name_value_and_rule(name, value, rule):
     shown = "train.num_steps" if name == "train.num_epochs" else name
     assert str(caught.value).startswith(f"{shown}: got ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**32),
+        ("data.vocab_size", 2**31),
+        ("data.val_fraction", 0.0),
+        ("optimizer.weight_decay", float("inf")),
+        ("optimizer.final_lr_fraction", -0.1),
+        ("optimizer.max_grad_norm", -0.1),
+    ],
+)
+def test_the_other_end_of_a_rule_is_refused_too(name, value):
+    with pytest.raises(InputError, match=f"^{name}: got "):
+        Config.from_dict(with_value(name, value))
 
 
 @pytest.mark.parametrize("name", sorted(flat(base.get_config())))
@@ -151,6 +197,7 @@ def test_whole_numbers_are_taken_for_floats_but_not_the_other_way():
         ({"model.d_model": 9, "model.num_heads": 1, "model.position": "sinusoidal"}, "even width"),
         ({"data.source": "files"}, "data.path: got ''"),
         ({"data.source": "hub"}, "data.name: got ''"),
+        ({"data.source": "hub", "data.name": "x", "data.text_column": ""}, "data.text_column"),
         ({"train.num_steps": 5, "train.num_epochs": 5}, "exactly one"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, "mesh.fsdp"),
     ],
@@ -160,6 +207,12 @@ def test_fields_that_contradict_each_other(changes, rule):
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=rule):
         Config.from_dict(config)
+
+
+def test_the_size_of_a_vocabulary_of_characters_is_free():
+    values = with_value("data.vocab_size", 0)
+    values["data"]["tokenizer"] = "char"
+    assert Config.from_dict(values).data.vocab_size == 0
 
 
 def test_a_configuration_cannot_be_changed():

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from sheepop_jax import evaluation
 from sheepop_jax.data.shards import TokenStream
 from sheepop_jax.evaluation import evaluate, evaluate_stream
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.loss import EvaluationSums
+from sheepop_jax.training.stop import StopRequested
 from tests import reference
 
 VOCAB = 101
@@ -59,6 +62,47 @@ def test_a_part_of_the_stream_has_its_share_of_the_bytes(trained):
     part = evaluate_stream(model, params, stream, seq_len=13, batch_size=2, max_batches=1)
     assert (part.tokens, part.bytes) == (26, 260)
     assert part.bits_per_byte == pytest.approx(part.loss / math.log(2) * 26 / 260)
+
+
+def test_every_batch_is_checked_for_a_stop_and_put_on_the_device(trained):
+    model, params = trained
+    tokens = np.random.default_rng(7).integers(0, VOCAB, 53, dtype=np.int32)
+    stream = TokenStream.from_array(tokens, num_bytes=52, num_documents=1)
+    settings = {"seq_len": 13, "batch_size": 2}
+    expected = evaluate_stream(model, params, stream, **settings)
+    seen = []
+
+    def put(array):
+        seen.append(array.shape)
+        return 0 * array if array.dtype == np.int32 else array
+
+    found = evaluate_stream(model, params, stream, **settings, put=put)
+    assert seen == [(2, 13)] * 6  # inputs, targets and weights of two batches
+    assert found.loss != expected.loss
+    looks = iter([None, StopRequested("SIGTERM")])
+
+    def check():
+        if error := next(looks):
+            raise error
+
+    with pytest.raises(StopRequested):
+        evaluate_stream(model, params, stream, **settings, check=check)
+
+
+def test_sums_beyond_2_to_the_24_are_exact(trained, monkeypatch):
+    sizes = iter([2**24, 1, 1])
+    monkeypatch.setattr(
+        evaluation, "_batch_sums", lambda *args: EvaluationSums(*[np.float32(next(sizes))] * 3)
+    )
+    assert evaluate(*trained, [()] * 3, 1.0).tokens == 2**24 + 2
+
+
+def test_a_loss_too_high_for_its_perplexity_is_no_crash(trained):
+    model, params = trained
+    params = {**params, "embedding": 1e4 * params["embedding"]}
+    stream = TokenStream.from_array(np.arange(9, dtype=np.int32), num_bytes=8, num_documents=1)
+    found = evaluate_stream(model, params, stream, seq_len=13, batch_size=1)
+    assert found.loss > 710 and math.isfinite(found.perplexity)
 
 
 def test_nothing_to_evaluate_is_an_error(trained):

@@ -71,6 +71,31 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
     assert os.environ["XLA_FLAGS"] == f"{ours}=none"
 
 
+def test_what_prepare_settles_in_a_fresh_process(tmp_path):
+    code = """
+from sheepop_jax import runtime
+runtime.PEAK_FLOPS = (("cpu", 3.0),)
+runtime.check_numbers = lambda: print("checked")
+machine = runtime.prepare("cpu")
+import jax
+print(machine.platform, machine.device_count, machine.peak_flops)
+print(jax.config.jax_threefry_partitionable)
+print(jax.config.jax_compilation_cache_dir)
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    unset = {"JAX_COMPILATION_CACHE_DIR": ""}
+    result = run_fresh(code, XLA_FLAGS=flags, XDG_CACHE_HOME=str(tmp_path), **unset)
+    cache = tmp_path / "sheepop_jax" / "xla"
+    assert result.stdout.splitlines() == ["checked", "cpu 2 6.0", "True", str(cache)], result.stderr
+    assert cache.is_dir()
+
+
+def test_no_name_of_a_card_is_taken_for_another():
+    names = [name for name, _ in runtime.PEAK_FLOPS]
+    for i, name in enumerate(names):
+        assert not [earlier for earlier in names[:i] if earlier in name]
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_a_missing_platform_is_an_error_not_a_silent_cpu(platform):
     code = """

@@ -234,6 +234,7 @@ def test_a_second_process_is_refused_by_the_lock(trained, text_file):
         (["--config.train.num_epochs=2"], "train.num_steps: got 20000; expected exactly one"),
         (["--config.train.sample_tokens"], "write --config.train.sample_tokens=VALUE"),
         (["--wokdir=x"], "unknown argument --wokdir=x"),
+        (["--work=x"], "unknown argument --work=x"),
     ],
 )
 def test_a_bad_field_is_one_line_before_jax_is_imported(tmp_path, words, message):
@@ -264,6 +265,29 @@ def test_a_config_file_that_does_not_work(tmp_path, content, message):
     assert result.returncode == 2
     assert result.stderr.startswith("error: --config: got ") and message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        ("InputError('--x', 3, 'less')", 2, "error: --x: got 3; expected less"),
+        ("OSError(28, 'No space left', 'f')", 1, "error: [Errno 28] No space left: 'f'"),
+        ("ModuleNotFoundError(name='flax')", 2, "error: the Python package flax is missing here;"),
+        ("KeyboardInterrupt()", 130, ""),
+        ("BrokenPipeError()", 0, ""),
+    ],
+)
+def test_each_error_has_its_line_and_its_exit_code(error, code, shown):
+    program = (
+        "from sheepop_jax.cli import command\n"
+        "from sheepop_jax.errors import InputError\n"
+        f"with command(DEBUG):\n    raise {error}\n"
+    )
+    result = run("-c", program.replace("DEBUG", "False"))
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.startswith(shown) and result.stderr.count("\n") == bool(shown)
+    if shown:
+        assert "Traceback" in run("-c", program.replace("DEBUG", "True")).stderr
 
 
 def test_a_python_without_the_packages_says_what_to_do():

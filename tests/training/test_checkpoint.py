@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,29 @@ def test_every_damaged_file_is_detected(tmp_path, damage):
     assert_same(checkpoints.restore(6, target), make_state(6, seed=6))
 
 
+def test_a_checkpoint_under_another_number_or_of_another_format_is_damaged(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    save_all(checkpoints, [6])
+    (tmp_path / "00000006").rename(tmp_path / "00000009")
+    with pytest.raises(DamagedCheckpoint, match="00000009"):
+        checkpoints.verify(9)
+    (tmp_path / "00000009").rename(tmp_path / "00000006")
+    monkeypatch.setattr("sheepop_jax.training.checkpoint.FORMAT", 2)
+    with pytest.raises(DamagedCheckpoint, match="format 1, not 2"):
+        checkpoints.verify(6)
+
+
+def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=4)
+    save_all(checkpoints, [1, 2, 3, 4], {1: float("nan"), 2: 1.5, 3: 2.0, 4: float("-inf")})
+    assert checkpoints.best() == 2
+    (tmp_path / "00000002" / MANIFEST).write_text("{}")
+    assert checkpoints.best() == 3
+    for step in (3, 1, 4):
+        checkpoints.set_aside(step)
+    assert checkpoints.steps() == [2] and checkpoints.best() is None
+
+
 def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save_all(checkpoints, [6])
@@ -144,6 +168,8 @@ def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
     assert aside.is_dir() and checkpoints.steps() == []
     save_all(checkpoints, [6])
     assert checkpoints.steps() == [6] and aside.is_dir()
+    again = checkpoints.set_aside(6)
+    assert again != aside and again.is_dir() and aside.is_dir()
 
 
 def test_unfinished_saves_do_not_count_and_are_swept(tmp_path):
@@ -169,6 +195,38 @@ def test_a_failed_save_is_raised_and_costs_no_older_checkpoint(tmp_path, monkeyp
     monkeypatch.undo()
     assert checkpoints.steps() == [2]
     assert_same(checkpoints.restore(2, abstract(make_state(2))), make_state(2, seed=2))
+
+
+def test_a_failed_save_is_raised_by_the_next_one(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        checkpoints.save(make_state(3), {})
+        with pytest.raises(SaveFailed, match="00000003"):
+            checkpoints.save(make_state(4), {})
+    save_all(checkpoints, [5])  # once raised, it is done with
+    assert checkpoints.steps() == [5]
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_broken_step(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save_all(checkpoints, [2])
+
+    def cut_short(path):
+        next(p for p in path.rglob("*") if p.is_file()).unlink()
+        raise OSError("cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_short)
+        checkpoints.save(make_state(3, seed=3), {})
+        with pytest.raises(SaveFailed, match="cut short"):
+            checkpoints.wait()
+    assert checkpoints.steps() == [3]
+    checkpoints.verify(3)
 
 
 def test_a_target_of_another_shape_is_refused(tmp_path):

@@ -60,6 +60,21 @@ def test_gradients_scale_with_what_follows(arrays):
         np.testing.assert_allclose(half, 0.5 * whole, rtol=2e-5, atol=2e-6)
 
 
+def test_bf16_activations_give_the_embedding_a_gradient_in_fp32(arrays):
+    hidden, embedding, targets, weights = arrays
+    half, table = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, embedding))
+    value, (d_hidden, d_embedding) = jax.value_and_grad(loss.cross_entropy_sum, argnums=(0, 1))(
+        half, embedding, targets, weights, VOCAB, T
+    )
+    expected = reference(np.asarray(half), np.asarray(table), targets, weights)
+    assert float(value) == pytest.approx(expected[0], rel=1e-2)
+    assert (d_hidden.dtype, d_embedding.dtype) == (jnp.bfloat16, jnp.float32)
+    for found, wanted in zip((d_hidden, d_embedding), expected[1:], strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=2e-2, atol=2e-2)
+    # Summed in fp32: a sum in bf16 would be a bf16 number.
+    assert (d_embedding != d_embedding.astype(jnp.bfloat16)).any()
+
+
 @pytest.mark.parametrize("chunk", [2, 7])
 def test_evaluation_sums_are_the_same_loss_and_count_right_predictions(arrays, chunk):
     hidden, embedding, targets, weights = arrays

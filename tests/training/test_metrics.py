@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.metrics import NAME, MetricsLog, read_metrics
@@ -34,6 +35,41 @@ def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
     log.close()
     found = [(line["step"], line["loss"]) for line in read_metrics(tmp_path)]
     assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def tensorboard_events(directory):
+    """All events of all files, in order: each is its length, a CRC, a protocol buffer, a CRC."""
+    events = []
+    for path in sorted((directory / "tensorboard").glob("events.*")):
+        content = path.read_bytes()
+        while content:
+            end = 12 + int.from_bytes(content[:8], "little")
+            events.append(Event.FromString(content[12:end]))
+            content = content[end + 4 :]
+    return events
+
+
+def test_tensorboard_has_both_kinds_of_lines_and_forgets_what_is_cut(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(3, {"loss": 2.0, "grad_norm": math.nan})
+    log.write(3, {"val_loss": 2.5})
+    log.close()
+    events = tensorboard_events(tmp_path)
+    found = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
+    assert found == [("train/loss", 2.0, 3), ("held_out/val_loss", 2.5, 3)]
+    for path in (tmp_path / "tensorboard").iterdir():
+        path.unlink()
+    MetricsLog(tmp_path, 2).close()
+    starts = [e.step for e in tensorboard_events(tmp_path) if e.HasField("session_log")]
+    assert starts == [3]  # TensorBoard drops what older files have from this step on
+
+
+def test_a_flushed_line_is_in_the_file(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 2.0})
+    log.flush()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    log.close()
 
 
 def test_no_log_is_no_lines(tmp_path):

@@ -146,3 +146,27 @@ def test_muon_orthogonalises_kernels_and_leaves_embeddings_to_adam(small_config)
     # Adam's first update is the sign of the gradient, up to nesterov's factor.
     np.testing.assert_array_equal(np.sign(updates["embedding"]), -np.sign(params["embedding"]))
     assert np.ptp(np.abs(updates["embedding"])) < 1e-3
+
+
+def test_muon_gives_adam_the_betas_and_eps_of_the_configuration(small_config):
+    betas = {"b1": 0.5, "b2": 0.7, "eps": 0.03}
+    settings = config(
+        small_config,
+        name="muon",
+        learning_rate=1.0,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0,
+        max_grad_norm=0,
+        **betas,
+    )
+    optimizer = make_optimizer(settings, make_schedule(settings, 9))
+    adam = optax.scale_by_adam(**betas, nesterov=True)
+    draw = np.random.default_rng(4)
+    params = {"embedding": jnp.zeros((7, 5)), "up": {"kernel": jnp.zeros((5, 3))}}
+    state, adam_state = optimizer.init(params), adam.init(params["embedding"])
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(draw.standard_normal(p.shape)), params)
+        updates, state = optimizer.update(grads, state, params)
+        expected, adam_state = adam.update(grads["embedding"], adam_state)
+        np.testing.assert_allclose(updates["embedding"], -expected, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -81,6 +82,61 @@ def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job):
     checkpoints = Checkpoints(job.directory / "checkpoints")
     assert checkpoints.steps() == [3, 6, 7]  # the best (the first of equals) and the latest two
     assert (job.directory / "training_curve.png").exists()
+
+
+def test_only_an_evaluated_step_is_saved_with_held_out_figures(make_job):
+    job = make_job(num_steps=7, overrides={"checkpoint.keep": 9})
+    fit(job, StopSignal())
+    checkpoints = Checkpoints(job.directory / "checkpoints")
+    evaluated = {s: "val_loss" in checkpoints.manifest(s)["figures"] for s in checkpoints.steps()}
+    assert evaluated == {2: False, 3: True, 4: False, 6: True, 7: True}
+
+
+def test_steps_between_those_due_are_not_logged_and_samples_are_shown(make_job, capsys):
+    job = make_job(num_steps=5, overrides={"train.log_every": 2, "train.eval_every": 0})
+    fit(job, StopSignal())
+    assert [line["step"] for line in training_lines(job.directory)] == [2, 4, 5]
+    assert capsys.readouterr().err.count("sample: text\n") == 1
+
+
+def test_another_process_than_the_first_writes_nothing_but_its_checkpoints(make_job, capsys):
+    job = dataclasses.replace(make_job(num_steps=2), first_process=False)
+    fit(job, StopSignal())
+    assert [entry.name for entry in job.directory.iterdir()] == ["checkpoints"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_clock_counts_updates_only_and_goes_on_after_a_restart(make_job):
+    def evaluate(params):
+        time.sleep(0.4)
+        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+        return {"val_loss": 3.0, **rest}
+
+    for num_steps in (3, 6):
+        overrides = {"train.eval_every": 1, "checkpoint.keep": 9}
+        fit(make_job(num_steps=num_steps, evaluate=evaluate, overrides=overrides), StopSignal())
+    job = make_job()
+    lines = training_lines(job.directory)
+    seconds = [0.0] + [line["train_seconds"] for line in lines]
+    assert seconds == sorted(seconds) and seconds[-1] < 1.6  # the evaluations took 2.4
+    for line, before, after in zip(lines, seconds[:-1], seconds[1:], strict=True):
+        tokens = line["tokens_per_second"] * (after - before)
+        if line["step"] != 4:  # a session of its own starts from what was saved, a little later
+            assert tokens == pytest.approx(2 * 5 * 13)
+    figures = Checkpoints(job.directory / "checkpoints").manifest(3)["figures"]
+    assert seconds[3] <= figures["train_seconds"] <= seconds[4]
+
+
+def test_the_state_is_donated(make_job):
+    held = []
+
+    def evaluate(params):
+        held.append(params)
+        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+        return {"val_loss": 3.0, **rest}
+
+    fit(make_job(num_steps=2, evaluate=evaluate, overrides={"train.eval_every": 1}), StopSignal())
+    assert [leaf.is_deleted() for leaf in jax.tree.leaves(held[0])].count(False) == 0
 
 
 def test_lines_have_what_the_contract_names(make_job):
@@ -164,6 +220,33 @@ def test_the_best_by_validation_loss_is_kept(make_job):
     assert (checkpoints.best(), checkpoints.steps()) == (4, [4, 7])
 
 
+def test_a_restart_remembers_the_best(make_job):
+    losses = iter([2.0, 1.0, 1.5, 3.0])
+
+    def evaluate(params):
+        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+        return {"val_loss": next(losses), **rest}
+
+    overrides = {"train.eval_every": 1, "checkpoint.save_every": 0, "checkpoint.keep": 9}
+    for num_steps in (2, 4):
+        fit(make_job(num_steps, evaluate, overrides), StopSignal())
+    # Step 3 is the best of the second session, but not of the run.
+    assert Checkpoints(make_job().directory / "checkpoints").steps() == [1, 2, 4]
+
+
+def test_a_save_that_fails_does_not_hide_what_ended_the_run(make_job, monkeypatch, caplog):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    def evaluate(params):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Checkpoints, "_write", full)
+    with pytest.raises(ZeroDivisionError):
+        fit(make_job(evaluate=evaluate), StopSignal())
+    assert "00000002: not saved" in caplog.text
+
+
 def test_a_stop_during_evaluation_saves_the_step(make_job):
     def evaluate(params):
         raise StopRequested("SIGTERM")
@@ -187,6 +270,20 @@ def test_non_finite_updates_in_a_row_end_the_run(make_job, monkeypatch):
         fit(job, StopSignal())
     skipped = [line["step"] for line in training_lines(job.directory) if line["skipped"]]
     assert skipped == [3, 4]
+
+
+def test_skipped_updates_that_are_not_in_a_row_end_nothing(make_job, monkeypatch):
+    job = make_job(num_steps=5, overrides={"train.max_skipped_steps": 2, "train.eval_every": 0})
+    whole = TrainBatches.batch_at
+
+    def poisoned(self, step):
+        batch = whole(self, step)
+        return batch._replace(weights=batch.weights * np.float32(np.inf if step % 2 else 1))
+
+    monkeypatch.setattr(TrainBatches, "batch_at", poisoned)
+    fit(job, StopSignal())
+    skipped = [line["step"] for line in training_lines(job.directory) if line["skipped"]]
+    assert skipped == [2, 4]
 
 
 def test_nothing_compiles_after_the_first_steps(make_job):
@@ -213,8 +310,10 @@ def test_nothing_compiles_after_the_first_steps(make_job):
     assert compiled[1] == compiled[2]  # from step 6, after the first evaluation and save, none
 
 
-def test_flops_of_a_token_by_hand(make_config):
-    config = make_config({"model.num_kv_heads": 6})
+@pytest.mark.parametrize("looked_up", [{}, {"tie_embeddings": False}, {"position": "learned"}])
+def test_flops_of_a_token_by_hand(make_config, looked_up):
+    settings = {"num_kv_heads": 6, **looked_up}
+    config = make_config({f"model.{name}": value for name, value in settings.items()})
     model = Transformer(config.model, VOCAB)
     params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     d, f, layers, time = 60, 79, 2, 13

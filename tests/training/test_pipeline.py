@@ -1,0 +1,140 @@
+"""A configuration to a job: each field where it belongs, and a run that stays itself."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sheepop_jax import pipeline
+from sheepop_jax.data.batches import TrainBatches, steps_per_epoch
+from sheepop_jax.errors import InputError
+from sheepop_jax.run import open_run
+from sheepop_jax.runtime import Runtime
+from sheepop_jax.training.stop import StopRequested, StopSignal
+
+MACHINE = Runtime("cpu", "cpu", 8, 123.0)
+
+
+class Stopped(StopSignal):
+    """A signal that came before anything began."""
+
+    def check(self):
+        raise StopRequested("SIGTERM")
+
+
+@pytest.fixture
+def plan(make_config, tmp_path, monkeypatch):
+    """`plan({"seed": 3, …})`: the job that `train` would have done, its evaluation's options."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} says {i * i}\n" for i in range(120)))
+    jobs, evaluations = [], []
+
+    def evaluate_stream(*args, **options):
+        evaluations.append(options)
+        raise StopRequested
+
+    monkeypatch.setattr(pipeline, "fit", lambda job, stop: jobs.append(job) or {})
+    monkeypatch.setattr(pipeline, "evaluate_stream", evaluate_stream)
+
+    def make(overrides=None, workdir=tmp_path / "run", stop=None):
+        fixed = {
+            "data.path": str(text),
+            "data.cache_dir": str(tmp_path / "cache"),
+            "data.tokenizer": "char",
+            "train.batch_size": 8,
+        }
+        pipeline.train(make_config({**fixed, **(overrides or {})}), workdir, MACHINE, stop)
+        with pytest.raises(StopRequested):
+            jobs[-1].evaluate({})
+        return jobs[-1], evaluations[-1]
+
+    return make
+
+
+def test_fields_reach_the_loop_the_batches_and_the_evaluation(plan):
+    stop = StopSignal()
+    settings = {"train.eval_batches": 3, "train.sample_tokens": 0, "seed": 5}
+    job, evaluation = plan(settings, stop=stop)
+    assert (job.num_steps, job.peak_flops, job.sample) == (7, 123.0, None)
+    wanted = {"seq_len": 13, "batch_size": 8, "max_batches": 3, "check": stop.check}
+    assert wanted.items() <= evaluation.items()
+    order = {"seq_len": 13, "seed": 5, "accum": 2, "batch_size": 8}
+    expected = TrainBatches(job.batches._stream, **order).batch_at(4)
+    for found, wanted_array in zip(job.batches.batch_at(4), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted_array)
+    assert plan({"seed": 5})[0].sample is not None
+
+
+def test_epochs_are_turned_into_steps(plan):
+    job, _ = plan({"train.num_steps": 0, "train.num_epochs": 3})
+    assert job.num_steps == 3 * steps_per_epoch(len(job.batches._stream), 13, 16) > 3
+
+
+def test_a_warmup_longer_than_the_run_is_said(plan, caplog):
+    caplog.set_level(logging.INFO)
+    plan({"optimizer.warmup_steps": 6})
+    assert "warmup is longer" not in caplog.text
+    plan({"optimizer.warmup_steps": 7})
+    assert "warmup is longer than the run of 7 updates" in caplog.text
+
+
+def test_an_update_that_takes_a_cpu_minutes_is_said(plan, caplog):
+    job, _ = plan()
+    assert "a minute or more" not in caplog.text
+    plan({"train.grad_accum_steps": 10**6}, job.directory.with_name("long"))
+    assert "a minute or more" in caplog.text
+
+
+def test_a_run_keeps_its_identity_and_may_change_the_rest(plan):
+    plan()
+    job, _ = plan({"optimizer.learning_rate": 0.5, "train.num_steps": 9, "checkpoint.keep": 7})
+    assert open_run(job.directory).config == job.config
+    for name, value in {
+        "seed": 9,
+        "model.dropout": 0.5,
+        "data.seq_len": 11,
+        "train.batch_size": 16,
+        "train.grad_accum_steps": 3,
+    }.items():
+        with pytest.raises(InputError, match=f"{name} .* -> {value}'; expected the configuration"):
+            plan({name: value})
+    with pytest.raises(InputError, match="other data"):
+        plan({"data.val_fraction": 0.3})
+
+
+def test_a_tokenizer_that_is_not_the_runs_is_refused(plan):
+    job, _ = plan()
+    path = job.directory / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "vocab_size": 3}))
+    with pytest.raises(InputError, match=r"tokenizer.json: got '\d+ tokens'; .* the run's 3"):
+        open_run(job.directory)
+
+
+def test_held_out_text_that_has_changed_is_refused(plan):
+    job, _ = plan()
+    run = open_run(job.directory)
+    assert len(run.held_out().validation) > 0
+    text = Path(job.config.data.path)
+    text.write_text(text.read_text().replace("says", "said"))
+    with pytest.raises(InputError, match="its data: got .*evaluate --data FILE"):
+        run.held_out()
+
+
+def test_what_ends_before_there_is_a_run_leaves_no_directory(plan, tmp_path):
+    workdir = tmp_path / "new"
+    with pytest.raises(InputError):
+        plan({"data.path": str(tmp_path / "nowhere.txt")}, workdir)
+    assert not workdir.exists()
+    with pytest.raises(StopRequested):
+        plan(workdir=workdir, stop=Stopped())
+    assert not workdir.exists()
+
+
+def test_a_sample_prompt_that_fills_the_context_is_refused(plan):
+    prompt = {"train.sample_prompt": "line " * 6}
+    with pytest.raises(InputError, match=r"train.sample_prompt: got '30 tokens'.*sample_tokens=0"):
+        plan(prompt)
+    assert plan({**prompt, "train.sample_tokens": 0})[0].sample is None
