@@ -23,12 +23,12 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_steps = 50
     c.optimizer.final_lr_fraction = 0.0
 
-    c.train.num_steps = 1500
+    c.train.num_steps = 1200
     c.train.batch_size = 8
     c.train.grad_accum_steps = 1
     c.train.log_every = 20
-    c.train.eval_every = 500
+    c.train.eval_every = 400
     c.train.sample_prompt = "class Reader:"
 
-    c.checkpoint.save_every = 500
+    c.checkpoint.save_every = 400
     return c

@@ -112,6 +112,8 @@ class Checkpoints:
         """
         manifest, root = self.manifest(step), self._path(step)
         present = set(_files(root))
+        for name in sorted(present - manifest["files"].keys()):
+            raise DamagedCheckpoint(f"{root / name}: not a file of this checkpoint")
         for name, recorded in manifest["files"].items():
             if name not in present:
                 raise DamagedCheckpoint(f"{root / name}: missing")

@@ -158,6 +158,14 @@ def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
     assert checkpoints.steps() == [2] and checkpoints.best() is None
 
 
+def test_an_added_file_is_detected(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save_all(checkpoints, [6])
+    (tmp_path / "00000006" / "params" / "extra").write_text("x")
+    with pytest.raises(DamagedCheckpoint, match="extra: not a file of this checkpoint"):
+        checkpoints.verify(6)
+
+
 def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save_all(checkpoints, [6])

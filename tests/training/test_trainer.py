@@ -155,7 +155,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
     for job in (whole, parts):
         job.directory.mkdir()
     fit(whole, StopSignal())
-    stop, evaluations = StopSignal(), []
+    stop = StopSignal()
 
     class StopAt:
         """Asks to stop once the loop has done `first` steps."""
@@ -172,7 +172,6 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
         fit(parts, StopAt())  # type: ignore[arg-type]
     assert Checkpoints(parts.directory / "checkpoints").steps()[-1] == first
     fit(parts, stop)
-    del evaluations
     for a, b in zip(training_lines(whole.directory), training_lines(parts.directory), strict=True):
         assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
     for a, b in zip(arrays_of(whole), arrays_of(parts), strict=True):
