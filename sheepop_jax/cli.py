@@ -19,6 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose help keeps its line breaks and whose errors take one line."""
 
     def __init__(self, **options: object):
+        # The options are argparse's own, each of its type: hence the ignore.
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **options)  # type: ignore[arg-type]
 

@@ -267,6 +267,7 @@ class Config(Section):
 
 def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
     hints = get_type_hints(cls)
+    # `_T` is always a dataclass here, which a TypeVar cannot say: hence the ignore.
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
