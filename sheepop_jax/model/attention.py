@@ -15,15 +15,20 @@ Implementation = Literal["xla", "cudnn"]
 
 
 def choose_implementation(
-    platform: str, dtype: jnp.dtype, head_dim: int, attention_dropout: float
+    platform: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    attention_dropout: float,
+    document_mask: bool = False,
 ) -> Implementation:
     """Decides which attention a training step uses; decoding always uses XLA's.
 
     cuDNN's flash attention takes bf16 on NVIDIA, heads of a multiple of 8 up to 128 wide, and
-    neither dropout on the weights nor a mask other than causal.
+    neither dropout on the weights nor a mask other than causal, so no borders of documents.
     """
     fits = dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if platform == "cuda" and fits and attention_dropout == 0 else "xla"
+    causal_alone = attention_dropout == 0 and not document_mask
+    return "cudnn" if platform == "cuda" and fits and causal_alone else "xla"
 
 
 def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +74,31 @@ def sinusoidal_embedding(positions: jax.Array, d_model: int) -> jax.Array:
 def causal_mask(length: int) -> jax.Array:
     """Boolean [1, T, S]: query t sees key s when s <= t."""
     return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+def segment_positions(segments_BT: jax.Array) -> jax.Array:
+    """Positions within each document of a packed window, 0 at every border.
+
+    Args:
+        segments_BT: int32, which document of its window a token belongs to; rising along T. The
+            first may have begun before the window: its positions count from the window's start.
+
+    Returns:
+        int32 [B, T].
+    """
+    slots = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    begins_BT = segments_BT != jnp.roll(segments_BT, 1, axis=1)
+    # Slot 0 compares itself with the row's last, and begins at 0 either way.
+    return slots - jax.lax.cummax(jnp.where(begins_BT, slots, 0), axis=1)
+
+
+def segment_mask(segments_BT: jax.Array) -> jax.Array:
+    """Boolean [B, T, S]: query t sees key s when s <= t, and both are of one document.
+
+    With `segment_positions` it makes a packed window (int32 [B, T]) what its documents are alone.
+    """
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same_BTS & causal_mask(segments_BT.shape[1])
 
 
 def attend(

@@ -171,6 +171,7 @@ class Transformer(nn.Module):
         tokens_BT: jax.Array,
         cache: attn.Cache | None = None,
         deterministic: bool = True,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, attn.Cache | None]:
         """Maps token ids to hidden states.
 
@@ -178,21 +179,30 @@ class Transformer(nn.Module):
             tokens_BT: int32 ids below `vocab_size`.
             cache: with one, the tokens are the next T slots of each row; without, a whole context.
             deterministic: whether dropout is off; on, an rng named "dropout" is needed.
+            segments_BT: int32, which document of its window each token belongs to: attention stops
+                at the borders and positions begin again. None: the window is one text.
 
         Returns:
             Hidden states [B, T, D] after the final LayerNorm, in `dtype`; and the cache, advanced
             by T, or None.
 
         Raises:
-            ValueError: more tokens than the table of learned positions has rows. With a cache,
-                whoever makes it sees to that.
+            ValueError: more tokens than the table of learned positions has rows (with a cache,
+                whoever makes it sees to that); or segments with a cache, or with cuDNN's attention,
+                which would see across the borders.
         """
         cfg = self.config
         t = tokens_BT.shape[1]
         if cache is None and cfg.position == "learned" and t > cfg.max_seq_len:
             raise ValueError(f"{t} tokens for a table of {cfg.max_seq_len} learned positions")
-        if cache is None:
-            positions, mask, index = jnp.arange(t, dtype=jnp.int32), attn.causal_mask(t), None
+        if segments_BT is not None and (cache is not None or self.implementation == "cudnn"):
+            where = "a cache" if cache is not None else "cuDNN's attention"
+            raise ValueError(f"segments with {where}: it knows no borders of documents")
+        index = None
+        if segments_BT is not None:
+            positions, mask = attn.segment_positions(segments_BT), attn.segment_mask(segments_BT)
+        elif cache is None:
+            positions, mask = jnp.arange(t, dtype=jnp.int32), attn.causal_mask(t)
         else:
             positions, mask, index = cache.positions(t), cache.mask(t), cache.index
 

@@ -34,8 +34,10 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     ],
 )
 def test_choose_implementation(platform, dtype, head_dim, attention_dropout, expected):
-    chosen = attn.choose_implementation(platform, dtype, head_dim, attention_dropout)
-    assert chosen == expected
+    conditions = platform, dtype, head_dim, attention_dropout
+    assert attn.choose_implementation(*conditions) == expected
+    assert attn.choose_implementation(*conditions, document_mask=False) == expected
+    assert attn.choose_implementation(*conditions, document_mask=True) == "xla"
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
@@ -117,6 +119,25 @@ def test_causal_mask_is_a_literal_table():
     mask = attn.causal_mask(4)
     assert mask.dtype == jnp.bool_
     np.testing.assert_array_equal(mask, np.array(expected, bool))
+
+
+SEGMENTS = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 2, 3]], np.int32)
+
+
+def test_segment_positions_are_a_literal_table():
+    positions = attn.segment_positions(jnp.asarray(SEGMENTS))
+    assert positions.dtype == jnp.int32
+    expected = [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 0, 1, 0, 0]]
+    np.testing.assert_array_equal(positions, expected)
+
+
+def test_segment_mask_is_a_literal_table():
+    two = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    four = [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    mask_BTS = attn.segment_mask(jnp.asarray(SEGMENTS))
+    assert mask_BTS.dtype == jnp.bool_
+    np.testing.assert_array_equal(mask_BTS[:1], attn.causal_mask(5))
+    np.testing.assert_array_equal(mask_BTS[1:], np.array([two, four], bool))
 
 
 MASK_SHARED = [

@@ -188,6 +188,77 @@ def test_no_position_sees_its_future_or_another_row(make_model, random_params, p
     np.testing.assert_array_equal(sees_BTBS, expected_BTBS.astype(bool))
 
 
+# --- documents ---
+
+# The window's first document may have begun before it; documents of one token at both ends.
+LENGTHS = ((11,), (4, 7), (1, 5, 4, 1))
+SEGMENTS_BT = np.array([np.repeat(np.arange(len(row)), row) for row in LENGTHS], np.int32)
+
+
+def by_document(function, tokens_BT) -> np.ndarray:
+    """What `function` gives for each document alone ([1, t]), side by side again: [B, T, …]."""
+    rows = []
+    for tokens_T, lengths in zip(tokens_BT, LENGTHS, strict=True):
+        pieces = np.split(tokens_T, np.cumsum(lengths)[:-1])
+        rows.append(np.concatenate([np.asarray(function(piece[None]))[0] for piece in pieces]))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("position", MODEL["position"])
+def test_a_packed_window_is_its_documents_alone(make_model, random_params, position, kv_heads):
+    model = make_model({"model.position": position, "model.num_kv_heads": kv_heads})
+    params, tokens_BT = random_params(model), token_ids()
+
+    @jax.jit
+    def logits(params, tokens_BT, segments_BT):
+        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT=segments_BT)
+        assert cache is None
+        return tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)[..., :VOCAB]
+
+    got_BTV = logits(params, tokens_BT, SEGMENTS_BT)
+    expected_BTV = by_document(lambda one: reference.logits(params, model.config, one), tokens_BT)
+    assert relative_error(got_BTV, expected_BTV[..., :VOCAB]) < 1e-5
+    unmasked_BTV = logits(params, tokens_BT, None)
+    assert relative_error(got_BTV[:1], unmasked_BTV[:1]) < 1e-6  # a window of one document
+    assert relative_error(got_BTV[1:], unmasked_BTV[1:]) > 1e-2
+
+
+@pytest.mark.parametrize("position", MODEL["position"])
+def test_no_gradient_crosses_a_documents_border(make_model, random_params, position):
+    """Exactly zero, and not zero for what comes before in the same document."""
+    model = make_model({"model.position": position, "model.num_kv_heads": 2})
+    params = random_params(model)
+    segments_BT = SEGMENTS_BT[1:]
+    tokens_BT = np.random.default_rng(0).permutation(VOCAB)[: 2 * T].astype(np.int32)
+    tokens_BT = tokens_BT.reshape(2, T)  # all different: one embedding row each
+    probe_BTD = np.random.default_rng(1).standard_normal((2, T, 60)).astype(np.float32)
+
+    @jax.jit
+    @jax.jacrev
+    def gradients(embedding_VD):
+        changed = params | {"embedding": embedding_VD}
+        hidden_BTD, _ = model.apply({"params": changed}, tokens_BT, segments_BT=segments_BT)
+        return (hidden_BTD * probe_BTD).sum(-1)
+
+    gradients_BTBSD = np.asarray(gradients(params["embedding"]))[:, :, tokens_BT]
+    for row, other in np.ndindex(2, 2):
+        sees_TS = np.abs(gradients_BTBSD[row, :, other]).max(-1) > 0
+        same_TS = segments_BT[row][:, None] == segments_BT[row]
+        np.testing.assert_array_equal(sees_TS, np.tril(same_TS) & (row == other))
+
+
+def test_segments_are_refused_where_they_would_be_ignored(make_model, random_params):
+    model = make_model()
+    params, tokens_BT = random_params(model), token_ids()
+    with pytest.raises(ValueError, match="segments with a cache"):
+        cache = empty_cache(model, [0] * B, slots=T)
+        model.apply({"params": params}, tokens_BT, cache, segments_BT=SEGMENTS_BT)
+    with pytest.raises(ValueError, match="segments with cuDNN"):
+        on_cudnn = model.copy(implementation="cudnn")
+        on_cudnn.apply({"params": params}, tokens_BT, segments_BT=SEGMENTS_BT)
+
+
 # --- the cache ---
 
 
@@ -508,7 +579,8 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
 # --- memory and precision ---
 
 
-def test_remat_changes_neither_values_nor_gradients(make_model, random_params):
+@pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["whole", "segments"])
+def test_remat_changes_neither_values_nor_gradients(make_model, random_params, segments_BT):
     probe_BTD = np.random.default_rng(0).standard_normal((B, T, 60)).astype(np.float32)
     tokens_BT, results = token_ids(), []
     for remat in (False, True):
@@ -519,7 +591,11 @@ def test_remat_changes_neither_values_nor_gradients(make_model, random_params):
         def loss(params, model=model):
             rngs = {"dropout": jax.random.key(1, impl="rbg")}  # threefry compiles for seconds
             hidden_BTD, _ = model.apply(
-                {"params": params}, tokens_BT, deterministic=False, rngs=rngs
+                {"params": params},
+                tokens_BT,
+                deterministic=False,
+                segments_BT=segments_BT,
+                rngs=rngs,
             )
             return (hidden_BTD * probe_BTD).sum()
 
