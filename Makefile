@@ -1,7 +1,7 @@
 # `make` lists the targets. Each one makes what it needs first, and nothing twice.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test soak lint clean
 
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
@@ -22,6 +22,10 @@ train: setup  ## train configs/quickstart.py (about two minutes on a laptop), th
 
 test: lint  ## lint, types and the whole test suite
 	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal
+
+soak: setup  ## kill a training run at 200 random times, and compare what comes of it (an hour)
+	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
+	SHEEPOP_JAX_KILLS=$${SHEEPOP_JAX_KILLS:-200} $(PYTHON_IN_VENV) -m pytest -q tests/faults -k random
 
 lint:  ## formatting, linter and types
 	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)

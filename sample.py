@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from sheepop_jax.cli import EXIT_INTERRUPTED, Parser, command
+from sheepop_jax.cli import EXIT_INTERRUPTED, Parser, checked_step, command
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.request import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -94,10 +94,7 @@ def check(flags: argparse.Namespace) -> SamplingConfig:
         raise InputError("--seed", flags.seed, "a whole number in [0, 2**32)")
     if flags.context is not None and flags.context < 2:
         raise InputError("--context", flags.context, "at least 2 (one token of prompt, one new)")
-    if flags.step not in ("latest", "best"):
-        if not (flags.step.isascii() and flags.step.isdigit()):
-            raise InputError("--step", flags.step, "latest, best or a number")
-        flags.step = int(flags.step)
+    flags.step = checked_step(flags.step)
     return sampling
 
 

@@ -1,14 +1,10 @@
 """Train a language model: flags → configuration → one call into the library."""
 
 import argparse
-import difflib
 import sys
 from pathlib import Path
-from typing import Any
 
-from sheepop_jax.cli import EXIT_FAILED, Parser, command
-from sheepop_jax.config import Config
-from sheepop_jax.errors import InputError
+from sheepop_jax.cli import EXIT_FAILED, Parser, command, load_config
 
 EPILOG = """\
 examples:
@@ -30,63 +26,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Train a decoder-only language model from raw text.",
         epilog=EPILOG,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/base.py")
+    parser.add_config()
     parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/NAME)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
-    flags, overrides = parser.parse_known_args(argv)
-    for word in overrides:
-        if not word.startswith("--config."):
-            parser.error(f"unknown argument {word}")
-        if "=" not in word:
-            parser.error(f"{word} has no value: write {word}=VALUE")
-    return flags, overrides
-
-
-def load_config(path: str, overrides: list[str]) -> Config:
-    """Runs a config file, applies `--config.section.field=value` overrides, and validates.
-
-    Raises:
-        InputError: the file or a field is wrong; names it.
-    """
-    from absl import flags as absl_flags
-    from ml_collections import ConfigDict, config_flags
-
-    def load(argv: list[str]) -> ConfigDict:
-        values = absl_flags.FlagValues()
-        argv = ["train.py", f"--config={path}", *argv]
-        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-        values(argv)
-        return holder.value
-
-    if not Path(path).is_file():
-        files = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
-        raise InputError("--config", path, "a config file", files)
-    try:
-        plain = load([])
-    except Exception as error:  # a config file is a program, and may fail in any way
-        got = f"{type(error).__name__}: {error}"
-        raise InputError("--config", path, f"a file whose get_config() works ({got})") from error
-    known = [name for name, _ in _flatten(plain)]
-    for override in overrides:
-        name, _, value = override.removeprefix("--config.").partition("=")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"--config.{near[0]}" if near else "one of those in configs/base.py"
-            raise InputError(f"--config.{name}", value, "a field of the configuration", hint)
-        try:
-            load([override])
-        except (absl_flags.Error, ValueError, TypeError):
-            kind = type(dict(_flatten(plain))[name]).__name__
-            raise InputError(name, value, f"a value of type {kind}") from None
-    return Config.from_dict(load(overrides))
-
-
-def _flatten(config: Any, prefix: str = "") -> list[tuple[str, object]]:
-    fields: list[tuple[str, object]] = []
-    for name, value in config.items():
-        is_section = hasattr(value, "items")
-        fields += _flatten(value, f"{prefix}{name}.") if is_section else [(prefix + name, value)]
-    return fields
+    return parser.parse_with_overrides(argv)
 
 
 def main(argv: list[str]) -> int:
@@ -103,7 +46,7 @@ def main(argv: list[str]) -> int:
         machine = runtime.prepare(config.train.platform)
         from sheepop_jax.pipeline import train
         from sheepop_jax.training.checkpoint import SaveFailed
-        from sheepop_jax.training.trainer import TrainingDiverged
+        from sheepop_jax.training.health import TrainingDiverged
 
         try:
             figures = train(config, workdir, machine, stop)
@@ -112,8 +55,8 @@ def main(argv: list[str]) -> int:
         except (TrainingDiverged, SaveFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILED
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    print(f"{workdir}: {shown or 'no figures: the run is beyond its last step'}")
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        print(f"{workdir}: {shown or 'no figures: the run is beyond its last step'}")
     return 0
 
 

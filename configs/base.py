@@ -31,17 +31,33 @@ def get_config() -> ConfigDict:
     c.model.remat = False  # recompute each block in the backward pass: less memory, more time
 
     c.data = ConfigDict()
-    c.data.source = "auto"  # auto (path if set, else name, else stdlib) | files | hub | stdlib
-    c.data.path = ""  # a file, a directory, a glob, or several of them separated by commas
-    c.data.name = ""  # a dataset on the Hugging Face hub
+    # auto (path by its suffix, else name, else stdlib) | files | json | csv | parquet | hub | pdf
+    # | sql | stdlib
+    c.data.source = "auto"
+    c.data.path = ""  # a file, a directory, a glob, a URL, or several of them separated by commas
+    c.data.val_path = ""  # held-out text, read as path is; "" = a share of the text is held out
+    c.data.name = ""  # a dataset on the Hugging Face hub, or a directory with a copy of one
     c.data.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"
-    c.data.text_column = "text"  # its column that holds the text
-    c.data.encoding_errors = "strict"  # bytes that are not UTF-8: strict (an error) | replace
+    c.data.text_column = "text"  # json, csv, parquet, hub, sql: the column that holds the text
+    c.data.join_rows = False  # rows are lines of one text rather than each a document
+    c.data.query = ""  # sql: a SELECT; path is then a SQLite file or postgresql://user@host/db
+    c.data.mixture = ConfigDict()  # several sources by weight: see configs/mixture.py
+    c.data.encoding_errors = "strict"  # not UTF-8: strict (an error) | replace | skip (the file)
+    c.data.gitignore = True  # in a directory, pass over what its .gitignore files name
+    c.data.max_file_bytes = 0  # in a directory, pass over larger files; 0 = no limit
+    c.data.max_bytes = 0  # stop reading a source after so much text to train on; 0 = no limit
     c.data.tokenizer = "bpe"  # bpe | char (trained on the training split) | path to tokenizer.json
     c.data.vocab_size = 50257  # at most this many tokens when training a bpe
+    c.data.tokenizer_sample_bytes = (
+        200_000_000  # training text, evenly spread, that a bpe learns from
+    )
     c.data.seq_len = 512  # T, tokens in one window
+    c.data.packing = "stream"  # windows across documents | one_per_window (padded)
+    c.data.document_mask = False  # attention and positions stop at documents' borders
     c.data.val_fraction = 0.1  # held-out share
-    c.data.val_split = "auto"  # document (by a hash of its content) | tail (by characters) | auto
+    # auto | source (its own validation split) | document (by a hash of its content) | tail (by
+    # characters). auto: the source's own if it has one, else document, else tail
+    c.data.val_split = "auto"
     c.data.cache_dir = ""  # where token shards are kept; "" = the user's cache directory
 
     c.optimizer = ConfigDict()
@@ -55,6 +71,9 @@ def get_config() -> ConfigDict:
     c.optimizer.schedule = "cosine"  # after the warmup: cosine | linear | constant
     c.optimizer.final_lr_fraction = 0.1  # where the schedule ends, as a share of learning_rate
     c.optimizer.max_grad_norm = 1.0  # clip by global norm; 0 = off
+    # Leave out updates whose gradient norm is so many standard deviations above the mean of the
+    # last 128; 0 = off. 6 is a cautious value.
+    c.optimizer.max_grad_zscore = 0.0
 
     c.train = ConfigDict()
     c.train.platform = "auto"  # auto | cpu | cuda | tpu; a named one that is missing is an error

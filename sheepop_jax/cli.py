@@ -1,18 +1,22 @@
-"""What the commands share: one-line errors, exit codes, logs on stderr."""
+"""What the commands share: configurations, one-line errors, exit codes, logs on stderr."""
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+from sheepop_jax.config import Config
 from sheepop_jax.errors import InputError
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+MAX_STEP_DIGITS = 18  # Python refuses to read numbers of thousands
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,10 +27,38 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **options)  # type: ignore[arg-type]
 
+    def add_config(self) -> None:
+        """The flag that names a configuration; overrides of its fields are left over."""
+        self.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/base.py")
+
+    def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Our own flags, and the `--config.section.field=value` words."""
+        flags, overrides = self.parse_known_args(argv)
+        for word in overrides:
+            if not word.startswith("--config."):
+                self.error(f"unknown argument {word}")
+            if "=" not in word:
+                self.error(f"{word} has no value: write {word}=VALUE")
+        return flags, overrides
+
     def error(self, message: str) -> NoReturn:
         """Prints `error: …` and exits with 2."""
-        print(f"error: {message}; try --help", file=sys.stderr)
+        line = " ".join(message.split())  # an argument may hold line breaks
+        print(f"error: {line}; try --help", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+
+
+def checked_step(step: str) -> str | int:
+    """`--step`, before there is a run to look into.
+
+    Raises:
+        InputError: neither latest, best nor a number.
+    """
+    if step in ("latest", "best"):
+        return step
+    if not (step.isascii() and step.isdigit() and len(step) <= MAX_STEP_DIGITS):
+        raise InputError("--step", step, "latest, best or a number")
+    return int(step)
 
 
 @contextlib.contextmanager
@@ -50,6 +82,7 @@ def command(debug: bool) -> Iterator[None]:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         yield
+        sys.stdout.flush()  # at exit, a closed pipe would be Python's own message and code
     except InputError as error:
         if debug:
             raise
@@ -64,6 +97,11 @@ def command(debug: bool) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+    except MemoryError as error:
+        if debug:
+            raise
+        print(f"error: out of memory ({error}); try smaller numbers", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except ModuleNotFoundError as error:
         if debug:
             raise
@@ -75,3 +113,56 @@ def command(debug: bool) -> Iterator[None]:
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Runs a config file, applies `--config.section.field=value` overrides, and validates.
+
+    Raises:
+        InputError: the file or a field is wrong; names it.
+    """
+    from absl import flags as absl_flags
+    from ml_collections import ConfigDict, config_flags
+
+    def load(argv: list[str]) -> ConfigDict:
+        values = absl_flags.FlagValues()
+        argv = ["program", f"--config={path}", *argv]
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        return holder.value
+
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        files = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
+        raise InputError("--config", path, "a config file", files)
+    try:
+        plain = load([])
+        if not isinstance(plain, ConfigDict):
+            raise TypeError(f"it gives {plain!r}, not a ConfigDict")
+    except (Exception, SystemExit) as error:  # a config file is a program, and may fail in any way
+        cause: BaseException | None = error
+        if isinstance(error, absl_flags.Error):  # wrapped by absl, and with a traceback as its text
+            while cause and (cause is error or "Traceback (most" in str(cause)):
+                cause = cause.__context__
+        got = f"{type(cause).__name__}: {cause}" if cause else "it fails"
+        raise InputError("--config", path, f"a file whose get_config() works ({got})") from error
+    known = [name for name, _ in _flatten(plain)]
+    for override in overrides:
+        name, _, value = override.removeprefix("--config.").partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"--config.{near[0]}" if near else "one of those in configs/base.py"
+            raise InputError(f"--config.{name}", value, "a field of the configuration", hint)
+        try:
+            load([override])
+        except (absl_flags.Error, ValueError, TypeError):
+            kind = type(dict(_flatten(plain))[name]).__name__
+            raise InputError(name, value, f"a value of type {kind}") from None
+    return Config.from_dict(load(overrides))
+
+
+def _flatten(config: Any, prefix: str = "") -> list[tuple[str, object]]:
+    fields: list[tuple[str, object]] = []
+    for name, value in config.items():
+        is_section = hasattr(value, "items")
+        fields += _flatten(value, f"{prefix}{name}.") if is_section else [(prefix + name, value)]
+    return fields

@@ -9,8 +9,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar, cast, get_type_hints
+from typing import Any, Self, TypeVar, cast, get_origin, get_type_hints
 
+from sheepop_jax.data_config import DataConfig
 from sheepop_jax.errors import InputError
 from sheepop_jax.rules import Section
 
@@ -40,8 +41,8 @@ class ModelConfig(Section):
     prefix = "model."
 
     def __post_init__(self) -> None:
-        self.at_least(1, "d_model", "num_layers", "num_heads", "d_ff", "max_seq_len")
-        self.at_least(0, "num_kv_heads")
+        self.count(1, "d_model", "num_layers", "num_heads", "d_ff", "max_seq_len")
+        self.count(0, "num_kv_heads")
         self.fraction("dropout", "attention_dropout")
         self.one_of("activation", "gelu", "gelu_tanh", "relu")
         self.one_of("position", "rope", "sinusoidal", "learned")
@@ -77,54 +78,6 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class DataConfig(Section):
-    """Where the text comes from, and how it becomes windows of tokens."""
-
-    source: str
-    path: str
-    name: str
-    subset: str
-    text_column: str
-    encoding_errors: str
-    tokenizer: str
-    vocab_size: int
-    seq_len: int
-    val_fraction: float
-    val_split: str
-    cache_dir: str
-
-    prefix = "data."
-
-    def __post_init__(self) -> None:
-        self.one_of("source", "auto", "files", "hub", "stdlib")
-        self.one_of("encoding_errors", "strict", "replace")
-        self.one_of("val_split", "auto", "document", "tail")
-        self.at_least(1, "seq_len")
-        self.require(
-            0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", "0.1 for a tenth"
-        )
-        self.require(self.tokenizer != "", "tokenizer", "bpe, char or a path to a tokenizer.json")
-        if self.tokenizer == "bpe":
-            self.require(
-                self.vocab_size >= 257, "vocab_size", "at least 257 (256 bytes and end-of-text)"
-            )
-        self.require(self.vocab_size <= 2**31 - 1, "vocab_size", "at most 2**31 - 1")
-        self.at_least(0, "vocab_size")
-        if self.source == "files":
-            self.require(self.path != "", "path", "a file, a directory or a glob")
-        if self.source == "hub":
-            self.require(self.name != "", "name", "the name of a hub dataset")
-            self.require(self.text_column != "", "text_column", "the name of the text column")
-
-    @property
-    def resolved_source(self) -> str:
-        """`source` with "auto" decided: path if set, else name, else the embedded corpus."""
-        if self.source != "auto":
-            return self.source
-        return "files" if self.path else "hub" if self.name else "stdlib"
-
-
-@dataclass(frozen=True)
 class OptimizerConfig(Section):
     """The update rule and its schedule, counted in optimizer updates."""
 
@@ -138,6 +91,7 @@ class OptimizerConfig(Section):
     schedule: str
     final_lr_fraction: float
     max_grad_norm: float
+    max_grad_zscore: float
 
     prefix = "optimizer."
 
@@ -146,7 +100,7 @@ class OptimizerConfig(Section):
         self.one_of("schedule", "cosine", "linear", "constant")
         self.positive("learning_rate", "eps")
         self.fraction("b1", "b2")
-        self.at_least(0, "warmup_steps")
+        self.count(0, "warmup_steps")
         self.require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             "weight_decay",
@@ -157,6 +111,11 @@ class OptimizerConfig(Section):
             math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0,
             "max_grad_norm",
             "a finite number of at least 0 (0 turns clipping off)",
+        )
+        self.require(
+            math.isfinite(self.max_grad_zscore) and self.max_grad_zscore >= 0,
+            "max_grad_zscore",
+            "a finite number of at least 0 (0 turns it off)",
         )
 
 
@@ -182,8 +141,8 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         self.one_of("platform", "auto", "cpu", "cuda", "tpu")
         self.one_of("dtype", "auto", "float32", "bfloat16")
-        self.at_least(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
-        self.at_least(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
+        self.count(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
+        self.count(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
         self.require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             "num_steps",
@@ -207,8 +166,8 @@ class CheckpointConfig(Section):
     prefix = "checkpoint."
 
     def __post_init__(self) -> None:
-        self.at_least(0, "save_every")
-        self.at_least(1, "keep")
+        self.count(0, "save_every")
+        self.count(1, "keep")
 
 
 @dataclass(frozen=True)
@@ -286,8 +245,15 @@ def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
             built[name] = _build(cast(type, kind), value, f"{path}.")
             continue
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+        if get_origin(kind) is dict and hasattr(value, "items"):
+            kind, value = dict, _plain(value)
         if type(value) is not kind:
             raise InputError(path, value, f"a value of type {kind.__name__}")
         built[name] = value
     return cls(**built)
+
+
+def _plain(value: Any) -> Any:
+    """A ConfigDict, and those in it, as dicts."""
+    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value

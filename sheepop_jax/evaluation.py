@@ -1,6 +1,8 @@
 """Held-out figures: loss, perplexity, bits per byte and accuracy, exact over every token."""
 
+import lzma
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sheepop_jax.data.batches import Batch, evaluation_batches, num_evaluation_batches
+from sheepop_jax.data.batches import Batch, EvaluationBatches, Layout
 from sheepop_jax.data.shards import TokenStream
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import EvaluationSums, chunk_length, evaluation_sums
@@ -44,8 +46,8 @@ class Figures:
 
 @partial(jax.jit, static_argnums=0)
 def _batch_sums(model: Transformer, params: Any, batch: Batch) -> EvaluationSums:
-    inputs_BT, targets_BT, weights_BT = map(jnp.asarray, batch)
-    hidden_BTD, _ = model.apply({"params": params}, inputs_BT)
+    inputs_BT, targets_BT, weights_BT, segments_BT = jax.tree.map(jnp.asarray, batch)
+    hidden_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT=segments_BT)
     embedding_VD = output_embedding(params)
     chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0])
     return evaluation_sums(
@@ -98,8 +100,8 @@ def evaluate_stream(
     model: Transformer,
     params: Any,
     stream: TokenStream,
+    layout: Layout,
     *,
-    seq_len: int,
     batch_size: int,
     overlap: int = 0,
     max_batches: int = 0,
@@ -112,32 +114,32 @@ def evaluate_stream(
         model: with the dtype to compute in.
         params: fp32.
         stream: from `prepare` or `TokenStream.from_array`.
-        seq_len: T, the window.
+        layout: its windows.
         batch_size: B.
         overlap: tokens of context that a window shares with the one before.
         max_batches: 0 = all.
         put: moves an array [B, T] to the device.
         check: called before each batch; may raise to leave.
     """
-    shape = {"seq_len": seq_len, "batch_size": batch_size, "overlap": overlap}
-    total = num_evaluation_batches(len(stream), **shape, max_batches=max_batches)
-
-    def on_device(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            check()
-            yield Batch(*map(put, batch))
-
-    batches = evaluation_batches(
+    batches = EvaluationBatches(
         stream,
-        **shape,
+        layout,
+        batch_size=batch_size,
+        overlap=overlap,
         max_batches=max_batches,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+    def on_device() -> Iterator[Batch]:
+        for batch in batches:
+            check()
+            yield jax.tree.map(put, batch)
+
     # On a terminal a bar, gone when done; elsewhere nothing.
     shown = tqdm(
-        on_device(batches),
-        total=total,
+        on_device(),
+        total=len(batches),
         desc="evaluating",
         leave=False,
         delay=2,
@@ -145,3 +147,13 @@ def evaluate_stream(
         dynamic_ncols=True,
     )
     return evaluate(model, params, shown, stream.num_bytes / (len(stream) - 1))
+
+
+def compression_figures(content: bytes) -> dict[str, float]:
+    """What `gzip -9` and `xz -9` need, in bits per byte of the content: to compare a model with."""
+    sizes = {
+        # 31: with gzip's own header, as the command writes it
+        "gzip_bits_per_byte": len(zlib.compress(content, 9, wbits=31)),
+        "xz_bits_per_byte": len(lzma.compress(content, preset=9)),
+    }
+    return {name: 8 * size / len(content) for name, size in sizes.items()}

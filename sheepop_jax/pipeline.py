@@ -9,8 +9,8 @@ import jax
 from flax import linen as nn
 
 from sheepop_jax.config import Config
-from sheepop_jax.data.batches import TrainBatches, steps_per_epoch
-from sheepop_jax.data.shards import prepare
+from sheepop_jax.data.batches import Layout, TrainBatches
+from sheepop_jax.data.prepare import prepare
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import evaluate_stream
 from sheepop_jax.generation.decode import generate
@@ -56,17 +56,32 @@ def train(
     check_mesh(config, mesh)
     first = jax.process_index() == 0
     with WorkdirLock(directory):
-        data = prepare(config.data)
+        data = prepare(config.data, jax.process_index(), jax.process_count(), stop.check)
         stop.check()
         run = create_run(directory, config, data)
         dtype = machine.compute_dtype(config.train.dtype)
+        attention = config.model.head_dim, config.model.attention_dropout
         implementation = choose_implementation(
-            machine.platform, dtype, config.model.head_dim, config.model.attention_dropout
+            machine.platform, dtype, *attention, document_mask=config.data.document_mask
         )
+        if implementation != choose_implementation(machine.platform, dtype, *attention):
+            log.info(
+                "data.document_mask: attention by XLA rather than cuDNN, which has no segment "
+                "argument: slower, and memory grows with the square of the window"
+            )
         model = Transformer(config.model, data.tokenizer.vocab_size, dtype, implementation)
-        num_steps = config.train.num_steps or config.train.num_epochs * steps_per_epoch(
-            len(data.train), config.data.seq_len, config.train.sequences_per_update
+        layout = Layout.of(config.data, data.tokenizer.end_of_text)
+        batches = TrainBatches(
+            data.train,
+            layout,
+            seed=config.seed,
+            accum=config.train.grad_accum_steps,
+            batch_size=config.train.batch_size,
+            weights=data.weights,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
+        num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
         if config.optimizer.warmup_steps >= num_steps:
             log.warning(
                 "optimizer.warmup_steps = %d: the warmup is longer than the run of %d updates",
@@ -81,7 +96,7 @@ def train(
                 model,
                 params,
                 data.validation,
-                seq_len=config.data.seq_len,
+                layout,
                 batch_size=config.train.batch_size,
                 max_batches=config.train.eval_batches,
                 put=lambda array: jax.make_array_from_process_local_data(
@@ -92,15 +107,6 @@ def train(
             names = ("loss", "perplexity", "bits_per_byte", "accuracy")
             return {f"val_{name}": found[name] for name in names}
 
-        batches = TrainBatches(
-            data.train,
-            seq_len=config.data.seq_len,
-            seed=config.seed,
-            accum=config.train.grad_accum_steps,
-            batch_size=config.train.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         job = Job(
             config=config,
             directory=directory,

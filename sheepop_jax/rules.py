@@ -19,6 +19,12 @@ class Section:
         for field in fields:
             self.require(getattr(self, field) >= low, field, f"at least {low}")
 
+    def count(self, low: int, *fields: str) -> None:
+        """For what jax counts, in int32."""
+        self.at_least(low, *fields)
+        for field in fields:
+            self.require(getattr(self, field) < 2**31, field, "at most 2**31 - 1")
+
     def one_of(self, field: str, *choices: str) -> None:
         value = getattr(self, field)
         near = difflib.get_close_matches(value, choices, n=1)

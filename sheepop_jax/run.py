@@ -4,6 +4,7 @@ It is self-contained: `config.json`, `tokenizer.json`, `metrics.jsonl`, `trainin
 `checkpoints/`. Copied to another machine, it still samples and evaluates.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -19,9 +20,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sheepop_jax.config import Config
-from sheepop_jax.data.shards import PreparedData, prepare
+from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.shards import PreparedData, open_shards
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
+from sheepop_jax.faults import fault_point
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from sheepop_jax.training.step import init_params
@@ -29,7 +32,15 @@ from sheepop_jax.training.step import init_params
 log = logging.getLogger(__name__)
 
 # Fields that make a run what it is; a resumed run must not change them. The others may change.
-IDENTITY = ("seed", "model", "data.seq_len", "train.batch_size", "train.grad_accum_steps")
+IDENTITY = (
+    "seed",
+    "model",
+    "data.seq_len",
+    "data.packing",
+    "data.document_mask",
+    "train.batch_size",
+    "train.grad_accum_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Run:
         tokenizer: the run's own.
         data_identity: what decided its tokens and their order.
         gzip_bits_per_byte: of `gzip -9` on the run's held-out bytes.
+        shards: where its tokens were, on the machine that trained it.
     """
 
     directory: Path
@@ -49,6 +61,7 @@ class Run:
     tokenizer: Tokenizer
     data_identity: dict[str, Any]
     gzip_bits_per_byte: float
+    shards: Path
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -77,12 +90,16 @@ class Run:
             ) from None
 
     def held_out(self) -> PreparedData:
-        """The data of the run, made again from its source or found in the cache.
+        """The data of the run: its shards, if they are still there, or made again from its source.
 
         Raises:
             InputError: the source is not here, or no longer what the run was trained on.
         """
         hint = "evaluate --data FILE, on any text file"
+        with contextlib.suppress(InputError):
+            data = open_shards(self.shards)
+            if data.identity == self.data_identity:
+                return data
         try:
             data = prepare(self.config.data)
         except InputError as error:
@@ -121,6 +138,7 @@ def open_run(path: str | Path) -> Run:
         saved = json.loads((directory / "config.json").read_text())
         config = Config.from_dict(saved["config"])
         identity, gzip_figure = saved["data"], saved["gzip_bits_per_byte"]
+        shards = Path(saved["shards"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise InputError(str(directory / "config.json"), got, "a run's configuration") from None
@@ -128,7 +146,7 @@ def open_run(path: str | Path) -> Run:
     if tokenizer.vocab_size != saved["vocab_size"]:
         got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {saved['vocab_size']}"
         raise InputError(str(directory / "tokenizer.json"), got, expected)
-    return Run(directory, config, tokenizer, identity, gzip_figure)
+    return Run(directory, config, tokenizer, identity, gzip_figure, shards)
 
 
 def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
@@ -141,7 +159,8 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
     if path.exists():
         run = open_run(directory)
         old, new = _flatten(run.config.to_dict()), _flatten(config.to_dict())
-        differing = {name for name in new if new[name] != old[name]}
+        names = new.keys() | old.keys()  # a mixture's sources may come and go
+        differing = {name for name in names if new.get(name) != old.get(name)}
         fixed = {n for n in differing if n in IDENTITY or n.split(".")[0] in IDENTITY}
         if data.identity != run.data_identity:
             changed = _difference(run.data_identity, data.identity)
@@ -152,7 +171,7 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
                 "another --workdir",
             )
         if fixed:
-            changed = ", ".join(f"{n} {old[n]} -> {new[n]}" for n in sorted(fixed))
+            changed = ", ".join(f"{n} {old.get(n)} -> {new.get(n)}" for n in sorted(fixed))
             raise InputError(
                 str(directory),
                 changed,
@@ -160,14 +179,16 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
                 "another --workdir",
             )
         for name in sorted(differing):
-            log.info("changed since the run began: %s %s -> %s", name, old[name], new[name])
+            log.info("changed since the run began: %s %s -> %s", name, old.get(name), new.get(name))
     else:
         (directory / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
+        fault_point("config-write")
     record = {
         "config": config.to_dict(),
         "vocab_size": data.tokenizer.vocab_size,
         "data": data.identity,
         "gzip_bits_per_byte": data.gzip_bits_per_byte,
+        "shards": str(data.directory),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy", "grain")},
     }
     pending = path.with_suffix(".pending")

@@ -21,11 +21,13 @@ def load(name):
 
 
 def test_the_promised_configurations_are_there():
-    assert {"base", "quickstart", "shakespeare_char", "wikitext103", "gpt2_124m"} <= set(NAMES)
+    promised = "base quickstart shakespeare_char wikitext103 gpt2_124m mixture tinystories"
+    assert set(promised.split()) | {"openwebtext", "fineweb_edu"} <= set(NAMES)
 
 
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_train_step_under_eval_shape(name):
+def test_a_train_step_under_eval_shape(name, segments):
     config = load(name)
     vocab_size = min(config.data.vocab_size, 50257)
     model = Transformer(config.model, vocab_size)
@@ -37,6 +39,7 @@ def test_a_train_step_under_eval_shape(name):
         jax.ShapeDtypeStruct(shape, np.int32),
         jax.ShapeDtypeStruct(shape, np.int32),
         jax.ShapeDtypeStruct(shape, np.float32),
+        jax.ShapeDtypeStruct(shape, np.int32) if segments else None,
     )
     state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
     after, metrics = jax.eval_shape(step, state, batch)
@@ -44,11 +47,14 @@ def test_a_train_step_under_eval_shape(name):
     assert metrics.loss.shape == ()
 
 
-@pytest.mark.parametrize(("name", "millions"), [("base", 44.6), ("gpt2_124m", 123.6)])
-def test_parameter_counts_in_the_documents(name, millions):
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "millions"),
+    [("base", 50257, 44.6), ("gpt2_124m", 50257, 123.6), ("tinystories", 8192, 10.2)],
+)
+def test_parameter_counts_in_the_documents(name, vocab_size, millions):
     config = load(name)
-    model = Transformer(config.model, 50257)
+    model = Transformer(config.model, vocab_size)
     params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    padding = (50304 - 50257) * config.model.d_model
+    padding = -vocab_size % 128 * config.model.d_model
     count = sum(leaf.size for leaf in jax.tree.leaves(params)) - padding
     assert round(count / 1e6, 1) == millions

@@ -1,19 +1,23 @@
 """Held-out figures against numpy over every token."""
 
 import math
+import subprocess
 
 import numpy as np
 import pytest
 
 from sheepop_jax import evaluation
+from sheepop_jax.data.batches import Batch, Layout
 from sheepop_jax.data.shards import TokenStream
-from sheepop_jax.evaluation import evaluate, evaluate_stream
+from sheepop_jax.evaluation import compression_figures, evaluate, evaluate_stream
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.loss import EvaluationSums
 from sheepop_jax.training.stop import StopRequested
 from tests import reference
 
 VOCAB = 101
+END_OF_TEXT = 0
+LAYOUT = Layout(13, END_OF_TEXT)
 
 
 @pytest.fixture
@@ -29,9 +33,7 @@ def test_figures_are_those_of_numpy_over_all_tokens(small_config, trained, lengt
     seq_len = 13
     tokens = np.random.default_rng(5).integers(0, VOCAB, length, dtype=np.int32)
     stream = TokenStream.from_array(tokens, num_bytes=77, num_documents=1)
-    found = evaluate_stream(
-        model, params, stream, seq_len=seq_len, batch_size=batch, overlap=overlap
-    )
+    found = evaluate_stream(model, params, stream, LAYOUT, batch_size=batch, overlap=overlap)
 
     nats, right, counted = 0.0, 0, 0
     start, done = 0, 1  # `done`: the first token that is not yet predicted
@@ -55,11 +57,77 @@ def test_figures_are_those_of_numpy_over_all_tokens(small_config, trained, lengt
     assert found.accuracy == pytest.approx(right / counted)
 
 
+def test_documents_of_a_window_are_evaluated_alone(small_config, trained):
+    model, params = trained
+    seq_len, lengths = 13, ((6, 7), (1, 12), (13,))
+    draw = np.random.default_rng(5)
+    tokens = draw.integers(0, VOCAB, (len(lengths), seq_len + 1), dtype=np.int32)
+    segments = np.array([np.repeat(np.arange(len(row)), row) for row in lengths], np.int32)
+    weights = draw.integers(0, 2, segments.shape).astype(np.float32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, segments)
+
+    nats = 0.0
+    for inputs, targets, counts, row in zip(*batch[:3], lengths, strict=True):
+        for piece in np.split(np.arange(seq_len), np.cumsum(row)[:-1]):
+            logits = reference.logits(params, small_config.model, inputs[None, piece])[0, :, :VOCAB]
+            nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(piece)), targets[piece]]
+            nats += counts[piece] @ nll
+    found = evaluate(model, params, [batch], 2.0)
+    assert found.loss == pytest.approx(nats / weights.sum(), rel=1e-5)
+    unmasked = evaluate(model, params, [batch._replace(segments=None)], 2.0)
+    assert unmasked.loss != pytest.approx(found.loss, rel=1e-3)
+
+
+def test_a_masked_stream_is_its_documents_one_by_one(small_config, trained):
+    """From the layout, through batches that carry segments, to the figures."""
+    model, params = trained
+    draw = np.random.default_rng(8)
+    documents = [draw.integers(1, VOCAB, length, dtype=np.int32) for length in (3, 1, 6, 2, 4)]
+    parts = [part for document in documents for part in ([END_OF_TEXT], document)]
+    tokens = np.concatenate([*parts, [END_OF_TEXT]]).astype(np.int32)
+    nats = 0.0
+    for document in documents:
+        inputs = np.concatenate([[END_OF_TEXT], document])
+        targets = np.append(document, END_OF_TEXT)
+        logits = reference.logits(params, small_config.model, inputs[None])[0, :, :VOCAB]
+        nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]
+        nats += nll.sum()
+    stream = TokenStream.from_array(tokens, num_bytes=50, num_documents=5)
+    seen = []
+
+    def put(array):
+        seen.append((array.shape, array.dtype))
+        return array
+
+    masked = Layout(21, END_OF_TEXT, document_mask=True)  # one window holds them all
+    found = evaluate_stream(model, params, stream, masked, batch_size=2, put=put)
+    assert seen == [((2, 21), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)]
+    alone = evaluate_stream(
+        model, params, stream, Layout(13, END_OF_TEXT, "one_per_window"), batch_size=2
+    )
+    for figures in (found, alone):
+        assert figures.tokens == len(tokens) - 1
+        assert figures.loss == pytest.approx(nats / figures.tokens, rel=1e-5)
+    plain = evaluate_stream(model, params, stream, Layout(21, END_OF_TEXT), batch_size=2)
+    assert plain.loss != pytest.approx(found.loss, rel=1e-3)
+
+
+def test_compression_figures_are_those_of_the_commands(tmp_path):
+    content = b"sheep and grass, " * 500 + bytes(range(256))
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    found = compression_figures(content)
+    for program in ("gzip", "xz"):
+        size = len(subprocess.run([program, "-9c", path], capture_output=True, check=True).stdout)
+        spare = len(path.name) + 1 if program == "gzip" else 0  # gzip also writes the file's name
+        assert found[f"{program}_bits_per_byte"] == pytest.approx(8 * (size - spare) / len(content))
+
+
 def test_a_part_of_the_stream_has_its_share_of_the_bytes(trained):
     model, params = trained
     tokens = np.random.default_rng(6).integers(0, VOCAB, 53, dtype=np.int32)
     stream = TokenStream.from_array(tokens, num_bytes=520, num_documents=1)
-    part = evaluate_stream(model, params, stream, seq_len=13, batch_size=2, max_batches=1)
+    part = evaluate_stream(model, params, stream, LAYOUT, batch_size=2, max_batches=1)
     assert (part.tokens, part.bytes) == (26, 260)
     assert part.bits_per_byte == pytest.approx(part.loss / math.log(2) * 26 / 260)
 
@@ -68,7 +136,7 @@ def test_every_batch_is_checked_for_a_stop_and_put_on_the_device(trained):
     model, params = trained
     tokens = np.random.default_rng(7).integers(0, VOCAB, 53, dtype=np.int32)
     stream = TokenStream.from_array(tokens, num_bytes=52, num_documents=1)
-    settings = {"seq_len": 13, "batch_size": 2}
+    settings = {"layout": LAYOUT, "batch_size": 2}
     expected = evaluate_stream(model, params, stream, **settings)
     seen = []
 
@@ -101,7 +169,7 @@ def test_a_loss_too_high_for_its_perplexity_is_no_crash(trained):
     model, params = trained
     params = {**params, "embedding": 1e4 * params["embedding"]}
     stream = TokenStream.from_array(np.arange(9, dtype=np.int32), num_bytes=8, num_documents=1)
-    found = evaluate_stream(model, params, stream, seq_len=13, batch_size=1)
+    found = evaluate_stream(model, params, stream, LAYOUT, batch_size=1)
     assert found.loss > 710 and math.isfinite(found.perplexity)
 
 

@@ -12,6 +12,7 @@ import pytest
 import sample
 import train
 from sheepop_jax import __main__ as tools
+from sheepop_jax import cli
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "GETTING_STARTED.md"]
@@ -52,7 +53,7 @@ def test_every_command_has_known_flags_and_fields(program, words, monkeypatch):
     match program:
         case "train.py":
             flags, overrides = train.parse(words)
-            train.load_config(flags.config, overrides)
+            cli.load_config(flags.config, overrides)
         case "sample.py":
             sample.check(sample.parse(words))
         case _:

@@ -353,6 +353,7 @@ def test_evaluate_without_the_text_says_what_to_do(trained, tmp_path):
     shutil.copytree(trained[0], copy)
     saved = json.loads((copy / "config.json").read_text())
     saved["config"]["data"]["path"] = str(tmp_path / "gone.txt")
+    saved["shards"] = str(tmp_path / "gone")
     (copy / "config.json").write_text(json.dumps(saved))
     result = run("-m", "sheepop_jax", "evaluate", "--ckpt", copy)
     assert result.returncode == 2

@@ -1,13 +1,9 @@
-"""A corpus as token files: made once, described by a manifest, kept in a cache, and reused."""
+"""Token shards: files of ids, and a manifest of what they hold, checked when they are opened."""
 
 import hashlib
 import importlib.metadata
 import json
-import logging
-import os
-import secrets
-import shutil
-import zlib
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,197 +11,147 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.config import DataConfig
-from sheepop_jax.data.documents import Corpus, open_corpus
-from sheepop_jax.data.progress import Progress
-from sheepop_jax.data.split import Split, choose_split, split_documents
-from sheepop_jax.data.stream import (
-    SplitWriter,
-    TokenFile,
-    TokenStream,
-    damaged,
-    encode_text,
-    sha256_of,
-)
-from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
+from sheepop_jax.data.encode import SIDES, dtype_of
+from sheepop_jax.data.split import Split
+from sheepop_jax.data.spool import Spool
+from sheepop_jax.data.stream import TokenFile, TokenStream, damaged, encode_text
+from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.data.windows import realised_shares
 from sheepop_jax.errors import InputError
 
-__all__ = ["PreparedData", "TokenStream", "encode_text", "prepare"]
+__all__ = ["PreparedData", "TokenStream", "encode_text", "open_shards", "verify_shards"]
 
-logger = logging.getLogger(__name__)
-
-FORMAT = 1  # raised whenever the same text would give other files
-_GZIP_BYTES = 64_000_000  # held-out bytes that the gzip figure covers at most
-_HASH_BYTES = 2**30  # shards up to this size are hashed each time they are opened, 1 s at most
+FORMAT = 2  # raised whenever the same text would give other files
+_HASH_BYTES = 2**30  # so much is hashed each time that shards are opened: 1 s at most
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Both splits, ready to be read.
+    """A corpus as tokens, ready to be read.
 
     Attributes:
+        train: the training stream of each source; one, but for a mixture.
+        weights: the share of windows that each is to give; they sum to 1.
+        validation: the held-out stream, all sources together.
         identity: what decides the tokens and their order; equal identities, equal training.
         directory: where the shards lie.
         gzip_bits_per_byte: `gzip -9` on the held-out bytes (the first 64 MB of them).
+        manifest: all that is known of the corpus.
     """
 
-    train: TokenStream
+    train: list[TokenStream]
+    weights: list[float]
     validation: TokenStream
     tokenizer: Tokenizer
-    identity: dict[str, str | int]
+    identity: dict[str, Any]
     directory: Path
     gzip_bits_per_byte: float
+    manifest: dict[str, Any]
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on, over all sources."""
+        return sum(len(stream) for stream in self.train)
 
 
-def prepare(config: DataConfig) -> PreparedData:
-    """Reads the corpus and gives its token streams, from the cache if nothing has changed.
+def make_manifest(
+    spool: Spool,
+    split: Split,
+    tokenizer: Tokenizer,
+    units: list[dict[str, Any]],
+    *,
+    split_rule: str,
+    gzip_bits_per_byte: float,
+) -> dict[str, Any]:
+    """What `manifest.json` says.
+
+    Args:
+        spool: the corpus.
+        split: what became of its documents.
+        tokenizer: what encoded it.
+        units: from `encode_units`.
+        split_rule: the rule as configured, with its fraction.
+        gzip_bits_per_byte: of the held-out bytes.
+    """
+
+    def total(side: str, what: str, source: int | None = None) -> int:
+        chosen = [unit for unit in units if source in (None, unit["source"])]
+        return sum(unit.get(side, {}).get(what, 0) for unit in chosen)
+
+    sources = []
+    shares = realised_shares([source["weight"] for source in spool.sources])
+    for number, source in enumerate(spool.sources):
+        documents = {side: total(side, "documents", number) for side in SIDES}
+        tokens = {side: total(side, "tokens", number) for side in SIDES}
+        size = {side: total(side, "bytes", number) for side in SIDES}
+        read = int(np.count_nonzero(spool.documents["source"] == number))
+        sources.append(
+            {
+                **source,
+                "share": shares[number],
+                "split": split.rules[number],
+                "documents_read": read,
+                "documents": documents,
+                "bytes": size,
+                "tokens": tokens,
+            }
+        )
+    versions = ("numpy", "tokenizers", "datasets", "grain")
+    manifest = {
+        "format": FORMAT,
+        "source": spool.fingerprint,
+        "split": split_rule,
+        "duplicates": split.duplicates,
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": dtype_of(tokenizer),
+        "gzip_bits_per_byte": gzip_bits_per_byte,
+        "versions": {name: importlib.metadata.version(name) for name in versions},
+        "sources": sources,
+        "units": units,
+    }
+    return {**manifest, "sha256": _sha256_of(manifest)}
+
+
+def open_shards(directory: Path) -> PreparedData:
+    """Opens what `prepare` made.
 
     Raises:
-        InputError: the corpus, the split, the tokenizer or the cache directory cannot be used.
+        InputError: a file is missing or has changed. Beyond 1 GiB in all only sizes are compared;
+            `verify_shards` reads everything.
     """
-    corpus = open_corpus(config)
-    given = None
-    if config.tokenizer not in ("bpe", "char"):
-        given = Tokenizer.from_file(config.tokenizer)
-    split = choose_split(corpus, config.val_split, config.val_fraction)
-    directory = _cache_dir(config) / _cache_key(config, split, given)
-    if directory.exists():
-        logger.info("data: token shards reused from %s", directory)
-    else:
-        _build(directory, config, corpus, split, given)
-    prepared = _open(directory)
-    _require_window(len(prepared.train), config)
-    logger.info(
-        "data: %d training and %d held-out tokens, vocabulary %d; gzip -9: %.3f bits per byte",
-        len(prepared.train),
-        len(prepared.validation),
-        prepared.tokenizer.vocab_size,
-        prepared.gzip_bits_per_byte,
-    )
-    return prepared
-
-
-def _cache_dir(config: DataConfig) -> Path:
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser().resolve()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sheepop_jax"
-
-
-def _cache_key(config: DataConfig, split: Split, given: Tokenizer | None) -> str:
-    """Names what decides the files' contents, and nothing else."""
-    made_of = {
-        "format": FORMAT,
-        "source": split.fingerprint,
-        "split": [split.rule, split.val_fraction],
-        "tokenizer": given.fingerprint if given else config.tokenizer,
-        "vocab_size": config.vocab_size if config.tokenizer == "bpe" else 0,
-        "tokenizers": importlib.metadata.version("tokenizers"),
-    }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _build(
-    directory: Path, config: DataConfig, corpus: Corpus, split: Split, given: Tokenizer | None
-) -> None:
-    """Writes everything beside `directory` and then renames it: it exists whole or not at all."""
-    pending = directory.with_name(f".{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        pending.mkdir(parents=True)
-    except OSError as error:
-        got = f"{directory.parent} ({error.strerror})"
-        raise InputError("data.cache_dir", got, "a directory that can be written") from error
-    try:
-        tokenizer = given or _train_tokenizer(corpus, split, config)
-        manifest = _write_splits(pending, corpus, split, tokenizer)
-        _require_window(manifest["splits"]["train"]["tokens"], config)
-        _write_text(pending / "tokenizer.json", tokenizer.to_json())
-        _write_text(pending / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        try:
-            os.replace(pending, directory)
-            logger.info("data: token shards written to %s", directory)
-        except OSError:
-            if not directory.exists():
-                raise
-            logger.info("data: another process was first; its token shards are used")
-    except OSError as error:
-        free = shutil.disk_usage(directory.parent).free / 1e6
-        got = f"{directory.parent} ({error.strerror}; {free:.0f} MB free)"
-        raise InputError("data.cache_dir", got, "a directory with room for the tokens") from error
-    finally:
-        shutil.rmtree(pending, ignore_errors=True)
-
-
-def _train_tokenizer(corpus: Corpus, split: Split, config: DataConfig) -> Tokenizer:
-    logger.info("data: training a %s tokenizer on the training split", config.tokenizer)
-    with Progress("data: reading for the tokenizer", split.chars) as progress:
-        pieces = _training_pieces(corpus, split, progress)
-        if config.tokenizer == "char":
-            return train_char(pieces)
-        return train_bpe(pieces, config.vocab_size)
-
-
-def _training_pieces(corpus: Corpus, split: Split, progress: Progress) -> Iterator[str]:
-    for held_out, part in split_documents(corpus, split):
-        for piece in split_text(part.text):
-            if not held_out:
-                yield piece
-            progress.update(len(piece))
-
-
-def _write_splits(
-    directory: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    progress = Progress("data: encoding", split.chars)
-    names = ("train", "validation")
-    writers = [SplitWriter(directory, name, tokenizer, progress) for name in names]
-    compressor = zlib.compressobj(9, wbits=31)  # 31: with gzip's header, as the command writes it
-    zipped = unzipped = 0
-    with progress:
-        for held_out, part in split_documents(corpus, split):
-            content = part.text.encode()
-            writers[held_out].add(part.id, part.text, len(content))
-            if held_out and unzipped < _GZIP_BYTES:
-                content = content[: _GZIP_BYTES - unzipped]
-                unzipped += len(content)
-                zipped += len(compressor.compress(content))
-    zipped += len(compressor.flush())
-    return {
-        "format": FORMAT,
-        "source": split.fingerprint,
-        "split": f"{split.rule} {split.val_fraction}",
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": writers[0].dtype,
-        "splits": {writer.name: writer.close() for writer in writers},
-        "gzip_bits_per_byte": 8 * zipped / unzipped,
-        "versions": {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers")},
-    }
-
-
-def _open(directory: Path) -> PreparedData:
-    """Opens what `_build` wrote, refusing it if a file is missing or has changed."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["sha256"] != _sha256_of(manifest):
+            raise ValueError("its content has another SHA-256 than it says")
         tokenizer_file = directory / "tokenizer.json"
-        found = sha256_of(tokenizer_file)
-        if found != manifest["tokenizer"]:
-            expected = f"SHA-256 {manifest['tokenizer'][:12]}"
-            raise damaged(tokenizer_file, f"SHA-256 {found[:12]}", expected)
+        _compare(tokenizer_file, manifest["tokenizer"])
         tokenizer = Tokenizer.from_file(tokenizer_file)
-        streams = {
-            name: _open_split(directory, split, manifest["dtype"])
-            for name, split in manifest["splits"].items()
-        }
-        hashes = "".join(
-            entry["sha256"] for split in manifest["splits"].values() for entry in split["files"]
-        )
+        entries = list(_entries(manifest))
+        _allow_open_files(2 * len(entries))
+        size_of_token = np.dtype(manifest["dtype"]).itemsize
+        for _, _, entry in entries:
+            path = _path(directory, entry)
+            found, size = path.stat().st_size, entry["tokens"] * size_of_token
+            if found != size:
+                raise damaged(path, f"{found} bytes", f"{size} bytes")
+        if sum(entry["tokens"] for _, _, entry in entries) * size_of_token <= _HASH_BYTES:
+            verify_shards(directory, manifest)
+        eot = tokenizer.end_of_text
+        train = [
+            _stream(directory, manifest, "train", source, eot)
+            for source in range(len(manifest["sources"]))
+        ]
+        validation = _stream(directory, manifest, "validation", None, eot)
+        weights = [source["weight"] for source in manifest["sources"]]
+        hashes = "".join(entry["sha256"] for _, _, entry in entries)
         identity = {
             "source": manifest["source"],
             "split": manifest["split"],
+            "weights": weights,
             "tokenizer": manifest["tokenizer"],
             "tokens": hashlib.sha256(hashes.encode()).hexdigest(),
-            "train_tokens": len(streams["train"]),
-            "validation_tokens": len(streams["validation"]),
+            "train_tokens": sum(map(len, train)),
+            "validation_tokens": len(validation),
             "grain": importlib.metadata.version("grain"),  # its shuffle is the order of windows
         }
         gzip_figure = float(manifest["gzip_bits_per_byte"])
@@ -216,31 +162,72 @@ def _open(directory: Path) -> PreparedData:
             raise
         raise damaged(directory / "manifest.json", error, "a whole manifest") from error
     return PreparedData(
-        streams["train"], streams["validation"], tokenizer, identity, directory, gzip_figure
+        train, weights, validation, tokenizer, identity, directory, gzip_figure, manifest
     )
 
 
-def _open_split(directory: Path, split: dict[str, Any], dtype: str) -> TokenStream:
-    parts: list[np.ndarray | TokenFile] = []
-    for entry in split["files"]:
-        path = directory / Path(entry["file"]).name  # a name, never a way out of the directory
-        size = entry["tokens"] * np.dtype(dtype).itemsize
-        if path.stat().st_size != size:
-            raise damaged(path, f"{path.stat().st_size} bytes", f"{size} bytes")
-        if size <= _HASH_BYTES and sha256_of(path) != entry["sha256"]:
-            raise damaged(path, "other bytes of the same size", f"SHA-256 {entry['sha256'][:12]}")
-        parts.append(TokenFile(path, dtype))
-    return TokenStream(parts, split["bytes"], split["documents"])
+def verify_shards(directory: Path, manifest: dict[str, Any]) -> int:
+    """Compares every file with its SHA-256 in the manifest; gives the number of files.
+
+    Raises:
+        InputError: one differs.
+    """
+    _compare(directory / "tokenizer.json", manifest["tokenizer"])
+    entries = list(_entries(manifest))
+    for _, _, entry in entries:
+        _compare(_path(directory, entry), entry["sha256"])
+    return 1 + len(entries)
 
 
-def _require_window(train_tokens: int, config: DataConfig) -> None:
-    if train_tokens < config.seq_len + 1:
-        expected = f"at most {train_tokens - 1}: the training split has {train_tokens} tokens"
-        raise InputError("data.seq_len", config.seq_len, expected, "a smaller one, or more text")
+def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Side, source and entry of every token file, in the order of the streams."""
+    for unit in manifest["units"]:
+        for side in SIDES:
+            if side in unit:
+                yield side, unit["source"], unit[side]
 
 
-def _write_text(path: Path, content: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _stream(
+    directory: Path, manifest: dict[str, Any], side: str, source: int | None, end_of_text: int
+) -> TokenStream:
+    chosen = [
+        entry
+        for entry_side, entry_source, entry in _entries(manifest)
+        if entry_side == side and source in (None, entry_source)
+    ]
+    parts: list[np.ndarray | TokenFile] = [
+        TokenFile(_path(directory, entry), manifest["dtype"]) for entry in chosen
+    ]
+    parts.append(np.array([end_of_text], np.int32))
+    num_bytes = sum(entry["bytes"] for entry in chosen)
+    return TokenStream(parts, num_bytes, sum(entry["documents"] for entry in chosen))
+
+
+def _path(directory: Path, entry: dict[str, Any]) -> Path:
+    return directory / Path(entry["file"]).name  # a name, never a way out of the directory
+
+
+def _sha256_of(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says but this."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises the limit, 1024 in most shells, that a corpus of 40 GB would reach."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256  # for the rest of the program
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _compare(path: Path, sha256: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise damaged(path, error.strerror, f"SHA-256 {sha256[:12]}") from error
+    if found != sha256:
+        raise damaged(path, f"SHA-256 {found[:12]}", f"SHA-256 {sha256[:12]}")

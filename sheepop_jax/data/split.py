@@ -1,112 +1,185 @@
-"""Which part of a corpus is held out: by a hash of each document's content, or the tail."""
+"""Which part of a corpus is held out, and which documents are left out as duplicates."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sheepop_jax.data.documents import Corpus, Document
-from sheepop_jax.data.progress import Progress
+import numpy as np
+
+from sheepop_jax.data.spool import Spool
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+TRAIN, HELD_OUT, LEFT_OUT = range(3)
+
+
+class Segment(NamedTuple):
+    """Bytes [start, stop) of the spool that lie in one document and on one side."""
+
+    document: int
+    start: int
+    stop: int
+    held_out: bool
+    begins: bool  # whether a document begins with it; the tail's cut makes two of one
+
 
 @dataclass(frozen=True)
 class Split:
-    """Which part of a corpus is held out, decided by one reading of it.
+    """What becomes of each document.
 
     Attributes:
-        rule: "document" (by a hash of the content) or "tail" (the last characters).
-        fingerprint: SHA-256 of the documents' contents in order; names and places do not count.
-        cut: where the tail begins, in characters.
+        rules: how each source was split: "source" (its own validation split), "document" (by a hash
+            of the content) or "tail" (the last characters).
+        side: uint8 [N], TRAIN, HELD_OUT or LEFT_OUT.
+        cuts: documents that begin on one side and end on the other: the first held-out byte.
+        duplicates: documents left out because an equal one is kept.
     """
 
-    rule: str
-    val_fraction: float
-    fingerprint: str
-    chars: int
-    cut: int
+    rules: list[str]
+    side: np.ndarray
+    cuts: dict[int, int]
+    duplicates: int
+
+    def segments(self, spool: Spool, start: int = 0, stop: int | None = None) -> Iterator[Segment]:
+        """The kept text within bytes [start, stop) of the spool, in order."""
+        stop = spool.num_bytes if stop is None else stop
+        ends = spool.documents["end"]
+        document = int(np.searchsorted(ends, start, side="right"))
+        while document < len(ends) and (first := int(spool.starts[document])) < stop:
+            last = int(ends[document])
+            borders = [(first, last, self.side[document] == HELD_OUT)]
+            if document in self.cuts:
+                cut = self.cuts[document]
+                borders = [(first, cut, False), (cut, last, True)]
+            if self.side[document] != LEFT_OUT:
+                for low, high, held_out in borders:
+                    a, b = max(low, start), min(high, stop)
+                    if a < b:
+                        yield Segment(document, a, b, bool(held_out), a == low)
+            document += 1
 
 
-def choose_split(corpus: Corpus, val_split: str, val_fraction: float) -> Split:
-    """Reads the corpus once and decides what is held out.
+def choose_split(spool: Spool, val_split: str, val_fraction: float) -> Split:
+    """Decides from the index alone.
+
+    Of equal documents the first is kept, or one that its source holds out, so that no held-out
+    document is also trained on.
 
     Args:
-        corpus: the documents.
-        val_split: "document", "tail", or "auto": by document, but the tail where there is one
-            document or the hashes hold out less than half or more than twice the fraction.
+        spool: the corpus.
+        val_split: "source", "document", "tail", or "auto": a source's own validation split if it
+            has one; else by document, but the tail where there is one document or the hashes hold
+            out less than half or more than twice the fraction.
         val_fraction: the share to hold out.
 
     Raises:
-        InputError: the training or the held-out part would be empty.
+        InputError: the training or the held-out part would be empty, or no source has a validation
+            split where one is asked for.
     """
-    fingerprint = hashlib.sha256()
-    documents = num_bytes = chars = hashed_documents = hashed_bytes = 0
-    with Progress("data: reading", 0) as progress:
-        for document in corpus:
-            content = document.text.encode()
-            digest = hashlib.sha256(content).digest()
-            fingerprint.update(digest)
-            documents += 1
-            num_bytes += len(content)
-            chars += len(document.text)
-            if _held_out_by_hash(digest, val_fraction):
-                hashed_documents += 1
-                hashed_bytes += len(content)
-            progress.update(len(document.text))
-    share = hashed_bytes / num_bytes
+    documents = spool.documents
+    own = documents["held_out"]
+    # A validation split that is not used does not make its twins duplicates.
+    used = np.ones(len(own), bool) if val_split in ("auto", "source") else ~own
+    duplicate = np.zeros(len(own), bool)
+    duplicate[used] = _duplicates(documents["digest"][used], own[used])
+    keep = used & ~duplicate
+    side = np.full(len(own), LEFT_OUT, np.uint8)
+    cuts: dict[int, int] = {}
+    rules: list[str] = []
+    for number, source in enumerate(spool.sources):
+        here = documents["source"] == number
+        among = np.flatnonzero(keep & here)
+        wanted = val_split
+        # It may have a validation split of which every document is kept in another source.
+        if val_split == "auto" and (own & here).any():
+            wanted = "source"
+        rule = _split_source(spool, among, wanted, val_fraction, side, cuts)
+        rules.append(rule)
+        if source["name"]:
+            logger.info("data: %s: %d documents, split by %s", source["name"], len(among), rule)
+    split = Split(rules, side, cuts, int(np.count_nonzero(duplicate)))
+    _require_both_sides(spool, split, val_split, val_fraction)
+    return split
+
+
+def _split_source(
+    spool: Spool,
+    among: np.ndarray,
+    val_split: str,
+    val_fraction: float,
+    side: np.ndarray,
+    cuts: dict[int, int],
+) -> str:
+    """Fills in `side` and `cuts` for the documents `among` of one source; gives the rule."""
+    documents = spool.documents
+    if val_split == "source":
+        side[among] = np.where(documents["held_out"][among], HELD_OUT, TRAIN)
+        return val_split
+    # The first 64 bits of the hash as a share of 2^64: it depends on the document's content alone,
+    # so adding documents moves none across.
+    by_hash = documents["digest"][among, 0].byteswap() / 2.0**64 < val_fraction
     rule = val_split
     if rule == "auto":
+        sizes = (documents["end"] - spool.starts)[among]
+        share = sizes[by_hash].sum() / max(sizes.sum(), 1)
         near = 0.5 * val_fraction <= share <= 2 * val_fraction
-        rule = "document" if documents > 1 and near else "tail"
-    cut = int(chars * (1 - val_fraction))
-    size = f"{documents} documents, {num_bytes / 1e6:.2f} MB"
+        rule = "document" if len(among) > 1 and near else "tail"
     if rule == "document":
-        held_out = f"{hashed_documents} documents, {share:.1%} of the bytes"
-        empty = hashed_documents in (0, documents)
-    else:
-        held_out = f"the last {chars - cut} characters"
-        empty = cut in (0, chars)
-    if empty:
-        expected = f"a share that leaves text to train on and text held out (by {rule}: {size})"
-        hint = "more text" if rule == "tail" else "data.val_split=tail, or more documents"
+        side[among] = np.where(by_hash, HELD_OUT, TRAIN)
+        return rule
+    last_chars = np.cumsum(documents["chars"][among])
+    cut = int(int(last_chars[-1]) * (1 - val_fraction)) if len(among) else 0
+    side[among] = np.where(last_chars <= cut, TRAIN, HELD_OUT)
+    split_one = int(np.searchsorted(last_chars, cut, side="right"))
+    if split_one < len(among):
+        before = int(last_chars[split_one - 1]) if split_one else 0
+        if cut > before:
+            document = int(among[split_one])
+            cuts[document] = spool.byte_of_char(document, cut - before)
+    return rule
+
+
+def _duplicates(digests: np.ndarray, first_choice: np.ndarray) -> np.ndarray:
+    """Which of the digests [N, 2] repeat another; of equals one of `first_choice` stays if any."""
+    order = np.lexsort((~first_choice, digests[:, 1], digests[:, 0]))  # stable: then by place
+    ordered = digests[order]
+    again = np.zeros(len(order), bool)
+    again[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    duplicate = np.empty(len(order), bool)
+    duplicate[order] = again
+    return duplicate
+
+
+def _require_both_sides(spool: Spool, split: Split, val_split: str, val_fraction: float) -> None:
+    sizes = spool.documents["end"] - spool.starts
+    held_out = int(sizes[split.side == HELD_OUT].sum())
+    train = int(sizes[split.side == TRAIN].sum())
+    for document, cut in split.cuts.items():  # counted as held out as a whole, so far
+        before = cut - int(spool.starts[document])
+        train, held_out = train + before, held_out - before
+    kept = int(np.count_nonzero(split.side != LEFT_OUT))
+    size = f"{kept} documents, {(train + held_out) / 1e6:.2f} MB"
+    rules = ", ".join(dict.fromkeys(split.rules))
+    if val_split == "source" and not held_out:
+        expected = f"a source with a validation split of its own, or data.val_path ({size})"
+        raise InputError("data.val_split", val_split, expected, "data.val_split=auto")
+    if not train and set(split.rules) == {"source"}:
+        expected = f"text to train on beside the source's own validation split ({size})"
+        raise InputError("data.val_split", val_split, expected)
+    if not held_out or not train:
+        expected = f"a share that leaves text to train on and text held out (by {rules}: {size})"
+        hint = "more text" if rules == "tail" else "data.val_split=tail, or more documents"
         raise InputError("data.val_fraction", val_fraction, expected, hint)
-    logger.info("data: %s; held out by %s: %s", size, rule, held_out)
-    return Split(rule, val_fraction, fingerprint.hexdigest(), chars, cut)
-
-
-def split_documents(corpus: Corpus, split: Split) -> Iterator[tuple[bool, Document]]:
-    """The documents, each with whether it is held out; the tail's cut makes two of one.
-
-    Args:
-        corpus: what `split` was chosen for.
-        split: from `choose_split`.
-
-    Raises:
-        InputError: the corpus is no longer what `split` was chosen for.
-    """
-    fingerprint = hashlib.sha256()
-    position = 0
-    for document in corpus:
-        digest = hashlib.sha256(document.text.encode()).digest()
-        fingerprint.update(digest)
-        if split.rule == "document":
-            yield _held_out_by_hash(digest, split.val_fraction), document
-            continue
-        before = max(split.cut - position, 0)
-        position += len(document.text)
-        head, tail = document.text[:before], document.text[before:]
-        if head:
-            yield False, Document(document.id, head)
-        if tail:
-            name = f"{document.id} from character {before}" if head else document.id
-            yield True, Document(name, tail)
-    if fingerprint.hexdigest() != split.fingerprint:
-        got = f"fingerprint {fingerprint.hexdigest()[:12]} after {split.fingerprint[:12]}"
-        raise InputError("data", got, "text that does not change while it is read")
-
-
-def _held_out_by_hash(digest: bytes, val_fraction: float) -> bool:
-    """Depends on the document's content alone, so adding documents moves none across."""
-    return int.from_bytes(digest, "big") / 2**256 < val_fraction
+    trained_on = split.side == TRAIN
+    trained_on[list(split.cuts)] = True
+    for number, source in enumerate(spool.sources):
+        if not trained_on[spool.documents["source"] == number].any():
+            got = "a source with nothing to train on"
+            expected = f"text that is not all held out (by {split.rules[number]}) or in another"
+            raise InputError(f"data.mixture.{source['name']}", got, expected)
+    share = held_out / (train + held_out)
+    logger.info("data: %s; held out by %s: %.1f%% of the bytes", size, rules, 100 * share)
+    if split.duplicates:
+        logger.info("data: %d documents left out: equal to another", split.duplicates)

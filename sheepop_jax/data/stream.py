@@ -1,37 +1,63 @@
-"""The token stream of one split: its layout, its memory-mapped files, and their writer.
+"""The token stream of one split: its layout, and its files, read without loading them.
 
 The stream is end-of-text, then each document's tokens and end-of-text. So every token after the
 first is predicted from something, a document's first token from end-of-text.
 """
 
-import hashlib
-import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from sheepop_jax.data.progress import Progress
 from sheepop_jax.data.tokenizer import Tokenizer, split_text
 from sheepop_jax.errors import InputError
 
-_SHARD_TOKENS = 2**26
 _BATCH_CHARS = 2**20  # characters encoded at a time
+_SCAN_TOKENS = 2**22
+
+
+class TokenFile:
+    """One token file, read by position; memory-mapping it would let memory grow with its size.
+
+    A file that has shrunk since it was opened is refused, where a mapping would kill the process.
+    """
+
+    def __init__(self, path: Path, dtype: str):
+        self._path, self._dtype = path, np.dtype(dtype)
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._tokens = os.fstat(self._file).st_size // self._dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        size = self._dtype.itemsize
+        wanted = (span.stop - span.start) * size
+        found = b""
+        while len(found) < wanted:  # one read gives 2 GiB at most
+            start = span.start * size + len(found)
+            block = os.pread(self._file, wanted - len(found), start)
+            if not block:
+                left = os.fstat(self._file).st_size
+                raise damaged(self._path, f"{left} bytes", f"{self._tokens * size} bytes")
+            found = found + block if found else block
+        return np.frombuffer(found, self._dtype)
 
 
 class TokenStream:
-    """The tokens of one split, read without loading them.
+    """The tokens of one split.
 
     Attributes:
         num_bytes: UTF-8 bytes of the documents.
         num_documents: how many documents there are.
     """
 
-    def __init__(
-        self, parts: Sequence["np.ndarray | TokenFile"], num_bytes: int, num_documents: int
-    ):
+    def __init__(self, parts: Sequence[np.ndarray | TokenFile], num_bytes: int, num_documents: int):
         self._parts = list(parts)
         self._starts = np.cumsum([0] + [len(part) for part in parts])
         self.num_bytes = num_bytes
@@ -59,126 +85,77 @@ class TokenStream:
             position, index = end, index + 1
         return out
 
+    def document_starts(self, end_of_text: int) -> np.ndarray:
+        """Positions [documents + 1] int64 of every end-of-text: where documents begin and end."""
+        found = [np.zeros(0, np.int64)]
+        for start in range(0, len(self), _SCAN_TOKENS):
+            tokens = self.read(start, min(start + _SCAN_TOKENS, len(self)))
+            found.append(start + np.flatnonzero(tokens == end_of_text))
+        return np.concatenate(found)
 
-class TokenFile:
-    """One memory-mapped token file, which refuses to be read once the file has shrunk."""
 
-    def __init__(self, path: Path, dtype: str):
-        self._path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._tokens = np.frombuffer(self._map, dtype)
+class Piece(NamedTuple):
+    """A part of a document on its way to tokens."""
 
-    def __len__(self) -> int:
-        return len(self._tokens)
+    text: str
+    held_out: bool
+    begins: bool  # whether a document begins with it
 
-    def __getitem__(self, span: slice) -> np.ndarray:
-        # size() asks the file. Reading mapped pages beyond its end would kill the process (SIGBUS).
-        if self._map.size() != self._tokens.nbytes:
-            raise damaged(self._path, f"{self._map.size()} bytes", f"{self._tokens.nbytes} bytes")
-        return self._tokens[span]
+
+def encode_pieces(
+    tokenizer: Tokenizer, pieces: Iterable[Piece]
+) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+    """Batches of pieces, each with the tokens [n] int32 of either side, in order.
+
+    An end-of-text stands before each document; the one at the end of a stream is left to the
+    caller. While one batch is encoded on all cores, the tokens of the last are put in order.
+    """
+
+    def encode(batch: list[Piece]) -> tuple[list[Piece], list[np.ndarray]]:
+        sides: tuple[list[np.ndarray], list[np.ndarray]] = ([nothing], [nothing])
+        encoded = tokenizer.encode_batch([piece.text for piece in batch])
+        for piece, ids in zip(batch, encoded, strict=True):
+            if piece.begins:
+                sides[piece.held_out].append(end_of_text)
+            sides[piece.held_out].append(np.fromiter(ids, np.int32, len(ids)))
+        return batch, [np.concatenate(side) for side in sides]
+
+    nothing, end_of_text = np.zeros(0, np.int32), np.array([tokenizer.end_of_text], np.int32)
+    queue: list[Future[tuple[list[Piece], list[np.ndarray]]]] = []
+    with ThreadPoolExecutor(2) as threads:
+        for batch in _batches(pieces):
+            queue.append(threads.submit(encode, batch))
+            if len(queue) > 2:
+                yield queue.pop(0).result()
+        for future in queue:
+            yield future.result()
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def encode_text(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """Tokens [N] int32 of the texts, one document each, laid out as a split's stream."""
-    parts: list[np.ndarray] = []
-    with Progress("encoding", 0) as progress:
-        encoder = _Encoder(tokenizer, parts.append, progress)
-        for text in texts:
-            encoder.add(text, "text")
-        encoder.flush()
-    return np.concatenate(parts)
-
-
-class _Encoder:
-    """Lays documents out as a stream and hands its tokens on, a bounded batch at a time."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, sink: Callable[[np.ndarray], None], progress: Progress
-    ):
-        self._tokenizer, self._sink, self._progress = tokenizer, sink, progress
-        self._pieces: list[str] = []
-        self._last: list[bool] = []  # whether the piece ends its document
-        self._chars = 0
-        sink(np.array([tokenizer.end_of_text], np.int32))
-
-    def add(self, text: str, name: str) -> None:
-        self._tokenizer.check(text, name)  # here, where the position is the document's
-        pieces = list(split_text(text))
-        for index, piece in enumerate(pieces):
-            self._pieces.append(piece)
-            self._last.append(index == len(pieces) - 1)
-            self._chars += len(piece)
-            if self._chars >= _BATCH_CHARS:
-                self.flush()
-            self._progress.update(len(piece))
-
-    def flush(self) -> None:
-        tokens: list[int] = []
-        encoded = self._tokenizer.encode_batch(self._pieces)
-        for ids, last in zip(encoded, self._last, strict=True):
-            tokens += ids
-            if last:
-                tokens.append(self._tokenizer.end_of_text)
-        if tokens:
-            self._sink(np.array(tokens, np.int32))
-        self._pieces, self._last, self._chars = [], [], 0
-
-
-class SplitWriter:
-    """Encodes the documents of one split into files NAME-00000.bin and on."""
-
-    def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, progress: Progress):
-        self.name = name
-        self.dtype = "<u2" if tokenizer.vocab_size < 2**16 else "<u4"
-        self._directory, self._vocab_size = directory, tokenizer.vocab_size
-        self._files: list[dict[str, Any]] = []
-        self._documents = self._bytes = 0
-        self._encoder = _Encoder(tokenizer, self._append, progress)
-
-    def add(self, name: str, text: str, num_bytes: int) -> None:
-        self._encoder.add(text, name)
-        self._documents += 1
-        self._bytes += num_bytes
-
-    def close(self) -> dict[str, Any]:
-        """Writes what is left and gives the split's part of the manifest."""
-        self._encoder.flush()
-        for entry in self._files:
-            path = self._directory / entry["file"]
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-            entry["sha256"] = sha256_of(path)
-        return {
-            "tokens": sum(entry["tokens"] for entry in self._files),
-            "bytes": self._bytes,
-            "documents": self._documents,
-            "files": self._files,
-        }
-
-    def _append(self, tokens: np.ndarray) -> None:
-        # An id beyond the vocabulary would not fail later: the embedding would give NaN.
-        if tokens.max() >= self._vocab_size:
-            expected = f"ids below its vocabulary size {self._vocab_size}"
-            raise InputError("data.tokenizer", f"id {tokens.max()}", expected)
-        while len(tokens):
-            if not self._files or self._files[-1]["tokens"] == _SHARD_TOKENS:
-                name = f"{self.name}-{len(self._files):05d}.bin"
-                self._files.append({"file": name, "tokens": 0})
-            entry = self._files[-1]
-            fitting = tokens[: _SHARD_TOKENS - entry["tokens"]]
-            with (self._directory / entry["file"]).open("ab") as file:
-                file.write(fitting.astype(self.dtype).tobytes())
-            entry["tokens"] += len(fitting)
-            tokens = tokens[len(fitting) :]
+    pieces = (
+        Piece(piece, False, index == 0)
+        for text in texts
+        for index, piece in enumerate(split_text([text]))
+    )
+    parts = [tokens for _, (tokens, _) in encode_pieces(tokenizer, pieces)]
+    return np.concatenate([*parts, np.array([tokenizer.end_of_text], np.int32)])
 
 
 def damaged(path: Path, got: object, expected: str) -> InputError:
     directory = path if path.is_dir() else path.parent
     hint = f"deleting {directory}; it is then made again"
     return InputError(str(path), str(got), f"{expected}, as its manifest says", hint)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

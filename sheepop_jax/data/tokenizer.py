@@ -57,6 +57,11 @@ class Tokenizer:
         self.end_of_text = found[0]
         self._characters = _characters_of(inner)
 
+    @property
+    def has_fixed_characters(self) -> bool:
+        """Whether it knows the characters of its training text only."""
+        return self._characters is not None
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any end-of-text.
 
@@ -67,16 +72,28 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, as `encode`, on all cores."""
-        for text in texts:
-            self.check(text)
-        encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        if self._characters is not None:
+            for text in texts:
+                self.check(text)
+        try:
+            encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        except (TypeError, UnicodeError):  # half a surrogate pair: say where
+            for text in texts:
+                self.check(text)
+            raise
         return [encoding.ids for encoding in encoded]
 
-    def check(self, text: str, name: str = "text") -> None:
-        """Refuses, by character and position, a text that cannot be encoded; `name` names it."""
+    def check(self, text: str, name: str = "text", offset: int = 0) -> None:
+        """Refuses, by character and position, a text that cannot be encoded.
+
+        Args:
+            text: to be encoded.
+            name: of the text, for the message.
+            offset: the position of its first character in what the user knows by that name.
+        """
         surrogate = re.search("[\ud800-\udfff]", text)
         if surrogate:
-            got = f"U+{ord(surrogate[0]):04X} at position {surrogate.start()}"
+            got = f"U+{ord(surrogate[0]):04X} at position {offset + surrogate.start()}"
             raise InputError(name, got, "valid Unicode (half a surrogate pair is not)")
         if self._characters is None:
             return
@@ -86,7 +103,7 @@ class Tokenizer:
             character = text[position]
             raise InputError(
                 name,
-                f"character {character!a} (U+{ord(character):04X}) at position {position}",
+                f"character {character!a} (U+{ord(character):04X}) at position {offset + position}",
                 f"one of the {len(self._characters)} characters of the training text",
                 "data.tokenizer=bpe, which knows every character",
             )
@@ -159,7 +176,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, length: int | None = None) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in split_text(text))
+    pieces = (piece for text in texts for piece in split_text([text]))
     inner.train_from_iterator(pieces, trainer, length=length)
     return Tokenizer(inner)
 
@@ -182,21 +199,25 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def split_text(text: str) -> Iterator[str]:
-    """Cuts a long text into pieces, so that memory stays bounded whatever the text's length.
+def split_text(texts: Iterable[str]) -> Iterator[str]:
+    """One text, given in any pieces, in pieces of a bounded length that depend on the text alone.
 
     A cut falls before a space or line break that follows something else, where GPT-2's
     pre-tokenizer always cuts: the ids of the pieces are then the ids of the whole. Where none is
     near (one word of a hundred thousand characters) it falls anywhere, and decoding is still exact.
     """
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        end = start + _PIECE_CHARS
-        for near in _CUT.finditer(text, end - _PIECE_CHARS // 4, end):
-            end = near.end()
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    text = ""
+    for more in texts:
+        text += more
+        start = 0
+        while len(text) - start > _PIECE_CHARS:
+            end = start + _PIECE_CHARS
+            for near in _CUT.finditer(text, end - _PIECE_CHARS // 4, end):
+                end = near.end()
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    yield text
 
 
 def _characters_of(inner: tokenizers.Tokenizer) -> frozenset[str] | None:

@@ -16,6 +16,8 @@ DEFAULT_MAX_NEW_TOKENS = 256  # unless the context holds less
 # Outside of these, fp32 division by the temperature gives 0/0 or inf/inf.
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
+MAX_POSITIONS = 2**31 - 1  # they are counted in int32
+
 
 class Kind(NamedTuple):
     """What a compiled sampling step depends on; everything else about sampling is traced."""
@@ -73,12 +75,14 @@ def resolve_context(model: ModelConfig, requested: int | None) -> int:
         requested: `--context`; beyond `max_seq_len` only where positions are computed, not learned.
 
     Raises:
-        InputError: below 2, or more positions than a learned table has.
+        InputError: below 2, more than int32 counts, or than a learned table of positions has.
     """
     if requested is None:
         return model.max_seq_len
     if requested < 2:
         raise InputError("--context", requested, "at least 2 (one token of prompt, one new)")
+    if requested > MAX_POSITIONS:
+        raise InputError("--context", requested, f"at most {MAX_POSITIONS}")
     if model.position == "learned" and requested > model.max_seq_len:
         rule = f"at most model.max_seq_len = {model.max_seq_len}: its positions are learned"
         raise InputError("--context", requested, rule)

@@ -10,11 +10,10 @@ A step directory without a manifest is damage. Names that start with a dot are u
 deletions, and are swept away by the next save.
 """
 
-import hashlib
-import json
 import logging
 import math
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,20 +21,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from sheepop_jax.errors import InputError
+from sheepop_jax.faults import fault_during, fault_point
+from sheepop_jax.training import storage
+from sheepop_jax.training.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    digests,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from sheepop_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 SCORE = "val_loss"  # the figure, lower is better, by which a checkpoint is "best"
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint whose files are not those that were saved; the message names the file."""
+ASIDE = "damaged"  # what the names of directories that were set aside begin with
+REASON = "REASON.txt"  # in such a directory
 
 
 class SaveFailed(RuntimeError):
@@ -53,10 +57,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        names = (entry.name for entry in self.directory.iterdir() if entry.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal() and len(name) == 8)
+        return sorted(int(path.name) for path in self._directories(r"[0-9]{8}"))
+
+    def aside(self) -> list[tuple[Path, int]]:
+        """Directories that were set aside, and their steps."""
+        found = self._directories(rf"{ASIDE}-\d{{8}}-\d+")
+        return [(path, int(path.name.split("-")[1])) for path in sorted(found)]
+
+    def path(self, step: int) -> Path:
+        """The directory of a step, there or not."""
+        return self.directory / f"{step:08d}"
 
     def best(self) -> int | None:
         """The step with the lowest validation loss; None when no checkpoint was evaluated."""
@@ -76,16 +86,7 @@ class Checkpoints:
         Raises:
             DamagedCheckpoint: there is no readable manifest.
         """
-        path = self._path(step) / MANIFEST
-        try:
-            manifest = json.loads(path.read_text())
-            if manifest.pop("sha256") != _manifest_digest(manifest) or manifest["step"] != step:
-                raise DamagedCheckpoint(f"{path}: its content has changed")
-            if manifest["format"] != FORMAT:
-                raise DamagedCheckpoint(f"{path}: format {manifest['format']}, not {FORMAT}")
-            return manifest
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedCheckpoint(f"{path}: {error}") from None
+        return read_manifest(self.path(step), step)
 
     def resolve(self, step: str | int) -> int:
         """Turns "latest", "best" or a number into a committed step.
@@ -110,28 +111,25 @@ class Checkpoints:
         Raises:
             DamagedCheckpoint: names the first file that is missing, added or changed.
         """
-        manifest, root = self.manifest(step), self._path(step)
-        present = set(_files(root))
-        for name in sorted(present - manifest["files"].keys()):
-            raise DamagedCheckpoint(f"{root / name}: not a file of this checkpoint")
-        for name, recorded in manifest["files"].items():
-            if name not in present:
-                raise DamagedCheckpoint(f"{root / name}: missing")
-            if _digest(root / name) != recorded:
-                raise DamagedCheckpoint(f"{root / name}: its content has changed")
-        return manifest
+        return verify(self.path(step), step)
 
     def save(self, state: TrainState, figures: dict[str, Any]) -> None:
         """Starts saving a state; returns as soon as the state may be donated again.
 
         Raises:
-            SaveFailed: the previous save failed.
+            SaveFailed: the previous save failed, or a parameter is not finite.
         """
         self.wait()
+        step = int(state.step)
+        if not _all_finite(state.params):
+            raise SaveFailed(
+                f"{self.path(step)}: not saved (not finite: {_not_finite(state.params)}); older "
+                "checkpoints are intact; try a lower optimizer.learning_rate from there"
+            )
         # On a CPU "device to host" is no copy, and the next step overwrites the donated buffers.
         state = jax.tree.map(jnp.copy, state)
         jax.block_until_ready(state)
-        self._pending = self._writer.submit(self._commit, int(state.step), state, figures)
+        self._pending = self._writer.submit(self._commit, step, state, figures)
 
     def wait(self) -> None:
         """Blocks until the save in hand is committed, and raises what it raised."""
@@ -140,7 +138,12 @@ class Checkpoints:
             pending.result()
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """Loads a verified step into the shapes, dtypes and shardings of an abstract `target`."""
+        """Loads a verified step into the shapes, dtypes and shardings of an abstract `target`.
+
+        Raises:
+            DamagedCheckpoint: a file is not what was saved.
+            InputError: it is another model's or optimizer's; says how they differ.
+        """
         items = self._load(step, params=target.params, optimizer=_optimizer_item(target))
         counts = items["optimizer"]
         return TrainState(counts["step"], counts["updates"], items["params"], counts["opt_state"])
@@ -149,24 +152,53 @@ class Checkpoints:
         """Loads only the parameters of a step, which is verified first."""
         return self._load(step, params=target)["params"]
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int, reason: object) -> Path:
         """Renames a damaged step so that it is neither loaded nor in the way; nothing is lost."""
-        for attempt in range(1000):
-            aside = self.directory / f"damaged-{step:08d}-{attempt}"
-            if not aside.exists():
-                break
-        os.rename(self._path(step), aside)
+        aside = self._unused(f"{ASIDE}-{step:08d}")
+        os.rename(self.path(step), aside)
+        try:
+            (aside / REASON).write_text(f"{reason}\n", encoding="utf-8")
+        except OSError as error:
+            log.warning("%s: not written (%s)", aside / REASON, error.strerror)
         return aside
 
-    def _path(self, step: int) -> Path:
-        return self.directory / f"{step:08d}"
+    def tidy(self) -> None:
+        """Deletes what a killed process left half-written, half-deleted or not yet deleted."""
+        self._sweep()
+        self._prune()
+
+    def delete(self, step: int) -> None:
+        """Deletes a step: gone by one rename, whatever becomes of its files."""
+        doomed = self._unused(f".deleted-{step:08d}")
+        os.rename(self.path(step), doomed)
+        fault_point("mid-prune", before=lambda: (doomed / MANIFEST).unlink())
+        _remove(doomed)
+
+    def _directories(self, pattern: str) -> list[Path]:
+        if not self.directory.is_dir():
+            return []
+        return [p for p in self.directory.iterdir() if re.fullmatch(pattern, p.name) and p.is_dir()]
+
+    def _unused(self, name: str) -> Path:
+        number = 0
+        while os.path.lexists(path := self.directory / f"{name}-{number}"):
+            number += 1
+        return path
 
     def _load(self, step: int, **targets: Any) -> Any:
         self.verify(step)
-        args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(
-                self._path(step).absolute(), args=ocp.args.Composite(**args)
+        for name, target in targets.items():
+            self._compare(step, name, target)
+        return storage.read(self.path(step), targets)
+
+    def _compare(self, step: int, name: str, target: Any) -> None:
+        """Holds what a step has against the target, before anything large is allocated."""
+        if difference := storage.difference(self.path(step) / name, target):
+            raise InputError(
+                str(self.path(step) / name),
+                difference,
+                "the arrays of this configuration's model and optimizer",
+                "the configuration that it was trained with, or another --workdir",
             )
 
     def _commit(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
@@ -174,65 +206,75 @@ class Checkpoints:
             self._write(step, state, figures)
         except Exception as error:  # orbax reports a full disk in more than one way
             free = shutil.disk_usage(self.directory.parent).free / 1e6
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())
+            if len(reason) > 240:  # a file within, and at the end why
+                reason = f"{reason[:100]} ... {reason[-140:]}"
             raise SaveFailed(
-                f"{self._path(step)}: not saved ({reason}); {free:,.0f} MB free there; older "
+                f"{self.path(step)}: not saved ({reason}); {free:,.0f} MB free there; older "
                 "checkpoints are intact"
             ) from error
+        self._prune()
 
     def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+        fault_point("save-begun")
         self._sweep()
         pending = self.directory / f".pending-{step:08d}"
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-        )
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(pending.absolute(), args=args)
-        files = {name: _digest(pending / name) for name in _files(pending)}
-        manifest = {"format": FORMAT, "step": step, "figures": figures, "files": files}
-        with (pending / MANIFEST).open("w") as file:
-            json.dump({**manifest, "sha256": _manifest_digest(manifest)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        if self._path(step).exists():  # an earlier run of the same steps
-            self._delete(step)
-        os.rename(pending, self._path(step))
+        items = {"params": state.params, "optimizer": _optimizer_item(state)}
+        fault_during("save-writing", begun=lambda: storage.has_begun(pending))
+        storage.write(pending, items)
+        fault_point("save-written")
+        files = digests(pending)
+        fault_point("before-manifest")
+        write_manifest(pending, files, step, figures)
+        fault_point("before-rename")
+        if self.path(step).exists():  # an earlier run of the same steps
+            self.delete(step)
+        os.rename(pending, self.path(step))
+        fault_point("after-rename")
         log.info("saved step %d", step)
-        self._prune()
 
     def _prune(self) -> None:
         kept = {*self.steps()[-self._keep :], self.best()}
         for step in self.steps():
             if step not in kept:
-                self._delete(step)
-
-    def _delete(self, step: int) -> None:
-        doomed = self.directory / f".deleted-{step:08d}"
-        os.rename(self._path(step), doomed)
-        shutil.rmtree(doomed)
+                try:
+                    self.delete(step)
+                except OSError as error:  # the save is done: no reason to end the run
+                    log.warning("%s: not deleted (%s)", self.path(step), error.strerror)
 
     def _sweep(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for entry in self.directory.iterdir():
             if entry.name.startswith((".pending-", ".deleted-")):
-                shutil.rmtree(entry)
+                _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a directory, or a link but not what it leads to; what stays is said, no error."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        log.warning(
+            "%s: not deleted (%s); it may be deleted by hand", path, error.strerror or error
+        )
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
+def _not_finite(params: Any) -> str:
+    found = (
+        storage.name_of(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not jnp.isfinite(leaf).all()
+    )
+    return storage.few(list(found))
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "updates": state.updates, "opt_state": state.opt_state}
-
-
-def _files(root: Path) -> list[str]:
-    """Relative names of all files of a checkpoint but the manifest."""
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
-
-
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,12 +1,24 @@
 """The numbers of a run: `metrics.jsonl`, one object a line, and TensorBoard's event files."""
 
+import contextlib
 import json
+import logging
 import math
 import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
+
+from sheepop_jax.faults import fault_point
+
+log = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
 
@@ -26,7 +38,7 @@ class MetricsLog:
         cut.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(cut, self._path)
         self._file = self._path.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._events = _Events(directory / "tensorboard", first_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Adds one line to the log, and each number to TensorBoard."""
@@ -34,21 +46,85 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         kind = "held_out" if "val_loss" in values else "train"
+        if kind == "held_out":
+            fault_point("evaluation")
+        line = json.dumps({"step": step, **finite}) + "\n"
+        self._file.write(line[:9])
+        fault_point("log-append", before=self._file.flush)
+        self._file.write(line[9:])
         for key, value in finite.items():
             if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{key}", value, step)
+                self._events.add(f"{kind}/{key}", value, step)
 
     def flush(self) -> None:
-        """Hands everything written to the operating system."""
-        self._file.flush()
+        """Hands everything written to the operating system.
+
+        Raises:
+            OSError: it cannot be written; names the file and the free space.
+        """
+        try:
+            self._file.flush()
+        except OSError as error:
+            free = shutil.disk_usage(self._path.parent).free / 1e6
+            what = f"{error.strerror}; {free:,.0f} MB free there; checkpoints are intact"
+            raise OSError(error.errno, what, str(self._path)) from None
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
+        """Flushes and closes both; what cannot be written is said, and hides no other error."""
+        try:
+            self._file.close()
+        except OSError as error:
+            log.warning("%s: its last lines are not written (%s)", self._path, error.strerror)
         self._events.close()
+
+
+class _Events:
+    """TensorBoard's file of one process. A picture is no reason to lose a run: errors end it.
+
+    Not `SummaryWriter`: when its thread fails to write, later additions wait for it for ever.
+    """
+
+    def __init__(self, directory: Path, first_step: int):
+        self._directory = directory
+        self._file: RecordWriter | None = None
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        with self._giving_up():
+            directory.mkdir(exist_ok=True)
+            self._file = RecordWriter(str(directory / name))
+        self._write(file_version="brain.Event:2")
+        # TensorBoard drops what older files have from this step on.
+        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        self._write(step=step, summary=scalar(name, value))
+
+    def flush(self) -> None:
+        if self._file:
+            with self._giving_up():
+                self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            with self._giving_up():
+                self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        if self._file:
+            with self._giving_up():
+                self._file.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s: no more of it (%s)", self._directory, error.strerror)
+            file, self._file = self._file, None
+            if file:
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The update rule: clip by global norm, AdamW or Muon, decay on matrices, a schedule by update."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sheepop_jax.config import OptimizerConfig
@@ -11,6 +12,7 @@ from sheepop_jax.config import OptimizerConfig
 # Matches the typical size of an AdamW update, so that one learning rate serves both (Liu et al.
 # 2025, "Muon is scalable for LLM training").
 MUON_UPDATE_RMS = 0.2
+NORMS = 128  # updates whose gradient norms an outlier is compared with
 
 
 def make_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
@@ -52,6 +54,41 @@ def _muon_matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(numbers, params)
 
 
+class NormHistory(NamedTuple):
+    """Global gradient norms of the last updates, in a ring.
+
+    Attributes:
+        norms: fp32 [NORMS].
+        updates: int32, how many there were.
+    """
+
+    norms: jax.Array
+    updates: jax.Array
+
+
+def remember_norms() -> optax.GradientTransformation:
+    """Changes nothing; keeps the norms that `is_outlier` compares with."""
+
+    def init(params: Any) -> NormHistory:
+        return NormHistory(jnp.zeros(NORMS, jnp.float32), jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: NormHistory, params: Any = None) -> tuple[Any, NormHistory]:
+        norms = state.norms.at[state.updates % NORMS].set(optax.tree.norm(updates))
+        return updates, NormHistory(norms, state.updates + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def is_outlier(opt_state: Any, grad_norm: jax.Array, max_zscore: float) -> jax.Array:
+    """Whether a norm lies over `max_zscore` standard deviations above the mean of the last ones.
+
+    False until there are `NORMS` of them to compare with.
+    """
+    history: NormHistory = opt_state[0]
+    limit = jnp.mean(history.norms) + max_zscore * jnp.std(history.norms)
+    return (history.updates >= NORMS) & (grad_norm > limit)
+
+
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
@@ -80,6 +117,7 @@ def make_optimizer(
             raise ValueError(f"unknown optimizer {config.name!r}")
     clip = config.max_grad_norm or math.inf
     return optax.chain(
+        remember_norms(),  # first: `is_outlier` finds it there
         optax.clip_by_global_norm(clip) if math.isfinite(clip) else optax.identity(),
         direction,
         optax.add_decayed_weights(config.weight_decay, decay_mask),

@@ -15,6 +15,7 @@ from flax import linen as nn
 from sheepop_jax.data.batches import Batch
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import chunk_length, cross_entropy_sum
+from sheepop_jax.training.optimizer import is_outlier
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +44,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # global, before clipping
     learning_rate: jax.Array
     tokens: jax.Array  # counted targets
-    skipped: jax.Array  # whether the update was left out for non-finite gradients
+    skipped: jax.Array  # whether the update was left out for its gradients
 
 
 def init_params(model: Transformer, seed: int) -> Any:
@@ -63,20 +64,29 @@ def init_state(
 
 
 def make_train_step(
-    model: Transformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    max_grad_zscore: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the step; the caller jits it, donating the state.
 
     A batch [A, B, T] gives the gradient of Σ weight · loss / Σ weight over all its tokens, whatever
     their distribution over microbatches. Dropout's randomness is a function of (seed, step,
-    microbatch). Non-finite gradients leave parameters and optimizer untouched; `step` advances.
+    microbatch). Non-finite gradients leave parameters and optimizer untouched, and so do those that
+    `optimizer.is_outlier` finds, if `max_grad_zscore` is above 0; `step` advances.
     """
     dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
 
     def microbatch_loss(params: Any, batch: Batch, dropout_key: jax.Array) -> jax.Array:
-        inputs_BT, targets_BT, weights_BT = batch
+        inputs_BT, targets_BT, weights_BT, segments_BT = batch
         hidden_BTD, _ = model.apply(
-            {"params": params}, inputs_BT, deterministic=False, rngs={"dropout": dropout_key}
+            {"params": params},
+            inputs_BT,
+            deterministic=False,
+            segments_BT=segments_BT,
+            rngs={"dropout": dropout_key},
         )
         embedding_VD = output_embedding(params)
         chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0])
@@ -109,6 +119,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight, grad_sums)
         grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(grad_norm) & jnp.isfinite(loss_sum)
+        if max_grad_zscore:
+            ok &= ~is_outlier(state.opt_state, grad_norm, max_grad_zscore)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,23 @@ from jax.sharding import Mesh
 
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Batch, TrainBatches
-from sheepop_jax.errors import InputError
-from sheepop_jax.model.partitioning import batch_sharding, state_shardings
+from sheepop_jax.model.partitioning import batch_sharding
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.checkpoint import SCORE, Checkpoints, DamagedCheckpoint, SaveFailed
+from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
+from sheepop_jax.training.health import Health
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.progress import Progress, readable_seconds
-from sheepop_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    init_params,
-    init_state,
-    make_train_step,
-)
+from sheepop_jax.training.resume import first_state
+from sheepop_jax.training.step import StepMetrics, TrainState, make_train_step
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
+from sheepop_jax.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2  # on the device: the one in use and the next
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many updates in a row had non-finite gradients."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,9 @@ class _Loop:
         self.schedule = make_schedule(config.optimizer, job.num_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.checkpoints = Checkpoints(job.directory / "checkpoints", config.checkpoint.keep)
-        self.state, saved = self._first_state()
+        self.state, self.shardings, saved = first_state(
+            job.model, self.optimizer, config.seed, job.mesh, self.checkpoints
+        )
         self.step = self.saved_step = int(self.state.step)
         best = self.checkpoints.best()
         self.best = self.checkpoints.manifest(best)["figures"][SCORE] if best else float("inf")
@@ -114,7 +109,8 @@ class _Loop:
             job.peak_flops,
         )
         self.first_step = self.step
-        self.skipped_in_a_row = 0
+        self.watchdog = Watchdog()
+        self.health = Health(config.train.max_skipped_steps)
         self.data_wait = 0.0
         self.in_flight: StepMetrics | None = None
 
@@ -126,7 +122,9 @@ class _Loop:
         batches = self._device_batches()
         batch = next(batches)
         train_step = self._compile(batch)
+        self.stop.something_to_save()
         self.throughput.start()
+        self.watchdog.resume()
         try:
             while self.step < last:
                 self.stop.check()
@@ -149,6 +147,7 @@ class _Loop:
 
     def close(self) -> None:
         """Leaves nothing open; a save that fails while another error is on its way is logged."""
+        self.watchdog.close()
         self.progress.close()
         try:
             self.checkpoints.wait()
@@ -158,50 +157,21 @@ class _Loop:
             self.metrics.close()
             draw_curve(self.job.directory)
 
-    def _first_state(self) -> tuple[TrainState, dict[str, Any]]:
-        """The newest whole checkpoint and its figures, or a fresh state, where it will live."""
-        job = self.job
-
-        def fresh() -> TrainState:
-            return init_state(job.model, self.optimizer, job.config.seed)
-
-        abstract = jax.eval_shape(fresh)
-        boxed = jax.eval_shape(lambda: init_params(job.model, job.config.seed))
-        self.shardings = state_shardings(boxed, abstract, job.mesh)
-        target = jax.tree.map(
-            lambda leaf, sharding: leaf.update(sharding=sharding), abstract, self.shardings
-        )
-        steps = self.checkpoints.steps()
-        for step in reversed(steps):
-            try:
-                state = self.checkpoints.restore(step, target)
-            except DamagedCheckpoint as damage:
-                aside = self.checkpoints.set_aside(step)
-                log.warning("checkpoint %d is damaged (%s); moved to %s", step, damage, aside)
-                continue
-            log.info("going on from step %d", step)
-            return state, self.checkpoints.manifest(step)["figures"]
-        if steps:
-            directory = str(self.checkpoints.directory)
-            raise InputError(
-                directory, "only damaged checkpoints", "a whole one", "a new --workdir"
-            )
-        return jax.jit(fresh, out_shardings=self.shardings)(), {}
-
     def _device_batches(self) -> Iterator[Batch]:
         """Batches on the device, the next one on its way while one is in use."""
-        sharding = batch_sharding(self.job.mesh, leading=1)
+        put = partial(jax.make_array_from_process_local_data, batch_sharding(self.job.mesh, 1))
         queue: deque[Batch] = deque()
         for batch in self.job.batches.iterate(self.step, self.job.num_steps):
-            put = [jax.make_array_from_process_local_data(sharding, array) for array in batch]
-            queue.append(Batch(*put))
+            queue.append(jax.tree.map(put, batch))
             if len(queue) == BATCHES_AHEAD:
                 yield queue.popleft()
         yield from queue
 
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
         job = self.job
-        step = make_train_step(job.model, self.optimizer, self.schedule, job.config.seed)
+        config = job.config
+        zscore = config.optimizer.max_grad_zscore
+        step = make_train_step(job.model, self.optimizer, self.schedule, config.seed, zscore)
         log.info("compiling the train step")
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         started = time.perf_counter()
@@ -210,20 +180,13 @@ class _Loop:
         return compiled
 
     def _account(self) -> None:
-        """Waits for the numbers of the step in flight: counts, reports, and notices trouble."""
+        """Waits for the numbers of the step in flight, looks at them, and reports."""
         if self.in_flight is None:
             return
         metrics, self.in_flight = jax.device_get(self.in_flight), None
         self.progress.advance()
-        train = self.job.config.train
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
-        if metrics.skipped:
-            log.warning("step %d skipped: its gradients are not finite", self.step)
-        if self.skipped_in_a_row >= train.max_skipped_steps:
-            raise TrainingDiverged(
-                f"{self.skipped_in_a_row} updates in a row had non-finite gradients, the last at "
-                f"step {self.step}; lower optimizer.learning_rate, or look at the data"
-            )
+        self.watchdog.step(self.step)
+        self.health.look(self.step, metrics)
         if self.step == self.first_step + 1:
             self.throughput.warmed_up(self.step)
         per_step = self.throughput.seconds_per_step(self.step)
@@ -231,7 +194,7 @@ class _Loop:
         # The first step includes what happens only once: wait for others, unless steps are long.
         if self.step == self.first_step + (4 if self.throughput.warm_seconds < 5 else 1):
             self.progress.line(f"{per_step:.3g} s a step: about {readable_seconds(left)} to go")
-        if self.step % train.log_every == 0 or self.step == self.job.num_steps:
+        if self.step % self.job.config.train.log_every == 0 or self.step == self.job.num_steps:
             self._report(metrics, left)
 
     def _report(self, metrics: StepMetrics, seconds_left: float) -> None:
@@ -258,11 +221,13 @@ class _Loop:
             return
         self._account()
         self.throughput.stop()
+        self.watchdog.pause()
         if evaluate:
             save |= self._evaluate()
         if save:
             self._save()
         self.throughput.start()
+        self.watchdog.resume()
 
     def _evaluate(self) -> bool:
         """Evaluates, shows and logs; returns whether this is the best so far."""

@@ -1,22 +1,21 @@
-"""The order of training windows as a function, shares of processes, and evaluation's coverage."""
+"""Batches: rows in the order of windows, shares of processes, segments, evaluation's coverage."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sheepop_jax.data.batches import (
-    TrainBatches,
-    WindowOrder,
-    evaluation_batches,
-    num_evaluation_batches,
-    steps_per_epoch,
-)
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.batches import EvaluationBatches, Layout, TrainBatches, window_order
+from sheepop_jax.data.stream import TokenStream
+from sheepop_jax.data.windows import DocumentWindows
 from sheepop_jax.errors import InputError
 
-T, SEED = 7, 42
+T, SEED, EOT = 7, 42, 99
+LAYOUT = Layout(T, EOT)
+PADDED = Layout(T, EOT, "one_per_window", document_mask=True)
 
 
 def stream(length: int) -> TokenStream:
@@ -24,64 +23,34 @@ def stream(length: int) -> TokenStream:
     return TokenStream.from_array(np.arange(100, 100 + length, dtype=np.uint16), 3 * length, 1)
 
 
-def train_batches(length=151, accum=2, batch_size=4, seed=SEED, **processes):
-    return TrainBatches(
-        stream(length), seq_len=T, seed=seed, accum=accum, batch_size=batch_size, **processes
-    )
+def documents(*lengths: int) -> TokenStream:
+    """Documents of these many tokens, with end-of-text between them."""
+    tokens, number = [EOT], 100
+    for length in lengths:
+        tokens += [*range(number, number + length), EOT]
+        number += length
+    return TokenStream.from_array(np.array(tokens, np.int32), 1, len(lengths))
 
 
-@pytest.mark.parametrize("length", [8, 9, 14, 15, 20, 21, 22, 151, 154, 157])
-def test_each_epoch_has_every_window_once_in_an_order_of_its_own(length):
-    order = WindowOrder(length, T, SEED)
-    n = order.num_windows
-    assert n == max(1, (length - T) // T)
-    slack = min(T - 1, length - 1 - n * T)
-    epochs, offsets = [], []
-    for epoch in range(23):
-        starts = [order.span(epoch * n + i)[0] for i in range(n)]
-        offset = min(starts)
-        assert 0 <= offset <= slack
-        assert sorted(starts) == [offset + w * T for w in range(n)]
-        assert max(starts) + T + 1 <= length
-        epochs.append(tuple(start - offset for start in starts))
-        offsets.append(offset)
-    assert offsets[0] == 0
-    if length >= 2 * T:  # with room for it, every offset turns up
-        assert set(offsets) == set(range(slack + 1))
-    if n > 10:
-        assert len(set(epochs)) == 23
-        assert epochs[0] != tuple(sorted(epochs[0]))
+def train_batches(length=151, accum=2, batch_size=4, seed=SEED, layout=LAYOUT, **options):
+    streams = options.pop("streams", None) or [stream(length)]
+    return TrainBatches(streams, layout, seed=seed, accum=accum, batch_size=batch_size, **options)
 
 
-def test_the_seed_decides_order_and_offsets():
-    spans = {
-        seed: [WindowOrder(151, T, seed).span(k) for k in range(60)] for seed in (1, 2, 2**32 - 1)
-    }
-    assert spans[1] != spans[2] != spans[2**32 - 1]
-    assert spans[1] == [WindowOrder(151, T, 1).span(k) for k in range(60)]
-
-
-def test_the_order_is_the_one_that_runs_were_made_with():
-    """Another order would give a resumed run other data. Printed by grain 0.2.18 on 2026-11-24."""
-    order = WindowOrder(151, T, SEED)
-    assert [order.span(k)[0] for k in range(5)] == [7, 49, 119, 77, 0]
-    assert [order.offset(epoch) for epoch in range(8)] == [0, 4, 6, 1, 4, 4, 2, 5]
-
-
-def test_a_window_far_away_costs_nothing():
-    order = WindowOrder(10**12, 1024, SEED)
-    start, stop = order.span(10**11 + 17)
-    assert 0 <= start < stop <= 10**12
+def evaluation(tokens, layout=LAYOUT, **options):
+    return EvaluationBatches(tokens, layout, **options)
 
 
 def test_rows_lie_in_the_order_of_windows():
-    batches, order = train_batches(), WindowOrder(151, T, SEED)
+    batches, order = train_batches(), window_order([stream(151)], LAYOUT, SEED)
     for step in (0, 3, 1000):
         batch = batches.batch_at(step)
         assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (2, 4, T)
-        assert [a.dtype for a in batch] == [np.int32, np.int32, np.float32]
+        assert [a.dtype for a in batch[:3]] == [np.int32, np.int32, np.float32]
+        assert all(a.flags.c_contiguous for a in batch[:3])
+        assert batch.segments is None
         for a, b in itertools.product(range(2), range(4)):
-            start, stop = order.span(step * 8 + a * 4 + b)
+            _, start, stop = order.span(step * 8 + a * 4 + b)
             assert batch.inputs[a, b].tolist() == list(range(100 + start, 100 + stop - 1))
             assert batch.targets[a, b].tolist() == list(range(101 + start, 100 + stop))
         assert (batch.weights == 1).all()
@@ -96,15 +65,113 @@ def test_a_batch_does_not_depend_on_what_was_read_before():
     np.testing.assert_equal(train_batches().batch_at(5), first)
 
 
+MIXTURE = dict(streams=[documents(4, 30, 1, 9), documents(*[3] * 40)], weights=[0.75, 0.25])
+
+
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_hold_contiguous_shares_of_the_same_global_batch(count):
-    shares = [train_batches(process_index=i, process_count=count) for i in range(count)]
+@pytest.mark.parametrize(
+    "options", [{}, dict(layout=PADDED, **MIXTURE)], ids=["one source", "a padded mixture"]
+)
+def test_processes_hold_contiguous_shares_of_the_same_global_batch(count, options):
+    def made(**processes):
+        return train_batches(**options, **processes)
+
+    shares = [made(process_index=i, process_count=count) for i in range(count)]
     for step in (0, 11):
-        parts = [share.batch_at(step) for share in shares]
+        parts = [[a for a in share.batch_at(step) if a is not None] for share in shares]
         joined = [np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)]
-        np.testing.assert_equal(joined, list(train_batches().batch_at(step)))
+        whole = [a for a in made().batch_at(step) if a is not None]
+        np.testing.assert_equal(joined, whole)
     with pytest.raises(InputError, match=r"train\.batch_size: got 4; expected a multiple of the 3"):
-        train_batches(process_index=0, process_count=3)
+        made(process_index=0, process_count=3)
+
+
+def test_rows_of_a_mixture_come_from_their_sources():
+    streams = [stream(151), TokenStream.from_array(np.arange(1000, 1080), 1, 1)]
+    batches = train_batches(streams=streams, weights=[0.75, 0.25])
+    order = window_order(streams, LAYOUT, SEED, [0.75, 0.25])
+    for step in range(20):
+        inputs = batches.batch_at(step).inputs
+        assert np.count_nonzero(inputs[..., 0] >= 1000) == 2  # of 8, in every batch
+        for a, b in itertools.product(range(2), range(4)):
+            source, start, _ = order.span(step * 8 + a * 4 + b)
+            assert inputs[a, b, 0] == (100, 1000)[source] + start
+
+
+def test_documents_shorter_than_a_window_are_padded():
+    found = documents(4, 0, 16)
+    batches = train_batches(streams=[found], layout=PADDED, accum=1, batch_size=1)
+    assert batches.steps_per_epoch == 1 + 1 + 3
+    rows = {}
+    for step in range(5):
+        batch = batches.batch_at(step)
+        rows[tuple(batch.inputs[0, 0].tolist())] = [a[0, 0].tolist() for a in batch[1:]]
+    # The last token to predict is an input too, of a target that does not count.
+    assert rows[99, 100, 101, 102, 103, 99, 0][0] == [100, 101, 102, 103, 99, 0, 0]
+    assert rows[99, 100, 101, 102, 103, 99, 0][1] == [1, 1, 1, 1, 1, 0, 0]
+    assert rows[99, 99, 0, 0, 0, 0, 0][:2] == [[99, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+    assert rows[99, *range(104, 110)][1] == [1] * 7
+    assert rows[tuple(range(110, 117))][0] == list(range(111, 118))
+    assert rows[117, 118, 119, 99, 0, 0, 0][:2] == [[118, 119, 99, 0, 0, 0, 0], [1] * 3 + [0] * 4]
+    assert sum(sum(row[1]) for row in rows.values()) == len(found) - 1
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=9),
+    seq_len=st.integers(1, 9),
+    batch_size=st.integers(1, 4),
+)
+def test_padded_batches_hold_each_target_once_in_an_epoch(lengths, seq_len, batch_size):
+    found = documents(*lengths)
+    layout = Layout(seq_len, EOT, "one_per_window")
+    tokens = found.read(0, len(found))
+    windows = len(DocumentWindows(found, seq_len, EOT))
+    training = TrainBatches([found], layout, seed=SEED, accum=1, batch_size=1)
+    counted = []
+    for step in range(windows):
+        batch = training.batch_at(step)
+        counted += batch.targets[batch.weights > 0].tolist()
+    assert sorted(counted) == sorted(tokens[1:].tolist())
+    held_out = EvaluationBatches(found, layout, batch_size=batch_size)
+    counted = []
+    for batch in held_out:
+        counted += batch.targets[batch.weights > 0].tolist()
+    assert counted == tokens[1:].tolist()
+    assert len(held_out) == -(-windows // batch_size)
+
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        ([5, 6, 7, 8], [0, 0, 0]),
+        ([EOT, 6, 7, 8], [0, 0, 0]),
+        ([5, EOT, 7, 8], [0, 1, 1]),
+        ([EOT, EOT, 7, EOT], [0, 1, 1]),
+        ([5, 6, EOT, EOT], [0, 0, 1]),
+        ([5, 6, 7, EOT], [0, 0, 0]),
+    ],
+)
+def test_segments_count_the_documents_of_a_window(tokens, expected):
+    layout = Layout(3, EOT, document_mask=True)
+    window = np.array([[tokens, tokens[::-1]]], np.int32)
+    batch = layout.batch(window, np.ones((1, 2, 3), np.float32))
+    assert batch.segments.dtype == np.int32
+    assert batch.segments[0, 0].tolist() == expected
+    assert (batch.segments[..., 0] == 0).all()
+    assert Layout(3, EOT).batch(window, np.ones((1, 2, 3))).segments is None
+
+
+def test_evaluation_has_segments_too():
+    layout = Layout(T, EOT, document_mask=True)
+    (batch,) = evaluation(documents(2, 9), layout, batch_size=2)
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]]
+
+
+def test_a_layout_is_as_configured(make_config):
+    config = make_config({"data.packing": "one_per_window", "data.document_mask": True})
+    assert Layout.of(config.data, 5) == Layout(13, 5, "one_per_window", True)
+    assert Layout.of(make_config().data, 0) == Layout(13, 0, "stream", False)
 
 
 def test_iterating_ahead_gives_the_same_batches():
@@ -122,7 +189,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader():
             raise InputError("shard", "damage", "none")
 
     broken = Broken([np.zeros(50, np.int32)], 1, 1)
-    batches = TrainBatches(broken, seq_len=T, seed=1, accum=1, batch_size=1)
+    batches = TrainBatches([broken], LAYOUT, seed=1, accum=1, batch_size=1)
     with pytest.raises(InputError, match="shard"):
         next(batches.iterate(0, 5))
 
@@ -134,9 +201,14 @@ def test_reading_ahead_can_be_given_up():
 
 
 def test_steps_per_epoch():
-    assert steps_per_epoch(151, T, 8) == 3  # 20 windows
-    assert steps_per_epoch(151, T, 20) == steps_per_epoch(151, T, 21) == 1
-    assert steps_per_epoch(8, T, 3) == 1
+    def steps(length, accum, batch_size):
+        return train_batches(length, accum, batch_size).steps_per_epoch
+
+    assert steps(151, 2, 4) == 3  # 20 windows
+    assert steps(151, 4, 5) == steps(151, 3, 7) == 1
+    assert steps(151, 19, 1) == 2
+    assert steps(8, 1, 3) == 1
+    assert train_batches(**MIXTURE).steps_per_epoch == math.ceil((5 + 22) / 8)
 
 
 def test_training_needs_a_window():
@@ -148,13 +220,13 @@ def test_training_needs_a_window():
 @pytest.mark.parametrize("overlap", [0, 1, 3, 6])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 14, 15, 16, 22, 36, 97])
 def test_evaluation_counts_every_token_but_the_first_once(length, overlap):
-    options = dict(seq_len=T, batch_size=3, overlap=overlap)
-    batches = list(evaluation_batches(stream(length), **options))
-    assert len(batches) == num_evaluation_batches(length, **options)
+    found = evaluation(stream(length), batch_size=3, overlap=overlap)
+    batches = list(found)
+    assert len(batches) == len(found)
     counted = []
     for batch in batches:
-        assert [a.shape for a in batch] == [(3, T)] * 3
-        assert [a.dtype for a in batch] == [np.int32, np.int32, np.float32]
+        assert [a.shape for a in batch[:3]] == [(3, T)] * 3
+        assert [a.dtype for a in batch[:3]] == [np.int32, np.int32, np.float32]
         assert set(np.unique(batch.weights)) <= {0, 1}
         counted += batch.targets[batch.weights > 0].tolist()
         real = batch.weights > 0
@@ -169,7 +241,7 @@ def test_evaluation_counts_every_token_but_the_first_once(length, overlap):
 
 
 def test_evaluation_pads_with_zeros():
-    (batch,) = evaluation_batches(stream(10), seq_len=T, batch_size=3)
+    (batch,) = evaluation(stream(10), batch_size=3)
     assert batch.inputs[1].tolist() == [107, 108, 109, 0, 0, 0, 0]
     assert batch.targets[1].tolist() == [108, 109, 0, 0, 0, 0, 0]
     assert batch.weights[1].tolist() == [1, 1, 0, 0, 0, 0, 0]
@@ -177,31 +249,36 @@ def test_evaluation_pads_with_zeros():
 
 
 def test_evaluation_stops_after_max_batches():
-    options = dict(seq_len=T, batch_size=2)
-    whole = list(evaluation_batches(stream(97), **options))
-    part = list(evaluation_batches(stream(97), max_batches=3, **options))
-    np.testing.assert_equal(part, whole[:3])
-    assert num_evaluation_batches(97, max_batches=3, **options) == 3
-    assert num_evaluation_batches(97, max_batches=99, **options) == len(whole) == 7
+    whole = list(evaluation(stream(97), batch_size=2))
+    part = evaluation(stream(97), batch_size=2, max_batches=3)
+    np.testing.assert_equal(list(part), whole[:3])
+    np.testing.assert_equal(list(part), whole[:3])  # from the start again
+    assert len(part) == 3
+    assert len(evaluation(stream(97), batch_size=2, max_batches=99)) == len(whole) == 7
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_evaluation_shares_rows_between_processes(count):
-    options = dict(seq_len=T, batch_size=4, overlap=2)
-    whole = list(evaluation_batches(stream(75), **options))
+@pytest.mark.parametrize("layout, overlap", [(LAYOUT, 2), (PADDED, 0)], ids=["stream", "padded"])
+def test_evaluation_shares_rows_between_processes(count, layout, overlap):
+    tokens = documents(20, 3, 0, 31, 8)
+    options = dict(layout=layout, batch_size=4, overlap=overlap)
+    whole = list(evaluation(tokens, **options))
     shares = [
-        list(evaluation_batches(stream(75), process_index=i, process_count=count, **options))
+        list(evaluation(tokens, process_index=i, process_count=count, **options))
         for i in range(count)
     ]
+    assert [len(share) for share in shares] == [len(whole)] * count
     for index, batch in enumerate(whole):
-        parts = [share[index] for share in shares]
+        parts = [[a for a in share[index] if a is not None] for share in shares]
         joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-        np.testing.assert_equal(joined, list(batch))
+        np.testing.assert_equal(joined, [a for a in batch if a is not None])
 
 
 def test_evaluation_refuses_what_cannot_be():
     for overlap in (-1, T):
         with pytest.raises(InputError, match=r"overlap: got .*whole number in \[0, 7\)"):
-            next(evaluation_batches(stream(97), seq_len=T, batch_size=2, overlap=overlap))
+            evaluation(stream(97), batch_size=2, overlap=overlap)
     with pytest.raises(InputError, match=r"train\.batch_size"):
-        next(evaluation_batches(stream(97), seq_len=T, batch_size=3, process_count=2))
+        evaluation(stream(97), batch_size=3, process_count=2)
+    with pytest.raises(InputError, match=r"overlap: got 2; expected 0, since each document"):
+        evaluation(documents(9), PADDED, batch_size=2, overlap=2)

@@ -1,88 +1,309 @@
-"""The rules by which text is held out."""
+"""The rules by which text is held out, and by which duplicates are left out."""
 
 import hashlib
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sheepop_jax.data.documents import Document
-from sheepop_jax.data.split import choose_split, split_documents
+from sheepop_jax.data.split import HELD_OUT, LEFT_OUT, TRAIN, choose_split
+from sheepop_jax.data.spool import write_spool
 from sheepop_jax.errors import InputError
 
 
-def held_out(corpus, rule="document", val_fraction=0.1):
-    """The training and the held-out texts."""
-    split = choose_split(corpus, rule, val_fraction)
-    parts = list(split_documents(corpus, split))
-    return [d.text for held, d in parts if not held], [d.text for held, d in parts if held]
+class Held(str):
+    """A text that the source itself holds out."""
 
 
-CORPUS = [Document(f"{i}", f"document {i} " * (i % 7 + 1)) for i in range(211)]
+class Memory:
+    """A corpus of texts, those held out first."""
+
+    field, value, skipped, num_bytes = "data.path", "some/where", Counter(), 0
+
+    def __init__(self, *texts):
+        self.texts = sorted(texts, key=lambda text: not isinstance(text, Held))
+
+    def signature(self):
+        return ""
+
+    def __iter__(self):
+        return (Document(text[:9], [text], isinstance(text, Held)) for text in self.texts)
 
 
-def test_the_split_by_document_follows_the_hash_of_the_content():
-    train, validation = held_out(CORPUS)
-    assert sorted(train + validation) == sorted(d.text for d in CORPUS)
-    for text in train + validation:
-        share = int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
-        assert (text in validation) == (share < 0.1)
+@pytest.fixture(scope="module")
+def spool_of(make_config, tmp_path_factory):
+    """`spool_of(["one", "two"], ["three"])`: the spool of two sources."""
+    (part,) = make_config().data.parts
+
+    def make(*sources):
+        names = [f"s{number}" if len(sources) > 1 else "" for number in range(len(sources))]
+        parts = [(part._replace(name=n), Memory(*t)) for n, t in zip(names, sources, strict=True)]
+        return write_spool(Path(tmp_path_factory.mktemp("spool")), parts)
+
+    return make
 
 
-def test_added_documents_move_none_across():
-    train, validation = held_out(CORPUS[100:])
-    more_train, more_validation = held_out(CORPUS)
-    assert set(train) <= set(more_train)
-    assert set(validation) <= set(more_validation)
+@pytest.fixture
+def sides(spool_of):
+    """The training and the held-out texts, in order, as the segments have them."""
+
+    def make(*sources, rule="document", val_fraction=0.1):
+        spool = spool_of(*sources)
+        split = choose_split(spool, rule, val_fraction)
+        found = ([], [])
+        for segment in split.segments(spool):
+            found[segment.held_out].append("".join(spool.text(segment.start, segment.stop)))
+        return found
+
+    return make
 
 
-@pytest.mark.parametrize("rule", ["tail", "auto"])
-def test_the_tail_of_one_document_is_cut_by_characters(rule):
-    text = "".join(chr(200 + i % 700) for i in range(1237))
-    train, validation = held_out([Document("a", text)], rule)
-    assert (train, validation) == ([text[: int(1237 * 0.9)]], [text[int(1237 * 0.9) :]])
+TEXTS = [f"document {i} " * (i % 7 + 1) for i in range(211)]
 
 
-def test_the_tail_of_many_documents_cuts_one_of_them_in_two():
-    corpus = [Document("a", "abcd"), Document("b", "efghij"), Document("c", "kl")]
-    assert held_out(corpus, "tail", 0.5) == (["abcd", "ef"], ["ghij", "kl"])
-    assert held_out(corpus, "tail", 0.17) == (["abcd", "efghi"], ["j", "kl"])
-    assert held_out(corpus, "tail", 1 / 6) == (["abcd", "efghij"], ["kl"])
-    split = choose_split(corpus, "tail", 0.5)
-    names = [document.id for _, document in split_documents(corpus, split)]
-    assert names == ["a", "b", "b from character 2", "c"]
+def share(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
 
 
-def test_auto_takes_the_tail_when_the_hashes_hold_out_too_much_or_too_little():
-    held_out_bytes = sum(len(text.encode()) for text in held_out(CORPUS)[1])
-    share = held_out_bytes / sum(len(document.text.encode()) for document in CORPUS)
-    assert 0.05 < share < 0.2
-    assert choose_split(CORPUS, "auto", 0.1).rule == "document"
-    kept = [d for d in CORPUS if d.text in held_out(CORPUS)[0]]  # none held out by hash
-    assert choose_split(kept, "auto", 0.1).rule == "tail"
-    heavy = [d if d in kept else Document(d.id, d.text) for d in CORPUS]
-    heavy = [d for d in heavy if d not in kept] + kept[:30]  # too many held out
-    assert choose_split(heavy, "auto", 0.1).rule == "tail"
+KEPT = [text for text in TEXTS if share(text) >= 0.1]
+HASHED = [text for text in TEXTS if share(text) < 0.1]
 
 
-@pytest.mark.parametrize("rule, fraction", [("document", 1e-9), ("document", 1 - 1e-9)])
-def test_an_empty_part_is_refused(rule, fraction):
-    with pytest.raises(InputError, match=r"data\.val_fraction.*try data\.val_split=tail"):
-        choose_split(CORPUS, rule, fraction)
-    with pytest.raises(InputError, match=r"data\.val_fraction"):
-        choose_split([Document("a", "ab")], "tail", 0.9)
+class TestByDocument:
+    def test_it_follows_the_hash_of_the_content(self, sides):
+        assert sides(TEXTS) == (KEPT, HASHED)
+        assert 10 < len(HASHED) < 35
+
+    @pytest.mark.parametrize("step", [0.03, 0.5, 0.97])
+    def test_any_fraction(self, sides, step):
+        train, held_out = sides(TEXTS, val_fraction=step)
+        assert all(share(text) < step for text in held_out)
+        assert all(share(text) >= step for text in train)
+
+    def test_added_documents_move_none_across(self, sides):
+        train, held_out = sides(TEXTS[100:])
+        more_train, more_held_out = sides(TEXTS)
+        assert set(train) <= set(more_train)
+        assert set(held_out) <= set(more_held_out)
 
 
-def test_the_fingerprint_is_of_contents_in_order():
-    def fingerprint(corpus):
-        return choose_split(corpus, "tail", 0.1).fingerprint
+class TestTail:
+    @pytest.mark.parametrize("rule", ["tail", "auto"])
+    def test_one_document_is_cut_by_characters(self, sides, rule):
+        text = "".join(chr(100 + i % 700) for i in range(1237))
+        cut = int(1237 * 0.9)
+        assert sides([text], rule=rule) == ([text[:cut]], [text[cut:]])
 
-    assert fingerprint(CORPUS) == fingerprint([Document("other", d.text) for d in CORPUS])
-    assert fingerprint(CORPUS) != fingerprint(CORPUS[::-1])
-    assert fingerprint([Document("", "ab"), Document("", "c")]) != fingerprint(
-        [Document("", "a"), Document("", "bc")]
+    def test_one_of_many_documents_is_cut_in_two(self, sides):
+        texts = ["abc\u20ac", "ef\U0001f411h\u00e9j", "kl"]
+
+        def tail(val_fraction):
+            return sides(texts, rule="tail", val_fraction=val_fraction)
+
+        assert tail(0.5) == (["abc\u20ac", "ef"], ["\U0001f411h\u00e9j", "kl"])
+        assert tail(0.17) == (["abc\u20ac", "ef\U0001f411h\u00e9"], ["j", "kl"])
+        assert tail(1 / 6) == (texts[:2], ["kl"])  # between documents
+        assert tail(0.9) == (["a"], ["bc\u20ac", *texts[1:]])
+        assert tail(0.08) == ([*texts[:2], "k"], ["l"])
+
+    def test_a_cut_document_begins_once(self, spool_of):
+        spool = spool_of(["abcd", "efghij", "kl"])
+        split = choose_split(spool, "tail", 0.5)
+        found = [tuple(segment) for segment in split.segments(spool)]
+        assert found == [
+            (0, 0, 4, False, True),
+            (1, 4, 6, False, True),
+            (1, 6, 10, True, True),
+            (2, 10, 12, True, True),
+        ]
+        assert (split.cuts, split.rules, split.duplicates) == ({1: 6}, ["tail"], 0)
+        found = [tuple(segment) for segment in split.segments(spool, 5, 11)]
+        assert found == [(1, 5, 6, False, False), (1, 6, 10, True, True), (2, 10, 11, True, True)]
+        found = [tuple(segment) for segment in split.segments(spool, 7, 9)]
+        assert found == [(1, 7, 9, True, False)]
+        assert all(type(segment.held_out) is bool for segment in split.segments(spool))
+
+
+class TestAuto:
+    def rules(self, spool_of, *sources):
+        return choose_split(spool_of(*sources), "auto", 0.1).rules
+
+    def test_document_while_the_hashes_hold_out_about_the_fraction(self, spool_of):
+        sizes = [sum(len(text) for text in texts) for texts in (HASHED, TEXTS)]
+        assert 0.05 < sizes[0] / sizes[1] < 0.2
+        assert self.rules(spool_of, TEXTS) == ["document"]
+
+    def test_tail_where_they_hold_out_none(self, spool_of):
+        assert self.rules(spool_of, KEPT) == ["tail"]
+
+    @pytest.mark.parametrize(
+        "kept_bytes, rule",
+        [(3999, "tail"), (4000, "document"), (19_000, "document"), (19_001, "tail")],
     )
+    def test_half_and_twice_the_fraction_of_the_bytes(self, spool_of, kept_bytes, rule):
+        def text(num_bytes, held_out):
+            texts = (f"{i:05}".ljust(num_bytes - 2, "x") + "\u00e9" for i in range(999))
+            return next(text for text in texts if (share(text) < 0.1) == held_out)
+
+        # The 1000 bytes that the hash holds out are 0.2 or 0.05 of all, or just beyond that.
+        assert self.rules(spool_of, [text(1000, True), text(kept_bytes, False)]) == [rule]
+
+    def test_tail_where_there_is_one_document(self, spool_of):
+        assert self.rules(spool_of, HASHED[:1]) == ["tail"]
+        # Above a half, all of it is "less than twice the fraction".
+        assert choose_split(spool_of(HASHED[:1]), "auto", 0.6).rules == ["tail"]
+
+    def test_a_source_with_a_validation_split_of_its_own(self, spool_of):
+        assert self.rules(spool_of, ["a", Held("b")]) == ["source"]
+        assert self.rules(spool_of, ["a", Held("b")], TEXTS, ["c" * 20]) == [
+            "source",
+            "document",
+            "tail",
+        ]
+
+    def test_also_where_another_source_keeps_all_of_it(self, spool_of):
+        assert self.rules(spool_of, ["a", Held("b")], [*TEXTS, Held("b")]) == ["source", "source"]
 
 
-def test_text_that_changes_while_it_is_read_is_refused():
-    split = choose_split(CORPUS, "document", 0.1)
-    with pytest.raises(InputError, match="does not change"):
-        list(split_documents(CORPUS[:-1], split))
+class TestOwnSplit:
+    SOURCES = (["a" * 50, Held("b")], ["c" * 30, "d" * 30])
+
+    def test_source(self, sides):
+        assert sides(*self.SOURCES, rule="source") == (["a" * 50, "c" * 30, "d" * 30], ["b"])
+
+    def test_auto_has_a_rule_for_each_source(self, sides):
+        train, held_out = sides(*self.SOURCES, rule="auto")
+        assert train == ["a" * 50, "c" * 30, "d" * 24]
+        assert held_out == ["b", "d" * 6]
+
+    @pytest.mark.parametrize("rule", ["tail", "document"])
+    def test_left_out_where_it_is_not_asked_for(self, spool_of, rule):
+        texts = [*TEXTS, Held("b"), Held(TEXTS[0])]
+        spool = spool_of(texts)
+        split = choose_split(spool, rule, 0.1)
+        assert split.side[:2].tolist() == [LEFT_OUT, LEFT_OUT]
+        assert split.duplicates == 0  # TEXTS[0] is no duplicate of what is not used
+        assert split.side[2:].tolist() == choose_split(spool_of(TEXTS), rule, 0.1).side.tolist()
+
+
+class TestDuplicates:
+    def test_the_first_is_kept_and_the_others_counted(self, spool_of, caplog):
+        spool = spool_of(["a", "b", "a", "c", "b", "a"], ["b", "d", "e"])
+        with caplog.at_level("INFO", "sheepop_jax"):
+            split = choose_split(spool, "tail", 0.5)
+        assert np.flatnonzero(split.side == LEFT_OUT).tolist() == [2, 4, 5, 6]
+        assert split.duplicates == 4
+        assert "4 documents left out: equal to another" in caplog.text
+
+    @pytest.mark.parametrize("rule", ["source", "auto"])
+    def test_one_that_its_source_holds_out_is_preferred(self, spool_of, rule):
+        spool = spool_of(["a", "b", "x", "yy"], [Held("b"), Held("b"), "b", "z", Held("x")])
+        split = choose_split(spool, "source", 0.1)
+        (second,) = np.flatnonzero((spool.documents["source"] == 1) & (split.side == HELD_OUT))[:1]
+        assert split.side.tolist() == [TRAIN, LEFT_OUT, LEFT_OUT, TRAIN] + [
+            HELD_OUT, LEFT_OUT, HELD_OUT, LEFT_OUT, TRAIN
+        ]  # fmt: skip
+        assert split.duplicates == 4
+        assert second == 4
+
+    def test_no_held_out_text_is_trained_on(self, sides):
+        train, held_out = sides(TEXTS + TEXTS[:50], TEXTS[20:90] + ["x", "y"], rule="tail")
+        assert len(train) + len(held_out) <= len(TEXTS) + 2 + 2
+        assert not set(train) & set(held_out)
+
+    def test_half_of_a_digest_is_not_enough(self, spool_of):
+        spool = spool_of(["a", "b", "c"])
+        spool.documents["digest"][1, 0] = spool.documents["digest"][0, 0]
+        spool.documents["digest"][2, 1] = spool.documents["digest"][1, 1]
+        assert choose_split(spool, "tail", 0.5).duplicates == 0
+        spool.documents["digest"][1] = spool.documents["digest"][2]
+        assert choose_split(spool, "tail", 0.5).duplicates == 1
+
+
+@given(
+    st.lists(st.text("ab\u20ac\U0001f411", min_size=1, max_size=6), min_size=3, max_size=9),
+    st.sampled_from(["tail", "auto", "document"]),
+    st.data(),
+)
+def test_segments_of_any_partition_are_those_of_the_whole(spool_of, texts, rule, data):
+    spool = spool_of(texts)
+    try:
+        split = choose_split(spool, rule, 0.4)
+    except InputError:
+        return
+    whole = list(split.segments(spool))
+    for document, text in enumerate(texts):
+        mine = [segment for segment in whole if segment.document == document]
+        kept = "".join("".join(spool.text(s.start, s.stop)) for s in mine)
+        assert kept == ("" if split.side[document] == LEFT_OUT else text)
+        assert len(mine) == int(split.side[document] != LEFT_OUT) + (document in split.cuts)
+    assert [s.start for s in whole] == sorted(s.start for s in whole)
+    places = data.draw(st.lists(st.integers(0, spool.num_bytes), max_size=4))
+    borders = [0, *sorted(places), spool.num_bytes]
+    joined = []
+    for start, stop in zip(borders, borders[1:], strict=False):
+        for segment in split.segments(spool, start, stop):
+            assert start <= segment.start < segment.stop <= stop
+            assert segment.held_out in (True, False)
+            if segment.begins:
+                joined.append(segment)
+            else:
+                last = joined[-1]
+                assert (last.document, last.held_out, last.stop) == (
+                    segment.document, segment.held_out, segment.start
+                )  # fmt: skip
+                joined[-1] = last._replace(stop=segment.stop)
+    assert joined == whole
+
+
+class TestRefused:
+    @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+    def test_an_empty_part_by_document(self, spool_of, fraction):
+        said = r"data\.val_fraction: .*\(by document: 211 documents, 0\.01 MB\); try data\.val_spl"
+        with pytest.raises(InputError, match=said):
+            choose_split(spool_of(TEXTS), "document", fraction)
+
+    @pytest.mark.parametrize("fraction", [0.9, 1e-17])
+    def test_an_empty_part_by_tail(self, spool_of, fraction):
+        with pytest.raises(InputError, match=r"data\.val_fraction: .*by tail.*try more text"):
+            choose_split(spool_of(["ab"]), "tail", fraction)
+
+    def test_no_validation_split(self, spool_of):
+        with pytest.raises(InputError, match=r"data\.val_split: got 'source'; .*data\.val_path"):
+            choose_split(spool_of(TEXTS), "source", 0.1)
+
+    @pytest.mark.parametrize("rule", ["source", "auto"])
+    def test_nothing_but_a_validation_split(self, spool_of, rule):
+        with pytest.raises(InputError, match=r"^data\.val_split: .*text to train on beside"):
+            choose_split(spool_of([Held("a"), "a", Held("b")]), rule, 0.1)
+
+    def test_nothing_but_a_validation_split_that_is_not_used(self, spool_of):
+        with pytest.raises(InputError, match=r"^data\.val_fraction: .*by tail: 0 documents"):
+            choose_split(spool_of([Held("a")]), "tail", 0.1)
+
+    @pytest.mark.parametrize(
+        "second, rule", [(TEXTS[:9], "tail"), (HASHED[:1], "document"), ([Held("x")], "source")]
+    )
+    def test_a_source_of_a_mixture_without_training_text(self, spool_of, second, rule):
+        first = [text for text in TEXTS if text not in HASHED[:1]] + [Held("b")]
+        first += HASHED[:1] if rule == "tail" else []
+        with pytest.raises(InputError, match=rf"^data\.mixture\.s1: got 'a source .*\(by {rule}\)"):
+            choose_split(spool_of(first, second), rule, 0.1)
+
+    def test_a_source_of_a_mixture_that_is_one_cut_document_is_good(self, sides):
+        train, held_out = sides(["a" * 10], ["b" * 10], rule="tail", val_fraction=0.2)
+        assert (train, held_out) == (["a" * 8, "b" * 8], ["a" * 2, "b" * 2])
+
+
+def test_what_is_held_out_is_told(spool_of, caplog):
+    with caplog.at_level("INFO", "sheepop_jax"):
+        choose_split(spool_of(["a" * 1_000_000], ["b" * 30, Held("c" * 10)]), "auto", 0.25)
+    assert [record.message for record in caplog.records] == [
+        "data: s0: 1 documents, split by tail",
+        "data: s1: 2 documents, split by source",
+        "data: 3 documents, 1.00 MB; held out by tail, source: 25.0% of the bytes",
+    ]

@@ -112,15 +112,52 @@ def test_long_texts_are_cut_where_the_ids_stay_the_same(monkeypatch):
     text = "".join(TEXTS) + " \n \n  x" * 9 + "\n\n" + "y" * 19 + odd
     for size in range(17, 60):
         monkeypatch.setattr(module, "_PIECE_CHARS", size)
-        pieces = list(split_text(text))
+        pieces = list(split_text([text]))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= size
     text += "the cat's sat-mat, " * 20
     for size in range(100, 112):  # a cut is always near: ids are those of the whole
         monkeypatch.setattr(module, "_PIECE_CHARS", size)
-        pieces = list(split_text(text))
+        pieces = list(split_text([text]))
         assert len(pieces) > 1
         assert sum(BPE.encode_batch(pieces), []) == BPE.encode(text)
+
+
+def test_pieces_depend_on_the_text_and_not_on_the_parts_it_comes_in(monkeypatch):
+    text = ("the cat's sat-mat, " * 9 + "y" * 61 + "\n\n  x ") * 4
+    for size in (17, 40, 100):
+        monkeypatch.setattr(module, "_PIECE_CHARS", size)
+        expected = list(split_text([text]))
+        for step in (1, 7, 50, 333):
+            parts = [text[i : i + step] for i in range(0, len(text), step)]
+            assert list(split_text(parts)) == expected
+            assert list(split_text(["", *parts, ""])) == expected
+    assert list(split_text([])) == list(split_text([""])) == [""]
+
+
+def test_a_text_of_any_length_is_held_by_the_piece(monkeypatch):
+    monkeypatch.setattr(module, "_PIECE_CHARS", 40)
+    given = []
+
+    def parts():
+        for _ in range(1000):
+            given.append(30)
+            yield "the cat sat on the mat and so "
+
+    taken = 0
+    for piece in split_text(parts()):
+        assert len(piece) <= 40
+        assert sum(given) - taken <= 110
+        taken += len(piece)
+    assert taken == 30_000
+
+
+def test_a_position_counts_from_where_the_user_does():
+    with pytest.raises(InputError, match=r"a\.txt: got .* at position 1001;?"):
+        CHAR.check("tQ", "a.txt", 1000)
+    with pytest.raises(InputError, match=r"a\.txt: got 'U\+D83D at position 1002'"):
+        BPE.check("tt\ud83d", "a.txt", 1000)
+    assert (CHAR.has_fixed_characters, BPE.has_fixed_characters) == (True, False)
 
 
 def foreign(end_of_text: str) -> tokenizers.Tokenizer:

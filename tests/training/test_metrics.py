@@ -92,3 +92,37 @@ def test_the_curve_is_drawn_from_few_lines_too(tmp_path, lines):
     log.close()
     path = draw_curve(tmp_path)
     assert path is not None and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_names_the_log_and_closing_hides_no_other_error(tmp_path, caplog):
+    """/dev/full stands for the disk."""
+    log = MetricsLog(tmp_path, 0)
+    log._file.close()
+    log._file = open("/dev/full", "w")
+    log.write(1, {"loss": 2.0})
+    with pytest.raises(OSError, match=r"No space left on device; .* MB free there.*metrics.jsonl"):
+        log.flush()
+    log.close()
+    assert "metrics.jsonl: its last lines are not written (No space" in caplog.text
+
+
+def test_tensorboard_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    log = MetricsLog(tmp_path, 0)
+    log._events._file.close()
+    log._events._file._writer = open("/dev/full", "wb")
+    for step in range(1, 30):
+        log.write(step, {"loss": 2.0})
+        log.flush()
+    log.close()
+    assert caplog.text.count("tensorboard: no more of it (No space left on device)") == 1
+    assert len(read_metrics(tmp_path)) == 29
+
+
+def test_no_place_for_tensorboard_is_a_warning(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("in the way")
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 2.0})
+    log.flush()
+    log.close()
+    assert "tensorboard: no more of it" in caplog.text
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]

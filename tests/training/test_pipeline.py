@@ -2,13 +2,14 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sheepop_jax import pipeline
-from sheepop_jax.data.batches import TrainBatches, steps_per_epoch
+from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.errors import InputError
 from sheepop_jax.run import open_run
 from sheepop_jax.runtime import Runtime
@@ -32,7 +33,7 @@ def plan(make_config, tmp_path, monkeypatch):
     jobs, evaluations = [], []
 
     def evaluate_stream(*args, **options):
-        evaluations.append(options)
+        evaluations.append({"layout": args[3], **options})
         raise StopRequested
 
     monkeypatch.setattr(pipeline, "fit", lambda job, stop: jobs.append(job) or {})
@@ -58,18 +59,25 @@ def test_fields_reach_the_loop_the_batches_and_the_evaluation(plan):
     settings = {"train.eval_batches": 3, "train.sample_tokens": 0, "seed": 5}
     job, evaluation = plan(settings, stop=stop)
     assert (job.num_steps, job.peak_flops, job.sample) == (7, 123.0, None)
-    wanted = {"seq_len": 13, "batch_size": 8, "max_batches": 3, "check": stop.check}
+    layout = Layout(13, end_of_text=0)
+    wanted = {"layout": layout, "batch_size": 8, "max_batches": 3, "check": stop.check}
     assert wanted.items() <= evaluation.items()
-    order = {"seq_len": 13, "seed": 5, "accum": 2, "batch_size": 8}
-    expected = TrainBatches(job.batches._stream, **order).batch_at(4)
-    for found, wanted_array in zip(job.batches.batch_at(4), expected, strict=True):
+    order = {"seed": 5, "accum": 2, "batch_size": 8}
+    expected = TrainBatches(job.batches._streams, layout, **order).batch_at(4)
+    for found, wanted_array in zip(job.batches.batch_at(4)[:3], expected[:3], strict=True):
         np.testing.assert_array_equal(found, wanted_array)
+    assert job.batches.batch_at(4).segments is None
+    fields = {"data.packing": "one_per_window", "data.document_mask": True}
+    job, evaluation = plan(fields, job.directory.with_name("masked"))
+    assert evaluation["layout"] == Layout(13, 0, "one_per_window", document_mask=True)
+    assert job.batches.batch_at(4).segments is not None
     assert plan({"seed": 5})[0].sample is not None
 
 
 def test_epochs_are_turned_into_steps(plan):
     job, _ = plan({"train.num_steps": 0, "train.num_epochs": 3})
-    assert job.num_steps == 3 * steps_per_epoch(len(job.batches._stream), 13, 16) > 3
+    windows = (len(job.batches._streams[0]) - 13) // 13
+    assert job.num_steps == 3 * -(-windows // 16) > 3
 
 
 def test_a_warmup_longer_than_the_run_is_said(plan, caplog):
@@ -95,6 +103,8 @@ def test_a_run_keeps_its_identity_and_may_change_the_rest(plan):
         "seed": 9,
         "model.dropout": 0.5,
         "data.seq_len": 11,
+        "data.packing": "one_per_window",
+        "data.document_mask": True,
         "train.batch_size": 16,
         "train.grad_accum_steps": 3,
     }.items():
@@ -113,11 +123,19 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused(plan):
         open_run(job.directory)
 
 
-def test_held_out_text_that_has_changed_is_refused(plan):
+def test_held_out_text_comes_from_the_shards_of_the_run_or_from_its_source(plan):
     job, _ = plan()
     run = open_run(job.directory)
-    assert len(run.held_out().validation) > 0
     text = Path(job.config.data.path)
+    tokens = len(run.held_out().validation)
+    moved = text.rename(text.with_name("moved.txt"))
+    assert len(run.held_out().validation) == tokens  # the source is not needed
+    shutil.rmtree(run.shards)
+    with pytest.raises(InputError, match="its held-out text: got .*evaluate --data FILE"):
+        run.held_out()
+    moved.rename(text)
+    assert len(run.held_out().validation) == tokens  # made again
+    shutil.rmtree(run.shards)
     text.write_text(text.read_text().replace("says", "said"))
     with pytest.raises(InputError, match="its data: got .*evaluate --data FILE"):
         run.held_out()

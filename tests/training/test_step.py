@@ -26,6 +26,14 @@ def random_batch(microbatches, batch, time, seed=0):
     return Batch(tokens[..., :-1], tokens[..., 1:], weights)
 
 
+def packed_batch(microbatches, batch, time, seed=0):
+    """A random batch with a border of documents in each row, elsewhere in each."""
+    rows = random_batch(microbatches, batch, time, seed)
+    draw = np.random.default_rng(seed + 1)
+    borders = draw.integers(1, time, (microbatches, batch, 1))
+    return rows._replace(segments=(np.arange(time) >= borders).astype(np.int32))
+
+
 class Setup:
     """A small model, its optimizer and its step."""
 
@@ -56,7 +64,7 @@ def test_unequal_microbatches_equal_one_batch(small_config):
     split.weights[0, 0, 2:] = 0  # microbatches with 9, 14 and 3 counted tokens
     split.weights[2] = 0
     split.weights[2, 1, 4:] = 1
-    joined = Batch(*(array.reshape(1, 6, 7) for array in split))
+    joined = jax.tree.map(lambda array: array.reshape(1, 6, 7), split)
     one, one_metrics = jax.jit(setup.step)(setup.state(), joined)
     three, three_metrics = jax.jit(setup.step)(setup.state(), split)
     assert float(three_metrics.tokens) == split.weights.sum() == 26
@@ -70,11 +78,49 @@ def test_unequal_microbatches_equal_one_batch(small_config):
 def test_padding_does_not_change_the_gradient(small_config):
     setup = Setup(small_config, dropout=0.0)
     short = random_batch(1, 2, 5)
-    padded = Batch(*(np.pad(array, ((0, 0), (0, 1), (0, 3))) for array in short))
+    padded = jax.tree.map(lambda array: np.pad(array, ((0, 0), (0, 1), (0, 3))), short)
     _, expected = jax.jit(setup.step)(setup.state(), short)
     _, found = jax.jit(setup.step)(setup.state(), padded)
     assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-6)
     assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_packed_batch_is_its_documents_alone(small_config, microbatches):
+    setup = Setup(small_config, dropout=0.0)
+    packed = packed_batch(microbatches, 4 // microbatches, 9)
+    packed.weights[-1, -1, 5:] = 0
+    # Each document in a row of its own, from the row's first slot on; weight 0 after it.
+    alone = jax.tree.map(
+        lambda array: np.zeros((1, 8, 9), array.dtype), packed._replace(segments=None)
+    )
+    arrays = [array.reshape(4, 9) for array in packed]
+    for i, (*row, segments) in enumerate(zip(*arrays, strict=True)):
+        for document in (0, 1):
+            here = segments == document
+            for field, values in zip(alone[:3], row, strict=True):
+                field[0, 2 * i + document, : here.sum()] = values[here]
+    step = jax.jit(setup.step)
+    after_packed, found = step(setup.state(), packed)
+    after_alone, expected = step(setup.state(), alone)
+    assert float(found.tokens) == float(expected.tokens) == 32
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-6)
+    assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)
+    moments = [optax.tree.get(s.opt_state, "mu") for s in (after_packed, after_alone)]
+    assert_trees_close(*moments, rtol=1e-5)
+    _, unmasked = step(setup.state(), packed._replace(segments=None))
+    assert float(found.grad_norm) != pytest.approx(float(unmasked.grad_norm), rel=1e-3)
+
+
+def test_windows_of_one_document_train_as_windows_without_segments(small_config):
+    setup = Setup(small_config)
+    plain = random_batch(2, 3, 5)
+    whole = plain._replace(segments=np.zeros((2, 3, 5), np.int32))
+    step = jax.jit(setup.step)
+    (one, one_metrics), (two, two_metrics) = (step(setup.state(), x) for x in (plain, whole))
+    assert float(one_metrics.loss) == pytest.approx(float(two_metrics.loss), rel=1e-6)
+    moments = [optax.tree.get(s.opt_state, "mu") for s in (one, two)]
+    assert_trees_close(*moments, rtol=1e-5)
 
 
 def test_non_finite_gradients_touch_nothing_but_the_cursor(make_config):
@@ -129,7 +175,7 @@ def test_dropout_is_a_function_of_seed_and_step(small_config):
 def test_microbatches_have_dropout_of_their_own(small_config):
     setup = Setup(small_config, dropout=0.3)
     batch = random_batch(1, 3, 5)
-    twice = Batch(*(np.concatenate([array, array]) for array in batch))
+    twice = jax.tree.map(lambda array: np.concatenate([array, array]), batch)
     state = setup.state()
     one = float(jax.jit(setup.step)(state, batch)[1].loss)
     both = float(jax.jit(setup.step)(state, twice)[1].loss)
@@ -156,10 +202,20 @@ def test_overfits_one_batch(make_config):
     assert float(metrics.loss) < 0.05
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2)])
-def test_any_mesh_computes_the_same_update(small_config, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "make_batch"),
+    [
+        ((8, 1, 1), random_batch),
+        ((1, 4, 1), random_batch),
+        ((2, 2, 1), random_batch),
+        ((2, 1, 2), random_batch),
+        ((2, 2, 2), random_batch),
+        ((2, 2, 2), packed_batch),
+    ],
+)
+def test_any_mesh_computes_the_same_update(small_config, mesh, make_batch):
     setup = Setup(small_config, dropout=0.2, num_kv_heads=2, d_ff=78)
-    batch = random_batch(2, 8, 7)
+    batch = make_batch(2, 8, 7)
     batch.weights[0, 3:, 4:] = 0
     _, expected = jax.jit(setup.step)(setup.state(), batch)
 
@@ -169,7 +225,7 @@ def test_any_mesh_computes_the_same_update(small_config, mesh):
         boxed = jax.eval_shape(lambda: init_params(setup.model, 3))
         shardings = state_shardings(boxed, jax.eval_shape(setup.state), device_mesh)
         state = jax.jit(setup.state, out_shardings=shardings)()
-        placed = Batch(*(jax.device_put(x, batch_sharding(device_mesh, 1)) for x in batch))
+        placed = jax.device_put(batch, batch_sharding(device_mesh, 1))
         step = jax.jit(setup.step, out_shardings=(shardings, None))
         state, metrics = step(state, placed)
     assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)

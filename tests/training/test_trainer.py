@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from sheepop_jax.config import MeshConfig
-from sheepop_jax.data.batches import TrainBatches
+from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.data.shards import TokenStream
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints
+from sheepop_jax.training.health import TrainingDiverged
 from sheepop_jax.training.metrics import read_metrics
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
-from sheepop_jax.training.trainer import Job, TrainingDiverged, fit
+from sheepop_jax.training.trainer import Job, fit
 
 VOCAB = 101
 
@@ -37,8 +38,8 @@ def make_job(make_config, tmp_path):
         config = make_config({**settings, **(overrides or {})})
         tokens = np.random.default_rng(0).integers(0, VOCAB, 500, dtype=np.int32)
         batches = TrainBatches(
-            TokenStream.from_array(tokens, 1, 1),
-            seq_len=config.data.seq_len,
+            [TokenStream.from_array(tokens, 1, 1)],
+            Layout.of(config.data, end_of_text=0),
             seed=config.seed,
             accum=config.train.grad_accum_steps,
             batch_size=config.train.batch_size,
@@ -167,6 +168,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
             self.looked += 1
             if self.looked == first + 1:
                 raise StopRequested("test")
+
+        def something_to_save(self):
+            assert self.looked == 0
 
     with pytest.raises(StopRequested):
         fit(parts, StopAt())  # type: ignore[arg-type]

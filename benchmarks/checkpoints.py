@@ -1,0 +1,69 @@
+"""How long a save holds up the loop: ours, in the background, against one that is waited for.
+
+    python benchmarks/checkpoints.py [--config configs/base.py] [--repeats 5]
+
+The state is that of a whole training run (parameters, optimizer) at its first step. "loop waits" is
+the time that `save` takes; "until on disk" is until the checkpoint has its name.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sheepop_jax import runtime  # noqa: E402
+from sheepop_jax.cli import load_config  # noqa: E402
+
+
+def main() -> None:
+    """Prints a table of medians."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default=str(ROOT / "configs/base.py"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--platform", default="cpu")
+    flags = parser.parse_args()
+    config = load_config(flags.config, [])
+    machine = runtime.prepare(flags.platform)
+
+    import jax
+    import jax.numpy as jnp
+
+    from sheepop_jax.model.transformer import Transformer
+    from sheepop_jax.training.checkpoint import Checkpoints
+    from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+    from sheepop_jax.training.step import init_state
+
+    model = Transformer(config.model, config.data.vocab_size, jnp.float32)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
+    state = jax.block_until_ready(jax.jit(lambda: init_state(model, optimizer, 0))())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+    times: dict[str, list[float]] = {"loop waits": [], "until on disk": []}
+    with tempfile.TemporaryDirectory() as directory:
+        for repeat in range(flags.repeats + 1):
+            checkpoints = Checkpoints(Path(directory) / str(repeat))
+            started = time.perf_counter()
+            checkpoints.save(state, {})
+            returned = time.perf_counter()
+            checkpoints.wait()
+            if repeat:  # the first compiles
+                times["loop waits"].append(returned - started)
+                times["until on disk"].append(time.perf_counter() - started)
+            shutil.rmtree(checkpoints.directory)
+    waits, disk = (statistics.median(values) for values in times.values())
+    print(f"{count / 1e6:.1f} M parameters, {size / 1e6:.0f} MB of state, {machine.device_kind}")
+    print(f"| medians of {flags.repeats} | the loop waits |\n|---|---|")
+    print(f"| asynchronous save (as trained) | {waits:.3f} s |")
+    print(f"| synchronous save | {disk:.3f} s |")
+    print(f"| ratio | {disk / waits:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

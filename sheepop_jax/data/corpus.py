@@ -1,0 +1,81 @@
+"""From the `data` section to a corpus: which reader reads it, and what it holds out itself."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from sheepop_jax.data.documents import Corpus, Document
+from sheepop_jax.data.sources.files import TEXT_SUFFIXES, TextFiles, standard_library
+from sheepop_jax.data.sources.hub import open_hub
+from sheepop_jax.data.sources.paths import Walk, find_files
+from sheepop_jax.data.sources.pdf import open_pdfs
+from sheepop_jax.data.sources.sql import open_sql
+from sheepop_jax.data.sources.tables import open_table
+from sheepop_jax.data_config import DataConfig
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens the source of one part; nothing but names of files is read yet.
+
+    Raises:
+        InputError: the source does not exist, has no file that could hold text, or needs a package
+            that is not installed.
+    """
+    match config.resolved_source:
+        case "stdlib":
+            return standard_library()
+        case "hub":
+            return open_hub(
+                config.name, config.subset, config.text_column, join_rows=config.join_rows
+            )
+        case "sql":
+            return open_sql(config.path, config.query, config.text_column)
+    training = _open_path(config, "data.path", config.path)
+    if not config.val_path:
+        return training
+    return _WithHeldOut(training, _open_path(config, "data.val_path", config.val_path))
+
+
+def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
+    def walk(suffixes: frozenset[str]) -> Walk:
+        return Walk(suffixes, gitignore=config.gitignore, max_file_bytes=config.max_file_bytes)
+
+    match config.resolved_source:
+        case "files":
+            found = find_files(field, spec, walk(TEXT_SUFFIXES))
+            return TextFiles(field, spec, found, config.encoding_errors)
+        case "pdf":
+            return open_pdfs(field, spec, walk(frozenset({".pdf"})))
+        case "json" | "csv" | "parquet" as kind:
+            table: Literal["json", "csv", "parquet"] = kind
+            return open_table(
+                table,
+                field,
+                spec,
+                config.text_column,
+                join_rows=config.join_rows,
+                gitignore=config.gitignore,
+                max_file_bytes=config.max_file_bytes,
+            )
+        case other:
+            raise ValueError(f"no such source: {other!r}")
+
+
+class _WithHeldOut:
+    """Two corpora, of which one is held out."""
+
+    def __init__(self, training: Corpus, held_out: Corpus):
+        self._training, self._held_out = training, held_out
+        self.field, self.value = training.field, training.value
+        self.skipped = training.skipped + held_out.skipped
+        sizes = training.num_bytes, held_out.num_bytes
+        self.num_bytes = sum(sizes) if all(sizes) else 0
+
+    def signature(self) -> str:
+        both = self._training.signature(), self._held_out.signature()
+        return " ".join(both) if all(both) else ""
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self._held_out:
+            yield replace(document, held_out=True)
+        yield from self._training

@@ -1,0 +1,214 @@
+"""The tokens of a spool, unit by unit; a unit is there whole or not at all.
+
+So interrupted work goes on where it stopped, and several processes share it without speaking to
+each other: whoever encodes a unit gets the same bytes.
+
+    train-00007.bin, validation-00007.bin   token ids, little endian, of unit 7
+    unit-00007.json                         their counts and SHA-256; written last
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sheepop_jax.data.cache import pending_name, write_text
+from sheepop_jax.data.progress import Progress
+from sheepop_jax.data.split import Split
+from sheepop_jax.data.spool import Spool
+from sheepop_jax.data.stream import Piece, encode_pieces
+from sheepop_jax.data.tokenizer import Tokenizer, split_text
+from sheepop_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("train", "validation")
+_UNIT_BYTES = 2**26  # of text; some 15 s of work for two cores
+_TAKE_OVER_SECONDS = 120.0  # without news from the other processes, their units are encoded here
+
+
+class Unit(NamedTuple):
+    """Bytes [start, stop) of a spool, all from one source."""
+
+    number: int
+    source: int
+    start: int
+    stop: int
+
+
+def units(spool: Spool) -> list[Unit]:
+    """Cuts a spool, by its content alone: between documents, or within very large ones."""
+    found: list[Unit] = []
+    ends = spool.documents["end"]
+    for source in range(len(spool.sources)):
+        among = np.flatnonzero(spool.documents["source"] == source)
+        start, stop = int(spool.starts[among[0]]), int(ends[among[-1]])
+        while start < stop:
+            border = stop
+            if stop - start > _UNIT_BYTES:
+                target = start + _UNIT_BYTES
+                border = int(ends[np.searchsorted(ends, target)])  # the first end from there on
+                if border - start > 2 * _UNIT_BYTES:
+                    border = min(border, spool.cut_near(target))
+            found.append(Unit(len(found), source, start, border))
+            start = border
+    return found
+
+
+def encode_units(
+    directory: Path,
+    spool: Spool,
+    split: Split,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Makes those units that are not in `directory` yet; gives the entries of all, in order.
+
+    With several processes each makes its share; what the others do not deliver it makes too.
+
+    Raises:
+        InputError: a text has a character that the tokenizer does not know.
+        OSError: the directory has no room, or is gone since another process finished it.
+    """
+    todo = units(spool)
+    done = sum(unit.stop - unit.start for unit in todo if _entry(directory, unit) is not None)
+    if done:
+        logger.info("data: %.0f MB were encoded before; going on", done / 1e6)
+    with Progress("data: encoding", spool.num_bytes - done, check) as progress:
+        for unit in todo:
+            if unit.number % process_count == process_index and _entry(directory, unit) is None:
+                _encode_unit(directory, unit, spool, split, tokenizer, progress)
+        news = time.monotonic()
+        missing = [unit for unit in todo if _entry(directory, unit) is None]
+        while missing:
+            time.sleep(0.2)
+            check()
+            left = [unit for unit in missing if _entry(directory, unit) is None]
+            if len(left) < len(missing):
+                news = time.monotonic()
+            elif time.monotonic() - news > _TAKE_OVER_SECONDS:
+                unit = left.pop(process_index % len(left))  # the others take another
+                logger.warning("data: unit %d is overdue; encoding it here", unit.number)
+                _encode_unit(directory, unit, spool, split, tokenizer, progress)
+            missing = left
+    return [json.loads(_marker(directory, unit).read_text(encoding="utf-8")) for unit in todo]
+
+
+def _marker(directory: Path, unit: Unit) -> Path:
+    return directory / f"unit-{unit.number:05d}.json"
+
+
+def _entry(directory: Path, unit: Unit) -> Path | None:
+    if not directory.is_dir():
+        raise FileNotFoundError(2, "No such directory", str(directory))
+    path = _marker(directory, unit)
+    return path if path.exists() else None
+
+
+def _encode_unit(
+    directory: Path,
+    unit: Unit,
+    spool: Spool,
+    split: Split,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> None:
+    entry: dict[str, Any] = {"source": unit.source}
+    with ExitStack() as stack:
+        writers = [stack.enter_context(_Writer(directory, side, unit, tokenizer)) for side in SIDES]
+        for batch, sides in encode_pieces(tokenizer, _pieces(spool, split, unit, tokenizer)):
+            for writer, tokens in zip(writers, sides, strict=True):
+                writer.add(tokens)
+            for piece in batch:
+                size = len(piece.text.encode())
+                writers[piece.held_out].bytes += size
+                writers[piece.held_out].documents += piece.begins
+                progress.update(size)
+        for writer in writers:
+            if writer.tokens:
+                entry[writer.side] = writer.close()
+    write_text(_marker(directory, unit), json.dumps(entry))
+    with suppress(OSError):
+        os.utime(spool.directory)  # in use: `Cache.delete_abandoned` looks at it
+
+
+def _pieces(spool: Spool, split: Split, unit: Unit, tokenizer: Tokenizer) -> Iterator[Piece]:
+    for segment in split.segments(spool, unit.start, unit.stop):
+        begins, offset = segment.begins, 0
+        for text in split_text(spool.text(segment.start, segment.stop)):
+            if tokenizer.has_fixed_characters:
+                _check(spool, segment.document, segment.start, offset, text, tokenizer)
+            yield Piece(text, segment.held_out, begins)
+            begins, offset = False, offset + len(text)
+
+
+def _check(
+    spool: Spool, document: int, start: int, offset: int, text: str, tokenizer: Tokenizer
+) -> None:
+    """Says which document has a character that is not in the vocabulary, and where."""
+    try:
+        tokenizer.check(text)
+    except InputError:
+        before = spool.text(int(spool.starts[document]), start)
+        position = sum(map(len, before)) + offset
+        tokenizer.check(text, spool.name(document), position)
+        raise
+
+
+class _Writer:
+    """One token file of a unit, under another name until it is whole."""
+
+    def __init__(self, directory: Path, side: str, unit: Unit, tokenizer: Tokenizer):
+        self.side = side
+        self.tokens = self.bytes = self.documents = 0
+        self._vocab_size, self._dtype = tokenizer.vocab_size, dtype_of(tokenizer)
+        self._path = directory / f"{side}-{unit.number:05d}.bin"
+        self._pending = pending_name(self._path)
+        self._sha256 = hashlib.sha256()
+
+    def __enter__(self) -> "_Writer":
+        self._file = self._pending.open("wb")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._pending.unlink(missing_ok=True)
+
+    def add(self, tokens: np.ndarray) -> None:
+        if not len(tokens):
+            return
+        # An id beyond the vocabulary would not fail later: the embedding would give NaN.
+        if tokens.max() >= self._vocab_size:
+            expected = f"ids below its vocabulary size {self._vocab_size}"
+            raise InputError("data.tokenizer", f"id {tokens.max()}", expected)
+        content = tokens.astype(self._dtype).tobytes()
+        self._sha256.update(content)
+        self._file.write(content)
+        self.tokens += len(tokens)
+
+    def close(self) -> dict[str, Any]:
+        """Gives the file its name; what the manifest says of it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._pending, self._path)
+        return {
+            "file": self._path.name,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": self.documents,
+            "sha256": self._sha256.hexdigest(),
+        }
+
+
+def dtype_of(tokenizer: Tokenizer) -> str:
+    """The narrowest that holds every id."""
+    return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"

@@ -1,0 +1,251 @@
+"""Which files a path means: a file, a directory, a glob, or several of them."""
+
+import collections
+import errno
+import glob
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pathspec
+
+from sheepop_jax.errors import InputError
+
+# Fetched or generated, not written by the owner of the directory.
+VENDORED = frozenset(
+    "node_modules bower_components venv virtualenv __pycache__ site-packages dist-packages".split()
+)
+COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
+# A file may change again within one tick of its clock; what is younger than this is read again.
+_SETTLED_SECONDS = 2.0
+
+
+@dataclass
+class Found:
+    """Files in the order in which they are read, and what was passed over, by reason."""
+
+    files: list[tuple[str, Path]] = field(default_factory=list)  # (id, path)
+    skipped: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What is taken from a directory.
+
+    Attributes:
+        suffixes: lower case, with the dot; None takes all. One of `COMPRESSED` may follow.
+        left_out: names of directories that are not entered.
+        gitignore: whether `.gitignore` files in the directory are obeyed.
+        max_file_bytes: larger files are passed over; 0 = no limit.
+    """
+
+    suffixes: Collection[str] | None
+    left_out: Collection[str] = VENDORED
+    gitignore: bool = True
+    max_file_bytes: int = 0
+
+    def wants(self, path: Path) -> bool:
+        return self.suffixes is None or inner_suffix(path) in self.suffixes
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compression: `.txt` for a.TXT.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def find_files(name: str, spec: str, walk: Walk) -> Found:
+    """The files that `spec` means; a file named twice counts once.
+
+    Args:
+        name: the configuration field, for messages.
+        spec: a file, a directory, a glob, or several separated by commas.
+        walk: what is taken from a directory; a file that is named is taken whatever it is.
+
+    Raises:
+        InputError: one of them does not exist, cannot be read, or gives no file.
+    """
+    # A name may hold a comma, so the whole string is tried as a path before it is taken apart.
+    whole = os.path.lexists(Path(spec).expanduser())
+    found = Found()
+    for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
+        path = Path(item).expanduser()
+        if glob.has_magic(item) and not os.path.lexists(path):
+            found.files += _expand_glob(name, item)
+            continue
+        mode = _mode(name, path)
+        if stat.S_ISDIR(mode):
+            inside = walk_files(name, path, walk)
+            if not inside.files:
+                raise _nothing_in(name, path, walk, inside)
+            found.files += inside.files
+            found.skipped += inside.skipped
+        elif stat.S_ISREG(mode):
+            found.files.append((path.name, path))
+        else:
+            got = f"{item} (a pipe, socket or device)"
+            raise InputError(name, got, "a regular file or a directory")
+    if not found.files:
+        raise InputError(name, spec, "a file, a directory or a glob")
+    first: dict[str, tuple[str, Path]] = {}
+    for id_and_path in found.files:
+        first.setdefault(os.path.realpath(id_and_path[1]), id_and_path)
+    found.files = list(first.values())
+    return found
+
+
+def walk_files(name: str, root: Path, walk: Walk) -> Found:
+    """Regular files below `root`, by relative path; directories are not entered through links."""
+
+    def refuse(error: OSError) -> None:
+        got = f"{error.filename} ({error.strerror})"
+        raise InputError(name, got, "a readable directory")
+
+    found = Found()
+    ignores: dict[Path, list[tuple[Path, pathspec.GitIgnoreSpec]]] = {}
+    for parent, directories, names in os.walk(root, onerror=refuse):
+        inside = Path(parent)
+        rules = ignores.get(inside.parent, []) if inside != root else []
+        if walk.gitignore and ".gitignore" in names and os.path.isfile(inside / ".gitignore"):
+            rules = [*rules, (inside, _read_gitignore(name, inside / ".gitignore"))]
+        ignores[inside] = rules
+        for directory in list(directories):
+            # An environment of any name has a pyvenv.cfg.
+            environment = os.path.lexists(inside / directory / "pyvenv.cfg")
+            if directory.startswith(".") or directory in walk.left_out or environment:
+                directories.remove(directory)
+                found.skipped["directories that are hidden or vendored"] += 1
+            elif _ignored(rules, inside / directory, "/"):
+                directories.remove(directory)
+                found.skipped["directories that .gitignore names"] += 1
+            elif os.path.islink(inside / directory):  # which os.walk does not enter either
+                found.skipped["links to directories"] += 1
+        for file in names:
+            path = inside / file
+            size = _regular_size(name, path)
+            if file.startswith(".") or size is None:
+                found.skipped["hidden or special files"] += 1
+            elif _ignored(rules, path, ""):
+                found.skipped["files that .gitignore names"] += 1
+            elif not walk.wants(path):
+                found.skipped["files of other kinds"] += 1
+            elif 0 < walk.max_file_bytes < size:
+                found.skipped["files larger than data.max_file_bytes"] += 1
+            else:
+                found.files.append((path.relative_to(root).as_posix(), path))
+    found.files.sort()
+    return found
+
+
+def signature_of(paths: Iterable[Path], options: object) -> str:
+    """A hash of the files' names, sizes and times, and of the options that shape their text.
+
+    "" if a file has changed in the last two seconds, or is not there.
+    """
+    digest = hashlib.sha256(repr(options).encode())
+    now = time.time()
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            return ""
+        # ctime too: a program may set mtime back, the kernel alone sets ctime.
+        if now - max(found.st_mtime, found.st_ctime) < _SETTLED_SECONDS:
+            return ""
+        state = (os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        digest.update(repr(state).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if it cannot be told, which reading it will explain."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _regular_size(name: str, path: Path) -> int | None:
+    """Bytes of a regular file; None for a pipe, a broken link, a loop of links."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise InputError(name, f"{path} ({error.strerror})", "a readable file") from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _mode(name: str, path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        expected = "an existing file, directory or glob"
+        raise InputError(name, str(path), expected, f"--config.{name}=PATH") from None
+    except OSError as error:  # a symlink loop, no permission, a name too long
+        got = f"{path} ({error.strerror})"
+        raise InputError(name, got, "a readable file or directory") from error
+
+
+def _expand_glob(name: str, pattern: str) -> list[tuple[str, Path]]:
+    """The regular files that match; `*` and `**` pass over hidden and vendored directories."""
+    parts = Path(pattern).expanduser().parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    matches = [Path(match) for match in glob.glob(str(Path(*parts)), recursive=True)]
+    regular = [match for match in matches if _regular_size(name, match) is not None]
+    named = [(match.relative_to(root).as_posix(), match) for match in regular]
+    below = {parent for inside, _ in named for parent in Path(inside).parents} - {Path()}
+    left_out = {
+        inside
+        for inside in below
+        if inside.name in VENDORED or os.path.lexists(root / inside / "pyvenv.cfg")
+    }
+    files = sorted((n, p) for n, p in named if left_out.isdisjoint(Path(n).parents))
+    if not files:
+        raise InputError(name, pattern, "a pattern that matches a file")
+    return files
+
+
+def _nothing_in(name: str, root: Path, walk: Walk, inside: Found) -> InputError:
+    """Says what is there instead."""
+    anything = replace(walk, suffixes=None, max_file_bytes=0)
+    there = collections.Counter(path.suffix for _, path in walk_files(name, root, anything).files)
+    most = there.most_common(5)
+    found = ", ".join(f"{suffix or 'no suffix'} x {count}" for suffix, count in most)
+    passed = ", ".join(f"{count} {reason}" for reason, count in inside.skipped.items())
+    wanted = "text files (.txt, .md, .py ...)"
+    if walk.suffixes is not None and len(walk.suffixes) < 10:
+        wanted = f"files that end in {', '.join(sorted(walk.suffixes))}"
+    hint = f"a glob such as '{root}/**/*{most[0][0]}'" if most else ""
+    if any(".gitignore" in reason for reason in inside.skipped):
+        hint = "--config.data.gitignore=False, to read what .gitignore names"
+    got = f"{root} (files in it: {found or 'none'}; passed over: {passed or 'none'})"
+    return InputError(name, got, f"a directory with {wanted}", hint)
+
+
+def _read_gitignore(name: str, path: Path) -> pathspec.GitIgnoreSpec:
+    try:
+        # As git reads it: a byte order mark is no part of a pattern, and only \n ends a line.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        return pathspec.GitIgnoreSpec.from_lines(text.split("\n"))
+    except OSError as error:
+        raise InputError(name, f"{path} ({error.strerror})", "a readable file") from error
+    except ValueError as error:  # a pattern that git itself would not take
+        got = f"{path} ({error})"
+        raise InputError(name, got, "a valid file", "--config.data.gitignore=False") from error
+
+
+def _ignored(
+    rules: list[tuple[Path, pathspec.GitIgnoreSpec]], path: Path, directory_mark: str
+) -> bool:
+    """Whether the nearest `.gitignore` that says anything about the path ignores it."""
+    for where, spec in reversed(rules):
+        said = spec.check_file(path.relative_to(where).as_posix() + directory_mark).include
+        if said is not None:
+            return bool(said)
+    return False

@@ -1,0 +1,50 @@
+"""How the rows of a table become documents, and how its errors are said."""
+
+from collections.abc import Iterable, Iterator
+
+from sheepop_jax.data.documents import Document, SkipDocument
+from sheepop_jax.errors import InputError
+
+BATCH_ROWS = 256
+
+
+def rows_to_documents(
+    rows: Iterable[tuple[str, object]], column: str, joined: str = "", held_out: bool = False
+) -> Iterator[Document]:
+    """A document for each (id, text); or, if `joined` is its id, one of which they are the lines.
+
+    Raises:
+        InputError: a text is neither a string nor None.
+    """
+    texts = ((name, _checked(column, value)) for name, value in rows)
+    if joined:
+        lines = (text for _, text in texts if text is not None)
+        pieces = (line if line.endswith("\n") else line + "\n" for line in lines)
+        yield Document(joined, pieces, held_out)
+        return
+    for name, text in texts:
+        yield Document(name, map(_skip, (None,)) if text is None else (text,), held_out)
+
+
+def missing_column(column: str, columns: Iterable[str], hint: str = "") -> InputError:
+    known = ", ".join(sorted(columns)) or "(there are none)"
+    return InputError("data.text_column", column, f"one of the columns {known}", hint)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library says, with the kind of error where that says more."""
+    said = next(iter(str(error).strip().splitlines()), "")[:300]
+    if isinstance(error, OSError | UnicodeError) or not said:
+        return getattr(error, "strerror", None) or said or type(error).__name__
+    return f"{type(error).__name__}: {said}"
+
+
+def _checked(column: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    got = f"{column} (rows hold {type(value).__name__})"
+    raise InputError("data.text_column", got, "a column of text")
+
+
+def _skip(_: None) -> str:
+    raise SkipDocument("rows without text")

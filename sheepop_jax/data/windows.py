@@ -1,0 +1,155 @@
+"""Which tokens a window covers, and which window comes k-th: functions, without memory or state."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from sheepop_jax.data.stream import TokenStream
+from sheepop_jax.errors import InputError
+
+_PATTERN = 10_000  # windows after which the pattern of a mixture repeats: shares to 0.01%
+
+
+class Windows(Protocol):
+    """The windows of one stream in one epoch: together they hold every token to predict.
+
+    Attributes:
+        slack: by how many tokens an epoch's windows may be moved.
+    """
+
+    slack: int
+
+    def __len__(self) -> int: ...
+
+    def span(self, window: int, offset: int = 0) -> tuple[int, int]:
+        """First token and one beyond the last of a window, T + 1 tokens at most."""
+        ...
+
+
+class StreamWindows:
+    """Windows of T + 1 tokens at stride T across all documents, moved by an offset."""
+
+    def __init__(self, stream_len: int, seq_len: int):
+        if stream_len < seq_len + 1:
+            expected = f"at most {stream_len - 1} for a stream of {stream_len} tokens"
+            raise InputError("data.seq_len", seq_len, expected)
+        self._seq_len = seq_len
+        # One less than would fit, so that every offset below T does.
+        self._num = max(1, (stream_len - seq_len) // seq_len)
+        self.slack = min(seq_len - 1, stream_len - 1 - self._num * seq_len)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def span(self, window: int, offset: int = 0) -> tuple[int, int]:
+        """See `Windows`; the offset is in [0, slack]."""
+        start = offset + window * self._seq_len
+        return start, start + self._seq_len + 1
+
+
+class DocumentWindows:
+    """Windows that begin with their document: end-of-text, then T tokens or up to its end.
+
+    A document longer than T has several, the later ones beginning where the one before ended.
+    """
+
+    slack = 0
+
+    def __init__(self, stream: TokenStream, seq_len: int, end_of_text: int):
+        self._seq_len = seq_len
+        self._starts = stream.document_starts(end_of_text)
+        targets = np.diff(self._starts)  # an end-of-text after each document is one of them
+        self._first = np.concatenate([[0], np.cumsum(-(-targets // seq_len))])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def span(self, window: int, offset: int = 0) -> tuple[int, int]:
+        """See `Windows`; may be shorter than T + 1 tokens."""
+        document = int(np.searchsorted(self._first, window, side="right")) - 1
+        within = window - int(self._first[document])
+        start = int(self._starts[document]) + within * self._seq_len
+        return start, min(start + self._seq_len, int(self._starts[document + 1])) + 1
+
+
+def make_windows(
+    stream: TokenStream, seq_len: int, packing: str, end_of_text: int
+) -> StreamWindows | DocumentWindows:
+    """The windows of a stream by `data.packing`."""
+    if packing == "one_per_window":
+        return DocumentWindows(stream, seq_len, end_of_text)
+    return StreamWindows(len(stream), seq_len)
+
+
+class WindowOrder:
+    """Which window the k-th is; k counts over all epochs.
+
+    In each epoch of a source every window comes once, in an order and from an offset of its own
+    (the first epoch's offset is 0). Sources take turns evenly, by their weights; one that is
+    through begins its next epoch.
+
+    Attributes:
+        lengths: windows of each source in one of its epochs.
+        num_windows: their sum.
+        shares: of all windows, what comes from each source.
+    """
+
+    def __init__(self, sources: Sequence[Windows], seed: int, weights: Sequence[float] = (1.0,)):
+        self._sources, self._seed = list(sources), seed
+        self.lengths = [len(source) for source in sources]
+        self.num_windows = sum(self.lengths)
+        counts = _counts(weights)
+        self.shares = realised_shares(weights)
+        # Each source's turns stand evenly in the pattern: turn j of c at (j + 1/2) / c.
+        turns = np.concatenate([(np.arange(c) + 0.5) / c for c in counts])
+        owners = np.repeat(np.arange(len(counts)), counts)
+        order = np.lexsort((owners, turns))
+        self._owner = owners[order]
+        self._turn = np.concatenate([np.arange(c) for c in counts])[order]
+        self._counts = counts
+        self._shuffled = [self._shuffle(number) for number in range(len(self._sources))]
+
+    def _shuffle(self, source: int) -> grain.MapDataset:
+        # The first source's seed is the run's own. The source of a `MapDataset` sees its index
+        # modulo n; the epoch is in the index after `repeat`.
+        num = len(self._sources[source])
+        seed = (self._seed + source * 0x9E3779B1) % 2**32
+        windows = grain.MapDataset.range(num).seed(seed).shuffle().repeat()
+        return windows.map_with_index(lambda index, window: (index // num, int(window)))
+
+    def offset(self, source: int, epoch: int) -> int:
+        """Where the epoch's first window begins, in [0, slack]."""
+        if epoch == 0:
+            return 0
+        # A hash, not a generator: the same in every version of every library.
+        name = f"window offset {self._seed} {epoch}" + (f" {source}" if source else "")
+        digest = hashlib.sha256(name.encode()).digest()
+        return int.from_bytes(digest, "big") % (self._sources[source].slack + 1)
+
+    def span(self, k: int) -> tuple[int, int, int]:
+        """Source, first token, and one beyond the last, of the k-th window."""
+        block, place = divmod(k, len(self._owner))
+        source = int(self._owner[place])
+        turn = block * int(self._counts[source]) + int(self._turn[place])
+        epoch, window = self._shuffled[source][turn]
+        return source, *self._sources[source].span(window, self.offset(source, epoch))
+
+
+def realised_shares(weights: Sequence[float]) -> list[float]:
+    """Of all windows, what comes from each source: the weights as `WindowOrder` rounds them."""
+    counts = _counts(weights)
+    return [float(share) for share in counts / counts.sum()]
+
+
+def _counts(weights: Sequence[float]) -> np.ndarray:
+    """Turns of each source in a pattern, int64, in proportion to its weight, at least one."""
+    if len(weights) == 1:
+        return np.ones(1, np.int64)
+    exact = np.array(weights) / sum(weights) * _PATTERN
+    counts = np.maximum(exact.astype(np.int64), 1)
+    largest_rest_first = np.argsort(counts - exact, kind="stable")
+    counts[largest_rest_first[: max(0, _PATTERN - int(counts.sum()))]] += 1
+    return counts

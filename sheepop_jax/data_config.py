@@ -1,0 +1,174 @@
+"""The `data` section: where the text comes from, and how it becomes windows of tokens."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.rules import Section
+
+# What a part of a mixture may set for itself; the rest of the section holds for all parts.
+SOURCE_FIELDS = (
+    "source",
+    "path",
+    "val_path",
+    "name",
+    "subset",
+    "text_column",
+    "join_rows",
+    "query",
+    "encoding_errors",
+    "gitignore",
+    "max_file_bytes",
+    "max_bytes",
+)
+TABLE_SUFFIXES = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+FILE_SUFFIXES = TABLE_SUFFIXES | {".pdf": "pdf", ".db": "sql", ".sqlite": "sql", ".sqlite3": "sql"}
+
+
+class Part(NamedTuple):
+    """One source of a mixture; a corpus that is none has one part."""
+
+    name: str
+    weight: float
+    config: "DataConfig"
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where the text comes from, and how it becomes windows of tokens."""
+
+    source: str
+    path: str
+    val_path: str
+    name: str
+    subset: str
+    text_column: str
+    join_rows: bool
+    query: str
+    mixture: dict[str, dict[str, Any]]
+    encoding_errors: str
+    gitignore: bool
+    max_file_bytes: int
+    max_bytes: int
+    tokenizer: str
+    vocab_size: int
+    tokenizer_sample_bytes: int
+    seq_len: int
+    packing: str
+    document_mask: bool
+    val_fraction: float
+    val_split: str
+    cache_dir: str
+
+    prefix = "data."
+
+    def __post_init__(self) -> None:
+        kinds = ("auto", "files", "json", "csv", "parquet", "hub", "pdf", "sql", "stdlib")
+        self.one_of("source", *kinds)
+        self.one_of("encoding_errors", "strict", "replace", "skip")
+        self.one_of("val_split", "auto", "source", "document", "tail")
+        self.one_of("packing", "stream", "one_per_window")
+        self.at_least(1, "seq_len", "tokenizer_sample_bytes")
+        self.at_least(0, "max_file_bytes", "max_bytes", "vocab_size")
+        self.require(
+            0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", "0.1 for a tenth"
+        )
+        self.require(self.tokenizer != "", "tokenizer", "bpe, char or a path to a tokenizer.json")
+        if self.tokenizer == "bpe":
+            self.require(
+                self.vocab_size >= 257, "vocab_size", "at least 257 (256 bytes and end-of-text)"
+            )
+        self.require(self.vocab_size <= 2**31 - 1, "vocab_size", "at most 2**31 - 1")
+        if self.mixture:
+            for field in ("path", "name", "query", "val_path"):
+                self.require(getattr(self, field) == "", field, '"" beside data.mixture')
+            self._check_mixture()
+            return
+        source = self.resolved_source
+        if source == "hub":
+            self.require(self.name != "", "name", "the name of a hub dataset")
+        elif source != "stdlib":
+            self.require(self.path != "", "path", "a file, a directory or a glob")
+        if source in ("json", "csv", "parquet", "hub", "sql"):
+            self.require(self.text_column != "", "text_column", "the name of the text column")
+        if source == "sql":
+            self.require(self.query != "", "query", "a SELECT that gives the text column")
+        if self.val_path:
+            self.require(self.path != "", "val_path", '"", or data.path set too')
+            ruled_out = source in ("sql", "stdlib", "hub")
+            self.require(not ruled_out, "val_path", f'"" for source={source}')
+
+    def _check_mixture(self) -> None:
+        for name, fields in self.mixture.items():
+            where = f"data.mixture.{name}"
+            if not isinstance(fields, dict) or "weight" not in fields:
+                expected = "a section with a weight and a source's fields"
+                raise InputError(where, fields, expected, '{"weight": 1.0, "path": "a/"}')
+            for field, value in fields.items():
+                if field != "weight" and field not in SOURCE_FIELDS:
+                    near = difflib.get_close_matches(field, SOURCE_FIELDS, n=1)
+                    hint = near[0] if near else "one of " + ", ".join(SOURCE_FIELDS)
+                    expected = "weight or a field of a source"
+                    raise InputError(f"{where}.{field}", value, expected, hint)
+                kind = float if field == "weight" else type(getattr(self, field))
+                if type(value) is not kind and not (kind is float and type(value) is int):
+                    expected = f"a value of type {kind.__name__}"
+                    raise InputError(f"{where}.{field}", value, expected)
+            if not (math.isfinite(fields["weight"]) and fields["weight"] > 0):
+                raise InputError(f"{where}.weight", fields["weight"], "a finite number above 0")
+        for part in self.parts:  # each is built, and so checked
+            if part.config.resolved_source == "stdlib" and part.config.source == "auto":
+                expected = "data.path, data.name or source=stdlib"
+                raise InputError(f"data.mixture.{part.name}", "no source", expected)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The sources, their weights summing to 1.
+
+        Raises:
+            InputError: one of them breaks a rule.
+        """
+        if not self.mixture:
+            return [Part("", 1.0, self)]
+        total = sum(float(fields["weight"]) for fields in self.mixture.values())
+        parts = []
+        for name, fields in self.mixture.items():
+            own = {field: value for field, value in fields.items() if field != "weight"}
+            try:
+                config = dataclasses.replace(self, mixture={}, **own)
+            except InputError as error:
+                raise InputError(f"data.mixture.{name}", str(error), "a source") from None
+            parts.append(Part(name, float(fields["weight"]) / total, config))
+        return parts
+
+    @property
+    def resolved_source(self) -> str:
+        """`source` with "auto" decided as far as names go; a directory counts as files.
+
+        Path if set, by its suffix or scheme; else name; else the standard library.
+        """
+        if self.source != "auto":
+            return self.source
+        if not self.path:
+            return "hub" if self.name else "stdlib"
+        scheme, _, _ = self.path.partition("://")
+        if scheme in ("sqlite", "postgresql", "postgres"):
+            return "sql"
+        kinds = set()
+        for item in filter(None, map(str.strip, self.path.split(","))):
+            # The query of a URL is no part of the name; a file's name may hold a question mark.
+            path = Path(item.partition("?")[0] if "://" in item else item)
+            packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
+            suffix = Path(path.stem).suffix if packed else path.suffix
+            kinds.add(FILE_SUFFIXES.get(suffix.lower(), "files"))
+        return kinds.pop() if len(kinds) == 1 else "files"

@@ -1,0 +1,42 @@
+"""Named points at which a test lets the process die, as if it were killed there.
+
+SHEEPOP_JAX_FAULT=NAME kills at the first passing of a point, NAME:K at the K-th. Exit code 137 is
+what a shell reports of `kill -9`: nothing is flushed, no handler runs.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+_NAME, _, _nth = os.environ.get("SHEEPOP_JAX_FAULT", "").partition(":")
+_left = int(_nth) if _nth.isdecimal() else 1  # passings until death
+
+
+def fault_point(name: str, before: Callable[[], object] = lambda: None) -> None:
+    """Dies here if it was asked for; `before` is called first."""
+    if name == _NAME and _is_the_one():
+        before()
+        _die()
+
+
+def fault_during(name: str, begun: Callable[[], bool]) -> None:
+    """Dies in the middle of what comes next, as soon as `begun` says that it has begun."""
+    if name == _NAME and _is_the_one():
+        threading.Thread(target=_die_when, args=(begun,), daemon=True).start()
+
+
+def _is_the_one() -> bool:
+    global _left
+    _left -= 1
+    return _left == 0
+
+
+def _die_when(begun: Callable[[], bool]) -> None:
+    while not begun():
+        time.sleep(0.0002)
+    _die()
+
+
+def _die() -> None:
+    os._exit(137)

@@ -1,0 +1,141 @@
+"""What checkpoints a run has, for a person; and deleting some of them."""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.training.checkpoint import REASON, SCORE, Checkpoints
+from sheepop_jax.training.manifest import DamagedCheckpoint
+
+
+@dataclass(frozen=True)
+class Item:
+    """One checkpoint, or what is left of one.
+
+    Attributes:
+        path: its directory.
+        step: its number.
+        bytes: of all its files.
+        figures: recorded with it, e.g. `val_loss`; empty where they cannot be read.
+        is_latest: the one that training goes on from.
+        is_best: the one with the lowest validation loss.
+        set_aside: moved out of the way as damaged; never loaded.
+        damage: why it cannot be loaded; empty where nothing is known against it.
+    """
+
+    path: Path
+    step: int
+    bytes: int
+    figures: dict[str, Any]
+    is_latest: bool = False
+    is_best: bool = False
+    set_aside: bool = False
+    damage: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `checkpoints --json` prints them."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def table(items: list[Item], verified: bool) -> str:
+    """A line for each; `verified`: whether the files were read."""
+    if not items:
+        return "no checkpoints"
+    lines = [f"{'step':>8}{'MB':>10}{'val_loss':>10}  state"]
+    for item in items:
+        loss = item.figures.get(SCORE)
+        marks = [
+            mark for mark, is_so in (("latest", item.is_latest), ("best", item.is_best)) if is_so
+        ]
+        if item.set_aside:
+            marks.append(f"set aside as {item.path.name}: {item.damage}")
+        elif item.damage:
+            marks.append(f"DAMAGED: {item.damage}")
+        elif verified:
+            marks.append("verified")
+        shown = "-" if loss is None else f"{loss:.4f}"
+        lines.append(f"{item.step:>8}{item.bytes / 1e6:>10.1f}{shown:>10}  {', '.join(marks)}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
+    """All checkpoints by step, then those that were set aside.
+
+    With `verify`, every file is read and compared; otherwise only the manifests are.
+    """
+    steps, best = checkpoints.steps(), checkpoints.best()
+    items = []
+    for step in steps:
+        figures, damage = {}, ""
+        try:
+            found = checkpoints.verify(step) if verify else checkpoints.manifest(step)
+            figures = found["figures"]
+        except DamagedCheckpoint as error:
+            damage = str(error)
+        path = checkpoints.path(step)
+        items.append(
+            Item(path, step, _bytes(path), figures, step == steps[-1], step == best, damage=damage)
+        )
+    for path, step in checkpoints.aside():
+        try:
+            damage = (path / REASON).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            damage = "no reason was recorded"
+        items.append(Item(path, step, _bytes(path), {}, set_aside=True, damage=damage))
+    return items
+
+
+def delete(checkpoints: Checkpoints, steps: Collection[int]) -> None:
+    """Deletes these steps.
+
+    Raises:
+        InputError: one of them is not there, or no whole checkpoint would be left; then none is
+            deleted.
+    """
+    present = checkpoints.steps()
+    for step in steps:
+        if step not in present:
+            raise InputError("--delete", step, f"some of {_listed(present)}")
+    _require_a_whole_one(checkpoints, set(present) - set(steps), "--delete", steps)
+    for step in sorted(set(steps)):
+        checkpoints.delete(step)
+
+
+def keep_only(checkpoints: Checkpoints, steps: Collection[int]) -> list[int]:
+    """Deletes all steps but these, and returns those deleted.
+
+    Raises:
+        InputError: one of them is not there, or none of them is whole; then none is deleted.
+    """
+    present = checkpoints.steps()
+    for step in steps:
+        if step not in present:
+            raise InputError("--keep", step, f"some of {_listed(present)}")
+    _require_a_whole_one(checkpoints, set(steps), "--keep", steps)
+    doomed = [step for step in present if step not in steps]
+    for step in doomed:
+        checkpoints.delete(step)
+    return doomed
+
+
+def _require_a_whole_one(
+    checkpoints: Checkpoints, left: set[int], flag: str, steps: Collection[int]
+) -> None:
+    for step in sorted(left, reverse=True):
+        try:
+            checkpoints.verify(step)
+            return
+        except DamagedCheckpoint:
+            continue
+    hint = f"rm -r {checkpoints.directory}, to begin again"
+    raise InputError(flag, _listed(sorted(steps)), "at least one whole checkpoint left", hint)
+
+
+def _listed(steps: Collection[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
+
+
+def _bytes(root: Path) -> int:
+    return sum(p.lstat().st_size for p in root.rglob("*") if p.is_file() and not p.is_symlink())

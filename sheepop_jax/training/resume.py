@@ -1,0 +1,57 @@
+"""The state that a run begins with: the newest whole checkpoint, or fresh parameters."""
+
+import logging
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.partitioning import state_shardings
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from sheepop_jax.training.step import TrainState, init_params, init_state
+
+log = logging.getLogger(__name__)
+
+
+def first_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, Any, dict[str, Any]]:
+    """The state, laid out over the mesh; its shardings; and the figures saved with it.
+
+    A damaged checkpoint is set aside with a warning, and the one before it is taken.
+
+    Raises:
+        InputError: all checkpoints are damaged, or the newest is another model's.
+    """
+
+    def fresh() -> TrainState:
+        return init_state(model, optimizer, seed)
+
+    abstract = jax.eval_shape(fresh)
+    boxed = jax.eval_shape(lambda: init_params(model, seed))
+    shardings = state_shardings(boxed, abstract, mesh)
+    target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
+    for step in reversed(checkpoints.steps()):
+        try:
+            state = checkpoints.restore(step, target)
+        except DamagedCheckpoint as damage:
+            aside = checkpoints.set_aside(step, damage)
+            log.warning("checkpoint %d is damaged (%s); moved to %s", step, damage, aside)
+            continue
+        log.info("going on from step %d", step)
+        checkpoints.tidy()
+        return state, shardings, checkpoints.manifest(step)["figures"]
+    if checkpoints.aside():  # by this process or by one before: never a silent start from zero
+        hint = "a new --workdir, or delete damaged-* there, to begin again"
+        raise InputError(
+            str(checkpoints.directory), "only damaged checkpoints", "a whole one", hint
+        )
+    log.info("no checkpoint yet: beginning at step 0")
+    return jax.jit(fresh, out_shardings=shardings)(), shardings, {}

@@ -1,0 +1,91 @@
+"""Arrays in a directory, by orbax; the only file that knows it."""
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+log = logging.getLogger(__name__)
+
+
+def write(directory: Path, items: dict[str, Any]) -> None:
+    """Writes each item, a tree of arrays, into a directory of its name."""
+    _hush_orbax()
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory.absolute(), args=ocp.args.Composite(**args))
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether an unfinished `write` has written arrays."""
+    return any(p.is_file() for p in directory.parent.glob(f"{directory.name}*/**/d/*"))
+
+
+def read(directory: Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """Reads items into the shapes, dtypes and shardings of abstract targets."""
+    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**args))
+
+
+def describe(item: Path) -> Any:
+    """The tree of an item, with a shape and a dtype for each array; reads no arrays."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.metadata(item.absolute()).tree
+
+
+def difference(item: Path, target: Any) -> str:
+    """How an item differs from a target in names, shapes and dtypes; "" where it does not.
+
+    Nothing large is allocated for a model that does not fit.
+    """
+    saved, wanted = _arrays(describe(item)), _arrays(target)
+    both = [name for name in saved if name in wanted and saved[name] != wanted[name]]
+    changed = [f"{name} {saved[name]}, not {wanted[name]}" for name in both]
+    more = [f"{name}, which this model has not" for name in saved if name not in wanted]
+    fewer = [f"no {name}" for name in wanted if name not in saved]
+    return few(changed + more + fewer)
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """A namedtuple's fields, a dictionary's keys and a list's numbers, written alike."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def few(found: list[str]) -> str:
+    """The first of many."""
+    return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Name → dtype and shape, e.g. `block_0.attention.key.kernel`: `float32[24, 24]`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name_of(path): f"{jnp.dtype(x.dtype)}{list(x.shape)}" for path, x in leaves}
+
+
+def _hush_orbax() -> None:
+    """Leaves what is said of a failed save to us: one line. With --debug nothing is kept back.
+
+    The threads that write log a traceback each, and tensorstore prints another when it wants to
+    tell a loop that has given up meanwhile.
+    """
+    absl = logging.getLogger("absl")
+    if log.isEnabledFor(logging.DEBUG) or _from_elsewhere in absl.filters:
+        return
+    absl.addFilter(_from_elsewhere)
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    return "_SignalingThread" not in record.getMessage()

@@ -1,0 +1,390 @@
+"""The text of files, plain and compressed: kept byte for byte, or refused."""
+
+import bz2
+import gzip
+import lzma
+import os
+import sysconfig
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sheepop_jax.data.documents import SkipDocument
+from sheepop_jax.data.sources import files as module
+from sheepop_jax.data.sources import paths
+from sheepop_jax.data.sources.files import (
+    TEXT_SUFFIXES,
+    TextFiles,
+    open_file,
+    standard_library,
+)
+from sheepop_jax.data.sources.paths import Found, Walk, find_files
+from sheepop_jax.errors import InputError
+
+PACK = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+EACH_KIND = pytest.mark.parametrize("suffix", PACK)
+TEXT = "one\r\n two\rthree\n\n\tfour \x00\x0c \u2028\x85 e\u0301 \U0001f411 no newline"
+
+
+def corpus(*named_paths, errors="strict"):
+    found = Found([(path.name, path) for path in named_paths])
+    return TextFiles("data.path", "the value", found, errors)
+
+
+def read(*named_paths, errors="strict"):
+    """The texts; of a skipped one its reason."""
+    texts = []
+    for document in corpus(*named_paths, errors=errors):
+        try:
+            texts.append("".join(document.pieces))
+        except SkipDocument as reason:
+            texts.append(reason)
+    return texts
+
+
+@pytest.fixture(params=[1, 2, 3, 5, 2**20])
+def block_bytes(request, monkeypatch):
+    """Files are read in blocks of so many bytes."""
+    monkeypatch.setattr(module, "_BLOCK_BYTES", request.param)
+    return request.param
+
+
+@pytest.fixture
+def a(tmp_path):
+    """`a(content, name="a.txt")` writes a file."""
+
+    def write(content, name="a.txt"):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("text", [TEXT, "", "\n", "\u2028", "a\ufeff", "a" * 2_500_000 + "\u20ac"])
+def test_text_is_kept_exactly(a, text):
+    assert read(a(text)) == [text]
+
+
+def test_characters_may_lie_across_blocks(a, block_bytes):
+    assert read(a(TEXT)) == [TEXT]
+    pieces = ["".join(document.pieces) for document in corpus(a(TEXT), a(TEXT[::-1], "b"))]
+    assert pieces == [TEXT, TEXT[::-1]]
+
+
+def test_blocks_are_read_one_by_one(a, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4)
+    (document,) = corpus(a("abcdefghij"))
+    assert [piece for piece in document.pieces if piece] == ["abcd", "efgh", "ij"]
+
+
+def test_a_byte_order_mark_is_dropped_at_the_start_alone(a, block_bytes):
+    path = a("\ufeff\ufeffone\ufefftwo\ufeff")
+    assert read(path) == read(path, errors="replace") == ["\ufeffone\ufefftwo\ufeff"]
+    assert read(a("\ufeff"), a("x\ufeff", "b.txt")) == ["", "x\ufeff"]
+
+
+def test_documents_names_and_sizes(a):
+    first, second = a("one\u20ac"), a("two", "b.md")
+    found = Found([("d/a.txt", first), ("b", second)])
+    found.skipped["a reason"] = 3
+    files = TextFiles("data.val_path", "some/where", found, "strict")
+    assert (files.field, files.value, files.num_bytes) == ("data.val_path", "some/where", 9)
+    assert files.skipped == {"a reason": 3}
+    for _ in range(2):
+        seen = [(d.id, "".join(d.pieces), d.held_out) for d in files]
+        assert seen == [("d/a.txt", "one\u20ac", False), ("b", "two", False)]
+
+
+def test_the_size_of_compressed_text_is_unknown(a):
+    assert corpus(a("one"), a(gzip.compress(b"two"), "b.txt.GZ")).num_bytes == 0
+    gone = a("three", "c.txt")
+    files = corpus(a("one"), gone)
+    gone.unlink()
+    assert files.num_bytes == 8
+    assert corpus(a("one"), gone).num_bytes == 3
+
+
+class TestSignature:
+    def test_it_is_of_files_and_options(self, a, monkeypatch):
+        path = a("one")
+        assert corpus(path).signature() == ""  # young
+        monkeypatch.setattr(paths, "_SETTLED_SECONDS", -60.0)
+        first = corpus(path).signature()
+        assert first == corpus(path).signature() != ""
+        assert corpus(path, errors="skip").signature() != first
+        assert corpus(path, a("", "b")).signature() != first
+
+
+class TestBadBytes:
+    @pytest.mark.parametrize(
+        "content, offset",
+        [
+            (b"abc\xe9t\xe9", 3),
+            (b"\xef\xbb\xbfab\xff", 5),
+            ("\u20ac\u20ac".encode() + b"\x80", 6),
+            (b"0123456789\xe2\x82x", 10),  # a character that is not finished
+            (b"0123456789\xe2\x82", 10),  # nor at the end of the file
+            (b"0123\xed\xa0\x80", 4),  # half a surrogate pair
+        ],
+    )
+    def test_strict_names_file_and_offset(self, a, block_bytes, content, offset):
+        path = a(content)
+        with pytest.raises(InputError) as caught:
+            read(path)
+        got = f"file {path} (byte 0x{content[offset]:02x} at offset {offset} is not UTF-8)"
+        expected = "UTF-8 text; try converting it, or data.encoding_errors=replace or skip"
+        assert str(caught.value) == f"data.path: got {got!r}; expected {expected}"
+
+    def test_offset_in_a_later_block_of_the_usual_size(self, a):
+        content = "\u20ac".encode() * 800_000 + b"\xff"
+        with pytest.raises(InputError, match=r"byte 0xff at offset 2400000 "):
+            read(a(content))
+
+    @pytest.mark.parametrize("byte", [b"\x00", b"\x08", b"\x0e", b"\x1a", b"\x1c", b"\x1f"])
+    def test_binary_is_named(self, a, byte):
+        with pytest.raises(
+            InputError, match=r"got 'binary file .*try leaving it out, or data\.enc"
+        ):
+            read(a(b"PN" + byte + b"G\x89"))
+
+    def test_control_characters_of_text_are_not_binary(self, a):
+        with pytest.raises(InputError, match="got 'file "):
+            read(a(b"\t\n\v\f\r\x1b[0m \x7f \xe9 "))
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+    def test_utf_16_comes_with_the_command_that_converts_it(self, a, encoding):
+        content = ("" if encoding == "utf-16" else "\ufeff") + "hi"
+        path = a(content.encode(encoding))
+        with pytest.raises(InputError, match=rf"UTF-16 file .*try iconv -f UTF-16.* {path}$"):
+            read(path)
+
+    def test_replaced_by_choice_and_counted(self, a, block_bytes, caplog):
+        content = b"a\xffb\xfe \xef\xbf\xbd\xef\xbf\xbd \xe2\x82 \xef\xbf\xef\xbf\xbd\xe2"
+        text = content.decode(errors="replace")
+        files = corpus(a(content), a("x\ufffd", "b.txt"), errors="replace")
+        for _ in range(2):  # counted anew
+            caplog.clear()
+            assert ["".join(d.pieces) for d in files] == [text, "x\ufffd"]
+            (record,) = caplog.records
+            assert record.message == "5 invalid UTF-8 sequences replaced by U+FFFD"
+
+    @given(st.lists(st.sampled_from([b"\xef", b"\xbf", b"\xbd", b"\xe2\x82", b"a"])))
+    def test_replaced_as_python_does_with_an_exact_count(self, tmp_path_factory, parts):
+        content = b"".join(parts)
+        path = tmp_path_factory.mktemp("x") / "a"
+        path.write_bytes(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_BLOCK_BYTES", 2)
+            files = corpus(path, errors="replace")
+            (text,) = ["".join(document.pieces) for document in files]
+        assert text == content.decode(errors="replace")
+        assert files._replaced == text.count("\ufffd") - content.count(b"\xef\xbf\xbd")
+
+    def test_the_count_is_told_also_when_reading_stops_early(self, a, caplog):
+        documents = iter(corpus(a(b"\xff"), a(b"\xff", "b"), errors="replace"))
+        assert list(next(documents).pieces)[0] == "\ufffd"
+        assert not caplog.records
+        documents.close()
+        assert [r.message for r in caplog.records] == [
+            "1 invalid UTF-8 sequences replaced by U+FFFD"
+        ]
+
+    def test_nothing_is_told_of_good_text(self, a, caplog):
+        assert read(a("x\ufffd"), errors="replace") == ["x\ufffd"]
+        assert not caplog.records
+
+    def test_skipped_by_choice(self, a, block_bytes):
+        texts = read(a(b"ab\xe9"), a("two", "b"), a(b"\xe2", "c"), errors="skip")
+        assert [str(text) for text in texts] == ["not UTF-8", "two", "not UTF-8"]
+
+
+class TestCompressed:
+    @EACH_KIND
+    @pytest.mark.parametrize("upper", [False, True])
+    def test_text_is_kept_exactly(self, a, suffix, upper, block_bytes):
+        name = f"a.txt{suffix}"
+        path = a(PACK[suffix](("\ufeff" + TEXT).encode()), name.upper() if upper else name)
+        assert read(path) == [TEXT]
+
+    @EACH_KIND
+    def test_several_members_are_one_text(self, a, suffix, monkeypatch):
+        content = os.urandom(3000).hex().encode()
+        parts = [content, b"", b"\xe2\x82", b"\xac", content]
+        packed = b"".join(map(PACK[suffix], parts))
+        expected = b"".join(parts).decode()
+        path = a(packed, f"a{suffix}")
+        assert read(path) == [expected]
+        for size in (1, 7, len(PACK[suffix](content)), len(packed) - 1):  # at and across borders
+            monkeypatch.setattr(module, "_MEMBER_BYTES", size)
+            assert read(path) == [expected]
+
+    @EACH_KIND
+    def test_large_text(self, a, suffix):
+        text = "".join(f"line {number}\n" for number in range(300_000))
+        assert read(a(PACK[suffix](text.encode()), f"a{suffix}")) == [text]
+
+    @EACH_KIND
+    def test_what_is_cut_off_is_refused(self, a, suffix):
+        packed = PACK[suffix](os.urandom(5000).hex().encode())
+        sizes = [*range(1, 12), 1000, len(packed) // 2, *range(len(packed) - 9, len(packed))]
+        for size in sizes:
+            for whole in (b"", packed):  # the first member, and one after it
+                path = a(whole + packed[:size], f"a.txt{suffix}")
+                with pytest.raises(InputError) as caught:
+                    read(path)
+                said = str(caught.value)
+                assert said.startswith("data.path: got ") and f"{path} (" in said, (size, said)
+                assert said.endswith("expected a readable file") and "\n" not in said
+
+    @EACH_KIND
+    @pytest.mark.parametrize("where", [0, 1, 1500, -3])
+    def test_what_is_damaged_is_refused(self, a, suffix, where):
+        packed = bytearray(PACK[suffix](os.urandom(5000).hex().encode()))
+        good = bytes(packed)
+        packed[where] ^= 0x55
+        for content in (bytes(packed), good + bytes(packed)):
+            path = a(content, f"a.txt{suffix}")
+            with pytest.raises(InputError, match=r"a\.txt\.\w+ \(.+\)[\"']; expected a readable"):
+                read(path)
+
+    @EACH_KIND
+    def test_what_follows_the_last_member(self, a, suffix):
+        packed = PACK[suffix](b"one")
+        assert read(a(packed + b"\0" * 8, f"a{suffix}")) == ["one"]  # padding
+        with pytest.raises(InputError, match="a readable file"):
+            read(a(packed + b"something else", f"a{suffix}"))
+
+    @EACH_KIND
+    def test_plain_text_by_that_name_is_refused(self, a, suffix):
+        with pytest.raises(InputError, match=f"a{suffix} .*a readable file"):
+            read(a("plain text, not packed", f"a{suffix}"))
+
+    @EACH_KIND
+    def test_empty_files(self, a, suffix):
+        assert read(a(b"", f"a{suffix}"), a(PACK[suffix](b""), f"b{suffix}")) == ["", ""]
+
+    @EACH_KIND
+    def test_a_bomb_is_refused_in_bounded_memory(self, a, suffix, monkeypatch):
+        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", 2**22)
+        path = a(PACK[suffix](b"x" * 2**26), f"a{suffix}")
+        tracemalloc.start()
+        try:
+            with pytest.raises(InputError, match="over 250 times its size.*decompressing it your"):
+                for document in corpus(path):
+                    for _ in document.pieces:
+                        pass
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 2**25 * 1.5
+
+    @EACH_KIND
+    def test_expansion_is_bounded_exactly(self, a, suffix, monkeypatch):
+        content = b"y" * 100_000
+        path = a(PACK[suffix](content), f"a{suffix.upper()}")
+        size = path.stat().st_size
+        monkeypatch.setattr(module, "_MAX_EXPANSION", 10)
+        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", len(content) - 10 * size)
+        assert read(path) == [content.decode()]
+        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", len(content) - 10 * size - 1)
+        with pytest.raises(InputError, match="over 10 times its size"):
+            read(path)
+
+    def test_plain_text_has_no_bound(self, a, monkeypatch):
+        monkeypatch.setattr(module, "_MAX_EXPANSION", 0)
+        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", 0)
+        assert read(a("text")) == ["text"]
+
+    @EACH_KIND
+    def test_files_are_closed(self, a, suffix):
+        def opened():
+            links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+            return sum(os.readlink(link) == str(path) for link in links if os.path.lexists(link))
+
+        path = a(PACK[suffix](b"one\ntwo\n" * 9999), f"a{suffix}")
+        if not os.path.isdir("/proc/self/fd"):
+            pytest.skip("needs /proc")
+        with open_file(path) as file:
+            assert file.readline() == b"one\n"
+            assert opened() == 1
+        assert opened() == 0
+        open_file(path).close()  # before anything is read
+        assert opened() == 0
+
+
+def test_files_that_cannot_be_read(a, monkeypatch):
+    path = a("one")
+    files = corpus(path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.txt \(No such file.*a readable file"):
+        next(iter(next(iter(files)).pieces))
+    path = a("one")
+
+    def deny(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(InputError, match=r"a\.txt \(Permission denied\)'; expected a readable"):
+        read(path)
+
+
+def test_suffixes_of_text(tmp_path):
+    assert {".txt", ".md", ".py", ".json"} <= TEXT_SUFFIXES
+    assert not {".jsonl", ".csv", ".tsv", ".parquet", ".pdf", ".png", ".gz", ""} & TEXT_SUFFIXES
+    assert all(suffix.startswith(".") and suffix.islower() for suffix in TEXT_SUFFIXES)
+    for suffix, pack in PACK.items():
+        (tmp_path / f"a.md{suffix}").write_bytes(pack(b"one"))
+    found = find_files("data.path", str(tmp_path), Walk(TEXT_SUFFIXES))
+    assert ["".join(d.pieces) for d in TextFiles("", "", found, "strict")] == ["one"] * 4
+
+
+class TestStandardLibrary:
+    def test_it_is_pythons_own_without_its_tests(self):
+        found = standard_library()
+        assert (found.field, found.value, found.skipped) == ("data.source", "stdlib", {})
+        root = Path(sysconfig.get_paths()["stdlib"])
+        texts = {}
+        for document in found:
+            try:
+                texts[document.id] = "".join(document.pieces)
+            except SkipDocument:
+                pass
+        assert list(texts) == sorted(texts)
+        assert {"os.py", "json/decoder.py"} <= set(texts)
+        assert not {"test", "tests", "idle_test", "site-packages"}.intersection(
+            part for name in texts for part in name.split("/")
+        )
+        assert all(name.endswith(".py") for name in texts)
+        assert texts["os.py"].encode() == (root / "os.py").read_bytes()
+        assert sum(map(len, texts.values())) > 5e6
+
+    def test_files_that_do_not_decode_are_passed_over(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        (tmp_path / "tests").mkdir()
+        contents = {"a.py": b"one", "l.py": b"# \xe9", "tests/b.py": b"two", "c.txt": b"three"}
+        for name, content in {**contents, ".gitignore": b"*"}.items():
+            (tmp_path / name).write_bytes(content)
+        documents = list(standard_library())
+        assert [document.id for document in documents] == ["a.py", "l.py"]
+        assert list(documents[0].pieces)[0] == "one"
+        with pytest.raises(SkipDocument, match="not UTF-8"):
+            list(documents[1].pieces)
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_an_interpreter_without_one(self, tmp_path, monkeypatch, there):
+        root = tmp_path / "lib"
+        if there:
+            root.mkdir()
+        monkeypatch.setattr(module.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+        with pytest.raises(InputError, match=r"data\.source: got 'stdlib'.*try data\.path"):
+            standard_library()

@@ -1,0 +1,317 @@
+"""Datasets of the hub and copies of them: the documents they give, and what is refused."""
+
+import http.server
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sheepop_jax.data.documents import SkipDocument
+from sheepop_jax.data.sources import hub as module
+from sheepop_jax.data.sources import paths
+from sheepop_jax.data.sources.hub import open_hub
+from sheepop_jax.errors import InputError
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = False  # so that closing it waits for them
+
+
+def read(name, subset="", column="text", join_rows=False):
+    """The documents as (id, text, held_out); text is None where a row has none."""
+    found = []
+    for document in open_hub(name, subset, column, join_rows=join_rows):
+        try:
+            text = "".join(document.pieces)
+        except SkipDocument:
+            text = None
+        found.append((document.id, text, document.held_out))
+    return found
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+
+        def serve(answer, commit="c0ffee"):
+            def load_dataset(name, subset, **options):
+                assert (name, options) == ("some/set", {"streaming": True})
+                if isinstance(answer, Exception):
+                    raise answer
+                splits = answer if isinstance(answer, dict) else {"train": answer}
+                return {
+                    split: datasets.IterableDataset.from_generator(
+                        lambda rows=rows: ({**row, "subset": subset} for row in rows)
+                    )
+                    for split, rows in splits.items()
+                }
+
+            def ask(name, seconds):
+                assert name == "some/set"
+                if isinstance(commit, Exception):
+                    raise commit
+                return commit
+
+            monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+            monkeypatch.setattr(module, "_commit", ask)
+
+        return serve
+
+    def test_rows_become_documents(self, hub, caplog):
+        caplog.set_level(logging.INFO)
+        hub([{"body": "one"}, {"body": ""}, {"body": None}, {"body": "two\r\n"}])
+        texts = ["one", "", None, "two\r\n"]
+        expected = [(f"some/set#{i}", text, False) for i, text in enumerate(texts)]
+        assert read("some/set", column="body") == expected
+        assert caplog.text.count("data: opening some/set on the Hugging Face hub") == 1
+        assert read("some/set", "v2", "subset")[0][1] == "v2"
+
+    @pytest.mark.parametrize("split", ["validation", "valid", "val", "dev"])
+    def test_a_validation_split_is_held_out_and_first(self, hub, split):
+        hub({"train": [{"text": "a"}], "test": [{"text": "t"}], split: [{"text": "v"}, {}]})
+        held_out = [(f"some/set:{split}#0", "v", True), (f"some/set:{split}#1", None, True)]
+        assert read("some/set") == [*held_out, ("some/set#0", "a", False)]
+        joined = [(f"some/set:{split}", "v\n", True), ("some/set", "a\n", False)]
+        assert read("some/set", join_rows=True) == joined
+
+    @pytest.mark.parametrize(
+        "answer, said",
+        [
+            ([{"body": "x", "id": 3}], r"data\.text_column: got 'text'.*columns body, id, subset"),
+            ([{"text": 3}], r"data\.text_column: .*rows hold int"),
+            ({"test": [], "dev": []}, r"data\.name: .*splits: test, dev\).*a train split"),
+            (ConnectionError("no route"), r"data\.name: got 'some/set'.*no route.*try.*network"),
+            (ValueError("BuilderConfig 'x' not found.\nAvailable: ['a']"), r"data\.subset.*'a'"),
+            (ValueError("Config name is missing.\nPlease pick ['a']"), r"data\.subset.*'a'"),
+            (
+                RuntimeError("Dataset scripts are no longer supported, but found set.py"),
+                r"data\.name: got 'some/set'.*not run; try .*refs/convert/parquet --local-dir DIR",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("join_rows", [False, True])
+    def test_what_is_refused(self, hub, answer, said, join_rows):
+        hub(answer)
+        with pytest.raises(InputError, match=said) as caught:
+            read("some/set", join_rows=join_rows)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("join_rows", [False, True])
+    def test_a_connection_that_breaks_later(self, hub, join_rows, monkeypatch):
+        def broken(dataset, column):
+            yield "one"
+            raise OSError("reset by peer")
+
+        monkeypatch.setattr(module, "values_of", broken)
+        hub([{"text": "x"}])
+        with pytest.raises(InputError, match=r"data\.name: .*\(reset by peer\)"):
+            read("some/set", join_rows=join_rows)
+
+    def test_the_signature_names_the_commit_and_the_options(self, hub):
+        def signature(subset="", column="text", join_rows=False):
+            return open_hub("some/set", subset, column, join_rows=join_rows).signature()
+
+        hub([])
+        first = signature()
+        assert first and first == signature()
+        others = {signature("v2"), signature(column="body"), signature(join_rows=True)}
+        hub([], commit="decaf")
+        assert len({first, signature(), *others}) == 5
+        hub([], commit=OSError("no network"))
+        assert signature() == ""
+
+    def test_a_silent_name_server(self, hub, monkeypatch):
+        hub([])
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.1")
+        monkeypatch.setattr(module, "_commit", lambda *_: time.sleep(0.6))
+        before, began = threading.enumerate(), time.monotonic()
+        with pytest.raises(InputError, match=r"silent for 0\.1 s; HF_HUB_ETAG_TIMEOUT=30"):
+            read("some/set")
+        assert time.monotonic() - began < 0.5
+        (left,) = set(threading.enumerate()).difference(before)
+        assert left.daemon  # does not keep the program from ending
+        left.join()
+
+    def test_other_columns_are_not_decoded(self, hub, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        features = {"text": datasets.Value("string"), "picture": datasets.Image()}
+        rows = datasets.IterableDataset.from_generator(
+            lambda: iter([{"text": "one", "picture": {"bytes": b"no picture", "path": None}}]),
+            features=datasets.Features(features),
+        )
+        hub([])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": rows})
+        assert read("some/set") == [("some/set#0", "one", False)]
+
+
+class TestCopy:
+    @pytest.fixture
+    def copy(self, tmp_path):
+        """Writes {file: texts} below a directory named copy."""
+
+        def write(files):
+            (tmp_path / "copy").mkdir(exist_ok=True)
+            for name, texts in files.items():
+                path = tmp_path / "copy" / name
+                rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+                if name.endswith(".parquet"):
+                    pq.write_table(pa.Table.from_pylist(rows), path)
+                else:
+                    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return str(tmp_path / "copy")
+
+        return write
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_with_and_without_a_validation_split(self, copy, suffix):
+        name = copy({f"train-00000.{suffix}": ["one", None], f"train-00001.{suffix}": ["two\n"]})
+        train = [(f"{name}#0", "one", False), (f"{name}#1", None, False)]
+        train.append((f"{name}#2", "two\n", False))
+        assert read(name) == train
+        copy({f"validation-00000.{suffix}": ["v"], f"test-00000.{suffix}": ["t"]})
+        assert read(name) == [(f"{name}:validation#0", "v", True), *train]
+        joined = [(f"{name}:validation", "v\n", True), (name, "one\ntwo\n", False)]
+        assert read(name, join_rows=True) == joined
+
+    def test_a_relative_name(self, copy, tmp_path, monkeypatch):
+        copy({"train-0.jsonl": ["one"]})
+        monkeypatch.chdir(tmp_path)
+        assert read("copy") == [("copy#0", "one", False)]
+
+    def test_what_is_refused(self, copy, tmp_path):
+        name = copy({"test-0.jsonl": ["one"]})
+        with pytest.raises(InputError, match=r"data\.name: .*splits: test\).*a train split"):
+            read(name)
+        name = copy({"train-0.jsonl": ["one"]})
+        with pytest.raises(InputError, match=r"data\.text_column: .*one of the columns id, text$"):
+            read(name, column="body")
+        with pytest.raises(InputError, match=r"data\.text_column: .*rows hold int"):
+            read(name, column="id")
+        with pytest.raises(InputError, match=r"data\.subset: got 'none'.*'default'"):
+            read(name, "none")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(InputError, match=r"data\.name: got '.*empty'.*contain any data files"):
+            read(str(tmp_path / "empty"))
+        (tmp_path / "empty" / "empty.py").write_text("raise SystemExit('it was run')")
+        with pytest.raises(InputError, match=r"data\.name: got '.*empty'.*are not run"):
+            read(str(tmp_path / "empty"))
+
+    def test_the_signature_names_the_files_and_the_options(self, copy, monkeypatch):
+        name = copy({"train-0.jsonl": ["one"]})
+
+        def signature(subset="", column="text", join_rows=False):
+            return open_hub(name, subset, column, join_rows=join_rows).signature()
+
+        assert signature() == ""  # written just now
+        monkeypatch.setattr(paths, "_SETTLED_SECONDS", 0)
+        first = signature()
+        assert first and first == signature()
+        others = {signature("v2"), signature(column="id"), signature(join_rows=True)}
+        copy({"train-1.jsonl": ["two"]})
+        assert len({first, signature(), *others}) == 5
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_a_program_that_stops_early_ends_at_once_and_silently(self, copy, process_env, suffix):
+        name = copy({f"train-0.{suffix}": ["one"] * 9999})
+        program = f"""
+from sheepop_jax.data.sources.hub import open_hub
+def main():
+    for document in open_hub({name!r}, "", "text", join_rows=False):
+        return "".join(document.pieces)
+print(main())
+"""
+        command = [sys.executable, "-c", program]
+        ran = subprocess.run(command, env=process_env, capture_output=True, timeout=30)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"one\n", b"")
+
+    def test_a_file_that_is_broken_is_one_line(self, copy, tmp_path, process_env):
+        name = copy({"train-0.jsonl": ["one"]})
+        (tmp_path / "copy" / "train-0.jsonl").write_text('{"text": "a"}\n{"text"\n')
+        command = [sys.executable, "-c", PROGRAM, name]
+        ran = subprocess.run(command, env=process_env, capture_output=True, timeout=30, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert re.search(r"data\.name: .*JSON parse error", ran.stdout)
+        assert ran.stdout.count("\n") == 1
+
+
+PROGRAM = """
+import logging, sys, time
+from sheepop_jax.data.sources.hub import open_hub
+from sheepop_jax.errors import InputError
+for name in sys.argv[1:]:
+    began = time.monotonic()
+    corpus = open_hub(name, "", "text", join_rows=False)
+    try:
+        next(iter(corpus))
+    except InputError as error:
+        print(f"{time.monotonic() - began:.1f} {error}")
+"""
+
+
+class TestNetwork:
+    def ask(self, process_env, environment, *names):
+        """What reading each says, all within the time that a person waits."""
+        environment = process_env | {"HF_HUB_DISABLE_TELEMETRY": "1"} | environment
+        command = [sys.executable, "-c", PROGRAM, *names]
+        ran = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert ran.stderr == ""
+        lines = ran.stdout.splitlines()
+        assert len(lines) == len(names)
+        for line in lines:
+            assert float(line.split()[0]) < 3.5, line
+        return [line.split(" ", 1)[1] for line in lines]
+
+    def test_no_network_is_one_line_that_says_how_to_go_on(self, process_env):
+        for environment, reason in (
+            ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "refused"),
+            ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
+        ):
+            (message,) = self.ask(process_env, environment, "some/set")
+            assert re.match(r"data\.name: got 'some/set \(asking the hub failed: .*\)'", message)
+            assert reason in message
+            download = "`hf download some/set --repo-type dataset --local-dir DIR`"
+            assert message.endswith(f"data.path, or data.name=DIR with a copy made by {download}")
+
+    def test_what_a_hub_may_answer(self, process_env):
+        stop = threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802
+                if "silent" in self.path:
+                    stop.wait(30)
+                    return
+                missing = "missing" in self.path
+                self.send_response(404 if missing else 500)
+                if missing:
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("X-HF-Warning", "topic; what the library would log")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *arguments):
+                pass
+
+        with Server(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+            names = ("some/missing", "some/broken", "some/silent", "no/such/name", "../x")
+            said = self.ask(process_env, environment, *names)
+            stop.set()
+            server.shutdown()
+        assert re.match(r"data\.name: got 'some/missing'; expected a dataset on the hub;", said[0])
+        assert re.match(r"data\.name: got .some/broken \(.*500", said[1])
+        assert re.match(
+            r"data\.name: got .some/silent \(.*(HF_HUB_ETAG_TIMEOUT|timed out)", said[2]
+        )
+        for message in said[3:]:
+            assert "OWNER/NAME of a dataset on the hub, or a directory" in message

@@ -1,0 +1,150 @@
+"""Bad input, and the tokenizer's training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sheepop_jax.data import prepare as module
+from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.errors import InputError
+from tests.data.preparing import names_in
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new cache", "cache with shards"])
+def test_bad_input_leaves_nothing(config, tmp_path, there):
+    text = tmp_path / "one.txt"
+    text.write_text("ab" * 900 + "\u2603" * 20, encoding="utf-8")
+    short = tmp_path / "short.txt"
+    short.write_text("abcdefghij" * 2)
+    kept = []
+    if there:
+        kept = [prepare(config()).directory.name]
+    before = sorted((tmp_path / "cache").rglob("*")) if there else []
+    one = dict(path=str(text), tokenizer="char", val_split="tail")
+    for fields, said in (
+        (dict(one, val_fraction=0.05), r"one\.txt.*U\+2603"),
+        (dict(one, val_fraction=1 - 1e-9), r"data\.val_fraction"),
+        (dict(one, val_fraction=0.5, path=str(short)), r"data\.seq_len: got 13.* at most 11"),
+        (dict(path=str(text), val_split="source"), r"data\.val_split"),
+    ):
+        with pytest.raises(InputError, match=said):
+            prepare(config(**fields))
+        if there:
+            assert names_in(tmp_path / "cache") == kept
+            assert sorted((tmp_path / "cache").rglob("*")) == before
+        else:
+            assert not (tmp_path / "cache").exists()
+
+
+def test_a_text_shorter_than_a_window_is_refused(config, tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("abcdefghij" * 2)
+    short = dict(path=str(path), tokenizer="char", val_split="tail", val_fraction=0.5)
+    with pytest.raises(InputError, match=r"data\.seq_len: got 12; expected at most 11"):
+        prepare(config(seq_len=12, **short))
+    assert len(prepare(config(seq_len=11, **short)).train[0]) == 12
+    with pytest.raises(InputError, match=r"data\.seq_len"):
+        prepare(config(seq_len=12, **short))
+    assert len(prepare(config(seq_len=11, **short)).train[0]) == 12  # those stay
+    # One document a window: it is padded.
+    assert prepare(config(seq_len=12, packing="one_per_window", **short)).train_tokens == 12
+
+
+def test_each_source_of_a_mixture_must_fill_a_window(config, tmp_path):
+    (tmp_path / "one.txt").write_text("abcdefghij")
+    parts = {
+        "big": {"weight": 1.0, "path": str(tmp_path / "text")},
+        "small": {"weight": 1.0, "path": str(tmp_path / "one.txt")},
+    }
+    with pytest.raises(InputError, match=r"data\.seq_len: .*data\.mixture\.small has \d+ tokens"):
+        prepare(config(mixture=parts, val_split="auto"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("cut", ["tail", "later piece", "later unit", "own document"])
+def test_a_character_that_training_did_not_show_is_named_with_its_place(
+    config, tmp_path, cut, monkeypatch
+):
+    monkeypatch.setattr("sheepop_jax.data.tokenizer._PIECE_CHARS", 40)
+    directory = tmp_path / "named"
+    directory.mkdir()
+    training = "\u00e9b" * 900
+    (directory / "a.txt").write_text("ab" * 30, encoding="utf-8")
+    fields = dict(path=str(directory), tokenizer="char", val_split="tail")
+    match cut:
+        case "tail":
+            text, fraction = training + "b" * 3 + "\u2603" * 20, 22 / (1823 + 60)
+        case "later piece":
+            text, fraction = training + "b" * 303 + "\u2603" * 20, 322 / (2123 + 60)
+        case "later unit":
+            text, fraction = training + "b" * 3003 + "\u2603" * 20, 3022 / (4823 + 60)
+        case "own document":
+            (directory / "c.txt").write_text(training, encoding="utf-8")
+            text, fraction = "b" * 33 + "\u2603" * 20, None
+    (directory / "b.txt").write_text(text, encoding="utf-8")
+    if fraction is None:
+        fields |= dict(val_path=str(directory / "b.txt"), path=str(directory / "c.txt"))
+        fields["val_split"], fraction = "source", 0.1
+    (directory / "a.txt").touch()
+    said = (
+        rf"^b\.txt: got .*U\+2603\) at position {text.index(chr(0x2603))}\"; .*data\.tokenizer=bpe"
+    )
+    with pytest.raises(InputError, match=said):
+        prepare(config(**fields, val_fraction=fraction))
+
+
+def test_the_tokenizer_never_sees_the_held_out_text(config, tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("ab cd " * 300 + "xyzzy " * 60, encoding="utf-8")
+    data = prepare(config(path=str(path), val_split="tail", val_fraction=360 / 2160))
+    vocabulary = json.loads(data.tokenizer.to_json())["model"]["vocab"]
+    assert any("cd" in token for token in vocabulary)
+    assert not any("xy" in token or "zz" in token for token in vocabulary)
+
+
+def test_a_bpe_learns_from_an_even_sample(config, monkeypatch):
+    monkeypatch.setattr("sheepop_jax.data.tokenizer._PIECE_CHARS", 50)
+    given = []
+
+    def note(pieces, vocab_size):
+        given.append(list(pieces))
+        return inner(iter(given[-1]), vocab_size)
+
+    inner = module.train_bpe
+    monkeypatch.setattr(module, "train_bpe", note)
+    whole = prepare(config())
+    size = whole.train[0].num_bytes
+    texts = "".join(given[0])
+    assert len(texts.encode()) == size
+    assert given[0] and "" not in given[0]
+    for share in (0.5, 0.1, 0.03):
+        data = prepare(config(tokenizer_sample_bytes=int(share * size)))
+        sample = given[-1]
+        found = sum(map(len, sample)) / len(texts)
+        assert abs(found - int(share * size) / size) <= 51 / len(texts)
+        assert data.train[0].num_bytes == size
+        # Evenly: each part of the text gives its share, to a piece.
+        places = np.array([given[0].index(piece) for piece in sample]) / len(given[0])
+        assert (np.diff(np.sort(places)) < 2.5 / (share * len(given[0]))).all()
+        prepare(config(tokenizer_sample_bytes=int(share * size), val_fraction=0.21))
+        again = prepare(
+            config(tokenizer_sample_bytes=int(share * size), cache_dir=str(data.directory) + "x")
+        )
+        assert again.identity == data.identity
+    one = config(tokenizer="char", tokenizer_sample_bytes=1)
+    assert prepare(one).directory == prepare(config(tokenizer="char")).directory
+    assert prepare(one).tokenizer.vocab_size == 1 + len(set(texts))
+
+
+def test_a_given_tokenizer_is_used_as_it_is(config, tmp_path):
+    first = prepare(config())
+    path = tmp_path / "mine.json"
+    path.write_text(first.tokenizer.to_json(), encoding="utf-8")
+    data = prepare(config(tokenizer=str(path), cache_dir=str(tmp_path / "second")))
+    assert data.tokenizer.fingerprint == Tokenizer.from_file(path).fingerprint
+    assert data.identity == first.identity
+    with pytest.raises(InputError, match=r"data\.tokenizer: got .*nowhere"):
+        prepare(config(tokenizer=str(tmp_path / "nowhere"), cache_dir=str(tmp_path / "third")))
+    assert not (tmp_path / "third").exists()

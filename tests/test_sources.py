@@ -1,0 +1,242 @@
+"""A tiny training run from each kind of source, and what bad data does to one: the whole way."""
+
+import gzip
+import json
+import os
+import re
+import sqlite3
+
+import numpy as np
+import pytest
+
+import train as program
+from sheepop_jax import __main__ as tools
+from sheepop_jax import pipeline
+from sheepop_jax.data.prepare import prepare
+from sheepop_jax.run import open_run
+from sheepop_jax.runtime import Runtime
+from tests.data.sources.test_pdf import pdf
+
+MACHINE = Runtime("cpu", "cpu", 8, 0.0)
+WORDS = "the sheep and its wool on a hill of grass beside the sea, in rain".split()
+TEXTS = [f"{i}: " + " ".join(np.random.default_rng(i).choice(WORDS, 12 + i % 5)) for i in range(60)]
+
+
+def as_files(root):
+    for i, text in enumerate(TEXTS):
+        (root / f"{i:02}.txt").write_text(text)
+    return {"path": str(root)}
+
+
+def as_compressed(root):
+    for i, text in enumerate(TEXTS):
+        (root / f"{i:02}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    return {"path": str(root)}
+
+
+def as_jsonl(root):
+    (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return {"path": str(root / "a.jsonl")}
+
+
+def as_csv(root):
+    import pandas
+
+    pandas.DataFrame({"n": range(len(TEXTS)), "text": TEXTS}).to_csv(root / "a.csv", index=False)
+    return {"path": str(root / "*.csv")}
+
+
+def as_parquet(root):
+    import pandas
+
+    pandas.DataFrame({"body": TEXTS}).to_parquet(root / "a.parquet")
+    return {"path": str(root / "a.parquet"), "text_column": "body"}
+
+
+def as_hub(root):
+    import pandas
+
+    held_out = [f"held out {text}" for text in TEXTS[:20]]
+    pandas.DataFrame({"text": TEXTS}).to_parquet(root / "train-00000.parquet")
+    pandas.DataFrame({"text": held_out}).to_parquet(root / "validation-00000.parquet")
+    return {"name": str(root)}
+
+
+def as_lines(root):
+    return {**as_hub(root), "join_rows": True}
+
+
+def as_pdfs(root):
+    for i, text in enumerate(TEXTS):
+        (root / f"{i:02}.pdf").write_bytes(pdf([f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET"]))
+    return {"source": "pdf", "path": str(root)}
+
+
+def as_sqlite(root):
+    with sqlite3.connect(root / "a.db") as database:
+        database.execute("CREATE TABLE pages (id INTEGER, body TEXT)")
+        database.executemany("INSERT INTO pages VALUES (?, ?)", list(enumerate(TEXTS)))
+    database.close()
+    query = "SELECT body FROM pages ORDER BY id"
+    return {"path": str(root / "a.db"), "query": query, "text_column": "body"}
+
+
+def as_mixture(root):
+    (root / "prose").mkdir()
+    as_files(root / "prose")
+    (root / "held_out.txt").write_text(" ".join(TEXTS[:9]))
+    rows = {"weight": 1.0, "val_path": str(root / "held_out.txt")}
+    (root / "more.txt").write_text("\n".join(text.replace("sheep", "goat") for text in TEXTS))
+    return {
+        "mixture": {
+            "prose": {"weight": 3.0, "path": str(root / "prose")},
+            "goats": {**rows, "path": str(root / "more.txt")},
+        }
+    }
+
+
+KINDS = [as_files, as_compressed, as_jsonl, as_csv, as_parquet, as_hub, as_lines, as_pdfs]
+KINDS += [as_sqlite, as_mixture]
+
+
+@pytest.fixture
+def config(make_config, tmp_path):
+    """`config({"path": …}, …)`: a run of a few steps on it."""
+
+    def make(source, **more):
+        fields = {"vocab_size": 280, "cache_dir": str(tmp_path / "cache"), **source, **more}
+        fixed = {"train.batch_size": 8, "train.num_steps": 3, "train.sample_tokens": 0}
+        return make_config(fixed | {f"data.{name}": value for name, value in fields.items()})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_run_from_each_kind_of_source(kind, config, tmp_path):
+    (tmp_path / "source").mkdir()
+    made = config(kind(tmp_path / "source"))
+    figures = pipeline.train(made, tmp_path / "run", MACHINE)
+    assert 0 < figures["val_loss"] < np.log(300)
+    run = open_run(tmp_path / "run")
+    assert run.checkpoints.resolve("latest") == 3
+    data = run.held_out()
+    sides = [sum(s["documents"][side] for s in data.manifest["sources"]) for side in SIDES]
+    match kind.__name__:
+        case "as_lines":
+            assert sides == [1, 1]
+        case "as_hub":
+            assert sides == [60, 20]
+        case "as_mixture":
+            found = {s["name"]: (s["split"], s["weight"]) for s in data.manifest["sources"]}
+            assert found == {"prose": ("document", 0.75), "goats": ("source", 0.25)}
+        case _:
+            assert sum(sides) == 60 and sides[1] > 0
+
+
+SIDES = ("train", "validation")
+
+
+@pytest.mark.parametrize(
+    "more", [{"packing": "one_per_window"}, {"document_mask": True}], ids=["one", "masked"]
+)
+def test_a_run_with_other_windows(more, config, tmp_path):
+    (tmp_path / "source").mkdir()
+    made = config(as_files(tmp_path / "source"), **more)
+    figures = pipeline.train(made, tmp_path / "run", MACHINE)
+    assert 0 < figures["val_loss"] < np.log(300)
+
+
+def words(kind, root, tmp_path):
+    """The same as `config`, as a user types it."""
+    fields = {"cache_dir": str(tmp_path / "cache"), "tokenizer": "char", "seq_len": 16, **kind}
+    return [f"--config.data.{name}={value}" for name, value in fields.items()]
+
+
+def broken_jsonl(root):
+    (root / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"\n')
+    return {"path": root / "a.jsonl"}
+
+
+def other_column(root):
+    (root / "a.jsonl").write_text('{"title": "one", "body": "two"}\n')
+    return {"path": root / "a.jsonl"}
+
+
+def fifo(root):
+    os.mkfifo(root / "pipe")
+    return {"path": root / "pipe"}
+
+
+def loop(root):
+    (root / "loop").symlink_to("loop")
+    return {"path": root / "loop"}
+
+
+def file(name, content):
+    def make(root):
+        (root / name).write_bytes(content)
+        return {"path": root / name}
+
+    return make
+
+
+def unseen(root):
+    (root / "a.txt").write_text("ab" * 200 + "\u2603")
+    return {"path": root / "a.txt", "val_split": "tail"}
+
+
+BAD = [
+    (lambda root: {"path": root / "no.txt"}, r"data\.path: got '.*no\.txt'; expected an existing"),
+    (lambda root: {"path": root}, r"data\.path: .*a directory with text files"),
+    (file("a.txt", b""), r"data\.path: .*a\.txt'; expected text .*empty or only white space"),
+    (file("a.txt", b" \n\t\n"), r"data\.path: .*only white space"),
+    (file("a.txt", b"abcabcabc"), r"data\.seq_len: got 16; expected at most \d+: the training"),
+    (file("a.txt", b"caf\xe9 au lait" * 9), r"data\.path: .*byte 0xe9 at offset 3 is not UTF-8"),
+    (file("a.txt", b"\x7fELF\x02\x00\xff\x01" * 9), r"data\.path: got 'binary file .*offset 6"),
+    (file("a.gz", b"\x1f\x8b\x08 nothing"), r"data\.path: .*a\.gz .*expected a readable file"),
+    (file("a.parquet", b"PAR1 it is not"), r"data\.path: .*a\.parquet .*a parquet file"),
+    (broken_jsonl, r"data\.path: .*a\.jsonl \(line 2: "),
+    (other_column, r"data\.text_column: got 'text'; expected one of the columns body, title"),
+    (fifo, r"data\.path: .*a pipe, socket or device"),
+    (loop, r"data\.path: .*loop \(.*symbolic links"),
+    (unseen, r"a\.txt: got .*U\+2603\) at position 400\"; .* try data\.tokenizer=bpe"),
+    (lambda root: {"name": "nobody/nothing-of-the-kind"}, r"data\.name: got 'nobody/nothing"),
+    (lambda root: {"path": "http://127.0.0.1:9/a.jsonl"}, r"data\.path: .*refused.*network"),
+    (lambda root: {"path": "postgresql://me:secret@h/d", "query": "q"}, r"data\.path: .*password"),
+    (lambda root: {"path": root / "a.db", "query": "SELECT 1"}, r"data\.path: .*a\.db"),
+    (lambda root: {"path": root, "val_split": "tial"}, r"data\.val_split: .* try 'tail'"),
+]
+
+
+@pytest.mark.parametrize(("make", "said"), BAD, ids=[said[:30] for _, said in BAD])
+@pytest.mark.parametrize("which", ["train", "data"])
+def test_bad_data_is_one_line_and_leaves_nothing(make, said, which, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the hub is not there, and says so at once
+    (tmp_path / "source").mkdir()
+    flags = ["--config", "configs/quickstart.py", *words(make(tmp_path / "source"), 0, tmp_path)]
+    before = sorted((tmp_path / "source").iterdir())
+    with pytest.raises(SystemExit) as left:
+        if which == "train":
+            program.main([*flags, "--workdir", str(tmp_path / "run")])
+        else:
+            tools.main(["data", *flags])
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.splitlines()[-1] == line and out == ""
+    assert "secret" not in err and "Traceback" not in err
+    assert re.match(f"error: {said}", line), line
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "source"]
+    assert sorted((tmp_path / "source").iterdir()) == before
+
+
+def test_bad_bytes_are_replaced_or_skipped_by_choice(config, tmp_path, caplog):
+    root = tmp_path / "source"
+    root.mkdir()
+    source = as_files(root)
+    (root / "bad.txt").write_bytes(b"caf\xe9 au lait")
+    data = prepare(config(source, encoding_errors="replace").data)
+    assert "1 invalid UTF-8 sequences replaced" in caplog.text
+    assert data.manifest["sources"][0]["documents_read"] == 61
+    data = prepare(config(source, encoding_errors="skip").data)
+    assert data.manifest["sources"][0]["skipped"] == {"not UTF-8": 1}
