@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sheepop_jax.config import Config
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, RunFailed
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -88,6 +88,11 @@ def command(debug: bool) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except RunFailed as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except BrokenPipeError:
         # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"; the command line prints it as one line."""
+"""The two exceptions that mean something to the user; the command line prints them as one line."""
 
 
 class InputError(ValueError):
@@ -12,3 +12,7 @@ class InputError(ValueError):
         self.what = what
         message = f"{what}: got {got!r}; expected {expected}" + (f"; try {hint}" if hint else "")
         super().__init__(" ".join(message.split()))
+
+
+class RunFailed(RuntimeError):
+    """Work that cannot go on, through no fault of the input; what was saved before is intact."""

@@ -11,6 +11,7 @@ from flax import linen as nn
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import evaluate_stream
 from sheepop_jax.generation.decode import generate
@@ -58,6 +59,8 @@ def train(
     with WorkdirLock(directory):
         data = prepare(config.data, jax.process_index(), jax.process_count(), stop.check)
         stop.check()
+        if config.train.sample_tokens:
+            _check_prompt(config, data.tokenizer)
         run = create_run(directory, config, data)
         dtype = machine.compute_dtype(config.train.dtype)
         attention = config.model.head_dim, config.model.attention_dropout
@@ -142,23 +145,23 @@ def _warn_of_long_updates(config: Config, model: Transformer, machine: Runtime) 
         )
 
 
-def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:
-    """Parameters → a text that goes on from `train.sample_prompt`.
+def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuses a `train.sample_prompt` that cannot be encoded or fills the context."""
+    prompt = config.train.sample_prompt
+    tokenizer.check(prompt, "train.sample_prompt")
+    # An empty one begins at end-of-text.
+    tokens, most = max(len(tokenizer.encode(prompt)), 1), config.model.max_seq_len
+    if tokens >= most:
+        expected = f"fewer than model.max_seq_len = {most}"
+        hint = "--config.train.sample_tokens=0"
+        raise InputError("train.sample_prompt", f"{tokens} tokens", expected, hint)
 
-    Raises:
-        InputError: the prompt does not fit the context.
-    """
+
+def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:
+    """Parameters → a text that goes on from `train.sample_prompt`, which fits."""
     train, tokenizer = run.config.train, run.tokenizer
-    tokenizer.check(train.sample_prompt, "train.sample_prompt")
     prompt = tokenizer.encode(train.sample_prompt)
     room = run.config.model.max_seq_len - max(len(prompt), 1)
-    if room < 1:
-        raise InputError(
-            "train.sample_prompt",
-            f"{len(prompt)} tokens",
-            f"fewer than model.max_seq_len = {run.config.model.max_seq_len}",
-            "--config.train.sample_tokens=0",
-        )
 
     def sample(params: Any) -> str:
         try:

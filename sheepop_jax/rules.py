@@ -1,9 +1,11 @@
 """The rules that configuration fields share; a broken one is named with its value."""
 
 import difflib
-import math
 
 from sheepop_jax.errors import InputError
+
+# What float32 holds: beyond it lies infinity, below it zero.
+TINY, HUGE = 1.2e-38, 3.4e38
 
 
 class Section:
@@ -38,4 +40,9 @@ class Section:
     def positive(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            self.require(math.isfinite(value) and value > 0, field, "a finite number above 0")
+            self.require(TINY <= value <= HUGE, field, "a finite number above 0, in float32 too")
+
+    def not_negative(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            self.require(0 <= value <= HUGE, field, "a finite number of at least 0, in float32 too")

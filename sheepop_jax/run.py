@@ -138,13 +138,13 @@ def open_run(path: str | Path) -> Run:
         saved = json.loads((directory / "config.json").read_text())
         config = Config.from_dict(saved["config"])
         identity, gzip_figure = saved["data"], saved["gzip_bits_per_byte"]
-        shards = Path(saved["shards"])
+        shards, vocab_size = Path(saved["shards"]), int(saved["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise InputError(str(directory / "config.json"), got, "a run's configuration") from None
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    if tokenizer.vocab_size != saved["vocab_size"]:
-        got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {saved['vocab_size']}"
+    if tokenizer.vocab_size != vocab_size:
+        got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {vocab_size}"
         raise InputError(str(directory / "tokenizer.json"), got, expected)
     return Run(directory, config, tokenizer, identity, gzip_figure, shards)
 

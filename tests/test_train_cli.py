@@ -396,3 +396,46 @@ def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(trained, text_fil
     assert {"00000004", "00000006"} <= {p.name for p in (workdir / "checkpoints").iterdir()}
     again = run(*train_words(text_file, workdir, train__num_steps=9))
     assert again.returncode == 0 and "going on from step 6" in again.stderr
+
+
+def test_the_checkpoints_of_a_run_are_listed_verified_and_deleted(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained[0], copy)
+
+    def checkpoints(*words):
+        return run("-m", "sheepop_jax", "checkpoints", "--ckpt", copy, *words)
+
+    shown = checkpoints()
+    assert shown.returncode == 0 and shown.stderr == ""
+    head, *rows = shown.stdout.splitlines()
+    assert head.split() == ["step", "MB", "val_loss", "state"]
+    saved = sorted(int(p.name) for p in (copy / "checkpoints").glob("0*"))
+    assert [int(row.split()[0]) for row in rows] == saved and len(saved) >= 2
+    assert "latest" in rows[-1] and sum("best" in row for row in rows) == 1
+    assert not any("verified" in row for row in rows)
+    items = [json.loads(line) for line in checkpoints("--json", "--verify").stdout.splitlines()]
+    assert [item["step"] for item in items] == saved
+    assert all(item["damage"] == "" and item["bytes"] > 1000 for item in items)
+
+    largest = max(
+        (copy / "checkpoints" / f"{saved[0]:08d}").rglob("*"), key=lambda p: p.stat().st_size
+    )
+    content = largest.read_bytes()
+    largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shown = checkpoints("--verify").stdout.splitlines()
+    assert "DAMAGED" in shown[1] and largest.name in shown[1] and "verified" in shown[-1]
+
+    for words, said in (
+        (["--delete", "77"], "--delete: got 77; expected some of"),
+        (["--keep", str(saved[0])], "at least one whole checkpoint left"),
+        (["--delete", *map(str, saved)], "at least one whole checkpoint left"),
+        (["--delete", "1", "--keep", "2"], "not allowed with"),
+    ):
+        result = checkpoints(*words)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert said in result.stderr and result.stderr.count("\n") == 1
+    assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved
+    assert checkpoints("--delete", str(saved[0])).returncode == 0
+    assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved[1:]
+    assert checkpoints("--keep", str(saved[-1])).returncode == 0
+    assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved[-1:]

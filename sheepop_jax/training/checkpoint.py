@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_during, fault_point
 from sheepop_jax.training import storage
 from sheepop_jax.training.manifest import (
@@ -42,7 +42,7 @@ ASIDE = "damaged"  # what the names of directories that were set aside begin wit
 REASON = "REASON.txt"  # in such a directory
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunFailed):
     """A checkpoint could not be written; the older ones are intact."""
 
 
@@ -61,7 +61,7 @@ class Checkpoints:
 
     def aside(self) -> list[tuple[Path, int]]:
         """Directories that were set aside, and their steps."""
-        found = self._directories(rf"{ASIDE}-\d{{8}}-\d+")
+        found = self._directories(rf"{ASIDE}-[0-9]{{8}}-[0-9]+")
         return [(path, int(path.name.split("-")[1])) for path in sorted(found)]
 
     def path(self, step: int) -> Path:
@@ -240,7 +240,7 @@ class Checkpoints:
                 try:
                     self.delete(step)
                 except OSError as error:  # the save is done: no reason to end the run
-                    log.warning("%s: not deleted (%s)", self.path(step), error.strerror)
+                    log.warning("%s: not deleted (%s)", self.path(step), error.strerror or error)
 
     def _sweep(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import logging
 import math
 import statistics
 
+from sheepop_jax.errors import RunFailed
 from sheepop_jax.training.step import StepMetrics
 
 log = logging.getLogger(__name__)
@@ -14,7 +15,7 @@ _ENOUGH = 20  # steps before anything is called a spike
 _SPIKE = 6.0  # standard deviations above the mean
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """Too many updates in a row had gradients that cannot be used."""
 
 

@@ -19,11 +19,12 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.health import Health
+from sheepop_jax.training.memory import estimate_memory, explain
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.progress import Progress, readable_seconds
 from sheepop_jax.training.resume import first_state
-from sheepop_jax.training.step import StepMetrics, TrainState, make_train_step
+from sheepop_jax.training.step import StepMetrics, TrainState, init_params, make_train_step
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
 from sheepop_jax.training.watchdog import Watchdog
@@ -70,16 +71,24 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
 
     Raises:
         StopRequested: a signal came; what was done is saved.
-        TrainingDiverged: `train.max_skipped_steps` updates in a row were not finite.
+        TrainingDiverged: `train.max_skipped_steps` updates in a row were skipped.
         SaveFailed: a checkpoint could not be written.
+        OutOfMemory: the device has not enough.
         InputError: every checkpoint is damaged.
     """
     with jax.set_mesh(job.mesh):
-        loop = _Loop(job, stop)
         try:
-            return loop.run()
-        finally:
-            loop.close()
+            loop = _Loop(job, stop)
+            try:
+                return loop.run()
+            finally:
+                loop.close()
+        except jax.errors.JaxRuntimeError as error:
+            shapes = jax.eval_shape(lambda: init_params(job.model, job.config.seed))
+            estimate = estimate_memory(shapes, job.config, job.model, job.mesh.shape)
+            if explained := explain(error, estimate):
+                raise explained from error
+            raise
 
 
 class _Loop:

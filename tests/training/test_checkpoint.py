@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.errors import InputError
+from sheepop_jax.training import storage
 from sheepop_jax.training.checkpoint import REASON, Checkpoints, SaveFailed
 from sheepop_jax.training.inventory import delete, inventory, keep_only
 from sheepop_jax.training.manifest import MANIFEST, DamagedCheckpoint, digests, write_manifest
@@ -58,14 +60,24 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
     assert checkpoints.manifest(8)["figures"] == {"train_seconds": 8.0}
 
 
-def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
+    donated, write = threading.Event(), storage.write
+
+    def late(*arguments):
+        donated.wait()
+        write(*arguments)
+
+    monkeypatch.setattr(storage, "write", late)
     checkpoints = Checkpoints(tmp_path)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     big = {"kernel": jnp.arange(1 << 20, dtype=jnp.float32)}
     state = TrainState(jnp.int32(3), jnp.int32(3), big, ())
     expected = np.array(big["kernel"])
     checkpoints.save(state, {})
-    jax.block_until_ready(overwrite(state))
+    try:
+        jax.block_until_ready(overwrite(state))
+    finally:
+        donated.set()
     checkpoints.wait()
     target = abstract(TrainState(jnp.int32(0), jnp.int32(0), {"kernel": jnp.zeros(1 << 20)}, ()))
     np.testing.assert_array_equal(checkpoints.restore(3, target).params["kernel"], expected)

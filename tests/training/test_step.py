@@ -13,6 +13,7 @@ from sheepop_jax.config import MeshConfig
 from sheepop_jax.data.batches import Batch
 from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shardings
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training import optimizer as optimizer_module
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import init_params, init_state, make_train_step
 
@@ -246,3 +247,35 @@ def test_init_is_plain_arrays_in_fp32(small_config):
         for x in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     )
     assert_trees_equal(nn.meta.unbox(boxed), state.params)
+
+
+def test_an_outlier_is_left_out_by_choice(small_config, monkeypatch):
+    """One batch weighs much in one token: its gradient is large, and no part of the history."""
+    monkeypatch.setattr(optimizer_module, "NORMS", 6)
+    made = Setup(small_config)
+    schedule = make_schedule(small_config.optimizer, 50)
+    guarded = jax.jit(make_train_step(made.model, made.optimizer, schedule, 3, 5.0))
+    free = jax.jit(make_train_step(made.model, made.optimizer, schedule, 3))
+    state = made.state()
+    for index in range(5):
+        state, metrics = guarded(state, random_batch(1, 4, 7, index))
+        assert not metrics.skipped
+    spike = random_batch(1, 1, 1, 99)  # one token alone has a far larger norm than 28 together
+    assert not guarded(state, spike)[1].skipped  # five norms: not enough to compare with
+    state, _ = guarded(state, random_batch(1, 4, 7, 5))
+    history = state.opt_state[0]
+    norms = np.asarray(history.norms)
+    after, metrics = guarded(state, spike)
+    assert metrics.grad_norm > norms.mean() + 5 * norms.std()
+    assert metrics.skipped and not free(state, spike)[1].skipped
+    assert_trees_equal(
+        (after.params, after.opt_state, after.updates),
+        (state.params, state.opt_state, state.updates),
+    )
+    assert int(after.step) == int(state.step) + 1
+    # The ring: the oldest norm makes room.
+    later, metrics = guarded(after, random_batch(1, 4, 7, 6))
+    assert not metrics.skipped
+    np.testing.assert_array_equal(
+        np.asarray(later.opt_state[0].norms), [float(metrics.grad_norm), *norms[1:]]
+    )

@@ -1,0 +1,106 @@
+"""Every file of a checkpoint, damaged in every way: detected, set aside, never loaded."""
+
+import jax
+import numpy as np
+import pytest
+
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.partitioning import make_mesh
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from sheepop_jax.training.inventory import inventory
+from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.resume import first_state
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def begin(make_config):
+    """Checkpoints → the state that a run would begin with."""
+    config = make_config({"model.d_model": 12, "model.d_ff": 7, "model.num_layers": 1})
+    model = Transformer(config.model, 31)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 9))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+
+    def make(checkpoints):
+        with jax.set_mesh(mesh):
+            return first_state(model, optimizer, config.seed, mesh, checkpoints)[0]
+
+    return make
+
+
+def at_step(state, step):
+    """A state that differs from those of other steps in every array."""
+    numbers = jax.tree.map(lambda x: x + np.asarray(step, x.dtype), state)
+    return numbers
+
+
+def assert_same(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [truncate, flip, remove])
+def test_damage_to_any_file_costs_one_checkpoint_and_no_more(begin, tmp_path, caplog, damage):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    fresh = begin(checkpoints)
+    two, four = at_step(fresh, 2), at_step(fresh, 4)
+    checkpoints.save(two, {})
+    checkpoints.save(four, {})
+    checkpoints.wait()
+    root = tmp_path / "00000004"
+    names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    assert len(names) > 15
+    for name in names:
+        content = (root / name).read_bytes()
+        assert content, f"{name} is empty: what is damage to it?"
+        damage(root / name)
+        with pytest.raises(DamagedCheckpoint, match=name.name):  # no other is taken for it
+            checkpoints.restore(4, jax.eval_shape(lambda: fresh))
+        assert checkpoints.steps() == [2, 4]
+
+        caplog.clear()
+        assert_same(begin(checkpoints), two)
+        assert checkpoints.steps() == [2]
+        assert "checkpoint 4 is damaged" in caplog.text and str(name) in caplog.text
+        [aside] = [item for item in inventory(checkpoints) if item.set_aside]
+        assert aside.step == 4 and str(root / name) in aside.damage
+
+        checkpoints.save(four, {})
+        checkpoints.wait()
+        assert_same(begin(checkpoints), four)
+        # The damaged one is whole but for this file; put it back for the next.
+        (aside.path / "REASON.txt").unlink()
+        (aside.path / name).write_bytes(content)
+        checkpoints.delete(4)
+        aside.path.rename(root)
+    assert_same(begin(checkpoints), four)
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_start(begin, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    fresh = begin(checkpoints)
+    for step in (2, 4):
+        checkpoints.save(at_step(fresh, step), {})
+    checkpoints.wait()
+    for step in (2, 4):
+        flip(next(p for p in checkpoints.path(step).rglob("d/*") if p.is_file()))
+    with pytest.raises(InputError, match="only damaged checkpoints"):
+        begin(checkpoints)
+    assert checkpoints.steps() == []
+    with pytest.raises(InputError, match="only damaged checkpoints"):
+        begin(checkpoints)  # nor when it is tried again
