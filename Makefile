@@ -23,7 +23,7 @@ train: setup  ## train configs/quickstart.py (about two minutes on a laptop), th
 test: lint  ## lint, types and the whole test suite
 	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal
 
-soak: setup  ## kill a training run at 200 random times, and compare what comes of it (an hour)
+soak: setup  ## kill a training run at 200 random times, and compare what comes of it (twenty minutes)
 	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
 	SHEEPOP_JAX_KILLS=$${SHEEPOP_JAX_KILLS:-200} $(PYTHON_IN_VENV) -m pytest -q tests/faults -k random
 

@@ -106,7 +106,7 @@ def prepare(flags: argparse.Namespace) -> dict[str, float]:
 
     from sheepop_jax.data.prepare import prepare as run
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     shutil.rmtree(flags.workdir / "cache", ignore_errors=True)
     start = time.perf_counter()
     data = run(data_config(flags))
