@@ -38,9 +38,11 @@ IDENTITY = (
     "data.seq_len",
     "data.packing",
     "data.document_mask",
+    "optimizer.name",  # its state cannot be taken over
     "train.batch_size",
     "train.grad_accum_steps",
 )
+SAME_NUMBERS = ("model.remat",)  # memory against time; no other result
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,9 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
         names = new.keys() | old.keys()  # a mixture's sources may come and go
         differing = {name for name in names if new.get(name) != old.get(name)}
         fixed = {n for n in differing if n in IDENTITY or n.split(".")[0] in IDENTITY}
+        fixed -= set(SAME_NUMBERS)
+        if config.train.sequences_per_update == run.config.train.sequences_per_update:
+            fixed -= {"train.batch_size", "train.grad_accum_steps"}  # the same windows an update
         if data.identity != run.data_identity:
             changed = _difference(run.data_identity, data.identity)
             raise InputError(

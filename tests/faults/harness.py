@@ -63,10 +63,12 @@ class Runner:
     Attributes:
         directory: of the text, the data's cache and the compile cache.
         fields: overrides of the configuration.
+        devices: that XLA makes of the one core.
     """
 
     directory: Path
     fields: dict[str, object] = field(default_factory=dict)
+    devices: int = 1
 
     def words(self, workdir):
         text = self.directory / "text.txt"
@@ -88,6 +90,8 @@ class Runner:
             f"{patch}\nimport train\nsys.exit(train.main(sys.argv[1:]))"
         )
         env = {**environment(), "XDG_CACHE_HOME": str(self.directory)}
+        if self.devices > 1:
+            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices}"
         started = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-c", code, *self.words(workdir)],

@@ -95,23 +95,114 @@ def test_an_update_that_takes_a_cpu_minutes_is_said(plan, caplog):
     assert "a minute or more" in caplog.text
 
 
-def test_a_run_keeps_its_identity_and_may_change_the_rest(plan):
-    plan()
-    job, _ = plan({"optimizer.learning_rate": 0.5, "train.num_steps": 9, "checkpoint.keep": 7})
-    assert open_run(job.directory).config == job.config
-    for name, value in {
-        "seed": 9,
-        "model.dropout": 0.5,
-        "data.seq_len": 11,
-        "data.packing": "one_per_window",
-        "data.document_mask": True,
-        "train.batch_size": 16,
-        "train.grad_accum_steps": 3,
-    }.items():
+REFUSED = {
+    "seed": 9,
+    "model.d_model": 120,
+    "model.num_layers": 3,
+    "model.num_heads": 3,
+    "model.num_kv_heads": 2,
+    "model.d_ff": 80,
+    "model.max_seq_len": 31,
+    "model.dropout": 0.2,
+    "model.attention_dropout": 0.1,
+    "model.activation": "relu",
+    "model.position": "learned",
+    "model.rope_theta": 5e3,
+    "model.norm_eps": 1e-4,
+    "model.use_bias": True,
+    "model.tie_embeddings": False,
+    "data.seq_len": 11,
+    "data.packing": "one_per_window",
+    "data.document_mask": True,
+    "optimizer.name": "muon",
+    "train.batch_size": 16,
+    "train.grad_accum_steps": 3,
+}
+OTHER_DATA = {"data.val_fraction": 0.3, "data.val_split": "tail", "data.tokenizer": "bpe"}
+TAKEN = {
+    "model.remat": True,
+    # Of fields that do not matter to this source, or lead to the same tokens.
+    "data.source": "files",
+    "data.name": "unused/name",
+    "data.subset": "unused",
+    "data.text_column": "unused",
+    "data.join_rows": True,
+    "data.query": "unused",
+    "data.encoding_errors": "replace",
+    "data.gitignore": False,
+    "data.max_file_bytes": 10**9,
+    "data.max_bytes": 10**9,
+    "data.vocab_size": 400,
+    "data.tokenizer_sample_bytes": 10**6,
+    "optimizer.learning_rate": 0.5,
+    "optimizer.b1": 0.8,
+    "optimizer.b2": 0.95,
+    "optimizer.eps": 1e-7,
+    "optimizer.weight_decay": 0.3,
+    "optimizer.warmup_steps": 3,
+    "optimizer.schedule": "linear",
+    "optimizer.final_lr_fraction": 0.2,
+    "optimizer.max_grad_norm": 2.0,
+    "optimizer.max_grad_zscore": 6.0,
+    "train.platform": "auto",
+    "train.num_steps": 9,
+    "train.dtype": "bfloat16",
+    "train.log_every": 3,
+    "train.eval_every": 4,
+    "train.eval_batches": 2,
+    "train.sample_prompt": "line",
+    "train.sample_tokens": 3,
+    "train.max_skipped_steps": 4,
+    "checkpoint.save_every": 5,
+    "checkpoint.keep": 7,
+    "mesh.data": 4,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 1,
+}
+# Those that cannot change alone, or change where things lie; each is in a test of its own.
+ELSEWHERE = {"data.path", "data.val_path", "data.mixture", "data.cache_dir", "train.num_epochs"}
+
+
+def test_every_field_is_refused_or_taken_when_a_run_goes_on(plan, small_config, caplog):
+    caplog.set_level(logging.INFO)
+    job, _ = plan()
+    fields = {
+        f"{section}.{name}"
+        for section, values in small_config.to_dict().items()
+        if isinstance(values, dict)
+        for name in values
+    }
+    assert {*REFUSED, *OTHER_DATA, *TAKEN, *ELSEWHERE} == fields | {"seed"}
+    for name, value in REFUSED.items():
         with pytest.raises(InputError, match=f"{name} .* -> {value}'; expected the configuration"):
             plan({name: value})
-    with pytest.raises(InputError, match="other data"):
-        plan({"data.val_fraction": 0.3})
+    for name, value in OTHER_DATA.items():
+        with pytest.raises(InputError, match="other data"):
+            plan({name: value})
+    before = plan()[0].config.to_dict()
+    for name, value in TAKEN.items():
+        section, field = name.split(".")
+        mesh = {"mesh.fsdp": 2} if name == "mesh.data" else {}  # 4 x 2 devices
+        caplog.clear()
+        changed, _ = plan({**mesh, name: value})
+        assert changed.config.to_dict()[section][field] == value
+        if value != before[section][field]:
+            assert f"changed since the run began: {name} " in caplog.text
+        assert open_run(job.directory).config == changed.config
+        plan()  # and back
+
+
+def test_the_same_batch_in_other_microbatches_is_the_same_run(plan, caplog):
+    """What the error of a full device says to do can be done to a run that is under way."""
+    job, _ = plan({"train.batch_size": 16, "train.grad_accum_steps": 2})
+    other, _ = plan({"train.batch_size": 8, "train.grad_accum_steps": 4})
+    assert other.directory == job.directory
+    for first, second in zip(
+        job.batches.batch_at(3)[:3], other.batches.batch_at(3)[:3], strict=True
+    ):
+        np.testing.assert_array_equal(first.reshape(32, 13), second.reshape(32, 13))
+    with pytest.raises(InputError, match="train.batch_size 8 -> 16"):
+        plan({"train.batch_size": 16, "train.grad_accum_steps": 4})
 
 
 def test_a_tokenizer_that_is_not_the_runs_is_refused(plan):
