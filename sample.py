@@ -34,7 +34,7 @@ The text goes to stdout, everything else to stderr. The same flags give the same
 depends on its prompt, its number and the seed, not on what else is sampled along with it.
 A prompt that begins with a dash is written --prompt=-x. Without a prompt, a new document begins.
 
-exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C"""
+exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C"""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.01  # on matrices only
     c.optimizer.warmup_steps = 1000  # updates of linear warmup
     c.optimizer.schedule = "cosine"  # after the warmup: cosine | linear | constant
-    c.optimizer.final_lr_fraction = 0.1  # where the schedule ends, as a share of learning_rate
+    c.optimizer.final_lr_fraction = 0.1  # where cosine and linear end, as a share of learning_rate
     c.optimizer.max_grad_norm = 1.0  # clip by global norm; 0 = off
     # Leave out updates whose gradient norm is so many standard deviations above the mean of the
     # last 128; 0 = off. 6 is a cautious value.
@@ -87,10 +87,12 @@ def get_config() -> ConfigDict:
     c.train.eval_batches = 0  # held-out batches in one evaluation; 0 = the whole split
     c.train.sample_prompt = ""  # text that the samples in the log go on from
     c.train.sample_tokens = 64  # tokens sampled to the log at each evaluation; 0 = none
-    c.train.max_skipped_steps = 10  # updates with non-finite gradients in a row before an error
+    c.train.max_skipped_steps = 10  # skipped updates in a row before an error
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.save_every = 500  # updates between checkpoints; 0 = only at the end
+    # Updates between checkpoints; 0 = only at the end. One is also saved after each evaluation that
+    # is the best so far, and on a signal.
+    c.checkpoint.save_every = 500
     c.checkpoint.keep = 2  # latest checkpoints kept; the best by validation loss always is
 
     c.mesh = ConfigDict()  # devices = data x fsdp x tensor; one may be -1, the rest

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sheepop_jax.cli import Parser, checked_step, command, load_config
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, RunFailed
 
 EPILOG = """\
 examples:
@@ -84,8 +84,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     evaluate.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     bench = add("bench", "tokens per second and time to first token, with and without the cache")
-    bench.add_argument("--prompt_lengths", type=int, nargs="+", default=[16, 64], metavar="T")
-    bench.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], metavar="B")
+    bench.add_argument(
+        "--prompt_lengths", type=int, nargs="+", default=[16, 64], metavar="T", help="default 16 64"
+    )
+    bench.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[1, 8], metavar="B", help="default 1 8"
+    )
     bench.add_argument("--new_tokens", type=int, default=64, metavar="N", help="default 64")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="medians of (default 3)")
     bench.add_argument("--out", metavar="DIR", help="for the JSON and the plot: default RUN/bench")
@@ -94,7 +98,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     checkpoints = commands.add_parser("checkpoints", help=text, description=text)
     checkpoints.add_argument("--ckpt", required=True, metavar="RUN", help="a run directory")
     checkpoints.add_argument(
-        "--verify", action="store_true", help="compare every file with its SHA-256"
+        "--verify",
+        action="store_true",
+        help="compare every file with its SHA-256; exit code 1 if one is damaged",
     )
     checkpoints.add_argument("--json", action="store_true", help="one JSON object a line")
     some = checkpoints.add_mutually_exclusive_group()
@@ -257,6 +263,7 @@ def checkpoints(flags: argparse.Namespace) -> None:
 
     Raises:
         InputError: not a run, a step that is not there, or no whole checkpoint would be left.
+        RunFailed: with --verify, one of them is damaged.
     """
     from sheepop_jax.run import WorkdirLock, open_run
     from sheepop_jax.training.inventory import delete, inventory, keep_only, table
@@ -274,6 +281,9 @@ def checkpoints(flags: argparse.Namespace) -> None:
             print(json.dumps(item.to_dict()))
     else:
         print(table(items, verified=flags.verify))
+    damaged = sum(bool(item.damage) and not item.set_aside for item in items)
+    if flags.verify and damaged:
+        raise RunFailed(f"{damaged} of {len(run.checkpoints.steps())} checkpoints are damaged")
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,8 @@
 """The run directory: made or checked before training, opened for sampling and evaluating.
 
 It is self-contained: `config.json`, `tokenizer.json`, `metrics.jsonl`, `training_curve.png`,
-`checkpoints/`. Copied to another machine, it still samples and evaluates.
+`checkpoints/`. Copied to another machine, it still samples;
+evaluating it there needs a text file or the data.
 """
 
 import contextlib
@@ -31,7 +32,8 @@ from sheepop_jax.training.step import init_params
 
 log = logging.getLogger(__name__)
 
-# Fields that make a run what it is; a resumed run must not change them. The others may change.
+# Fields that make a run what it is; a resumed run must not change them, but for SAME_NUMBERS, and
+# for another split of the same update into microbatches. All others may change.
 IDENTITY = (
     "seed",
     "model",

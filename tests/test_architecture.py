@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.data_config": {"rules"},
     "sheepop_jax.config": {"data_config", "rules"},
     "sheepop_jax.runtime": set(),
-    "sheepop_jax.data": {"data", "data_config", "faults"},
+    "sheepop_jax.data": {"data", "data_config"},
     "sheepop_jax.model": {"config", "model"},
     "sheepop_jax.training": {"config", "data", "faults", "model", "training"},
     "sheepop_jax.generation": {"config", "model", "generation"},

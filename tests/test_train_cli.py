@@ -422,7 +422,10 @@ def test_the_checkpoints_of_a_run_are_listed_verified_and_deleted(trained, tmp_p
     )
     content = largest.read_bytes()
     largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    shown = checkpoints("--verify").stdout.splitlines()
+    result = checkpoints("--verify")
+    assert result.returncode == 1
+    assert result.stderr == f"error: 1 of {len(saved)} checkpoints are damaged\n"
+    shown = result.stdout.splitlines()
     assert "DAMAGED" in shown[1] and largest.name in shown[1] and "verified" in shown[-1]
 
     for words, said in (

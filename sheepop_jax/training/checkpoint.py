@@ -6,8 +6,8 @@ Layout, one directory a step, that appears by a single rename:
                          optimizer/      step counts and the optimizer's state (orbax)
                          manifest.json   written last: step, figures, size and SHA-256 of every file
 
-A step directory without a manifest is damage. Names that start with a dot are unfinished saves or
-deletions, and are swept away by the next save.
+A step directory without a manifest is damage. Names that begin with `.pending-` or
+`.deleted-` are unfinished saves or deletions, swept away by the next save or resume.
 """
 
 import logging

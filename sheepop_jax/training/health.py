@@ -1,4 +1,4 @@
-"""What is watched while a run trains: skipped updates, spikes, and steps that do not end."""
+"""What is watched in the numbers of each step: skipped updates, and spikes of the loss."""
 
 import collections
 import logging

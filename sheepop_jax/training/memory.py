@@ -21,7 +21,8 @@ class MemoryEstimate:
     """Bytes on the fullest device, roughly: XLA may need less or more.
 
     Attributes:
-        state: parameters, their gradients, and the optimizer's two moments, all fp32.
+        state: parameters, their gradients (twice with several microbatches), and the two moments of
+            Adam, all fp32.
         activations: what the backward pass of one microbatch keeps.
     """
 
@@ -58,7 +59,8 @@ def estimate_memory(params: Any, config: Config, model: Any, mesh_shape: Any) ->
     kept = tokens * m.d_model * size
     # With remat one block at a time is recomputed, and only its input is kept.
     blocks = m.num_layers * kept + block if m.remat else m.num_layers * block
-    return MemoryEstimate(16.0 * count / sharded, float(blocks / mesh_shape["tensor"]))
+    state = 16.0 + 4.0 * (train.grad_accum_steps > 1)
+    return MemoryEstimate(state * count / sharded, float(blocks / mesh_shape["tensor"]))
 
 
 def explain(error: jax.errors.JaxRuntimeError, estimate: MemoryEstimate) -> OutOfMemory | None:

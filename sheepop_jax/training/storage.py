@@ -47,7 +47,7 @@ def difference(item: Path, target: Any) -> str:
     saved, wanted = _arrays(describe(item)), _arrays(target)
     both = [name for name in saved if name in wanted and saved[name] != wanted[name]]
     changed = [f"{name} {saved[name]}, not {wanted[name]}" for name in both]
-    more = [f"{name}, which this model has not" for name in saved if name not in wanted]
+    more = [f"{name}, which this model does not have" for name in saved if name not in wanted]
     fewer = [f"no {name}" for name in wanted if name not in saved]
     return few(changed + more + fewer)
 

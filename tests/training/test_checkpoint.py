@@ -304,7 +304,7 @@ def other_name(state):
     params = {"down": {"kernel": jnp.zeros((3, 5))}}
     return (
         dataclasses.replace(state, params=params),
-        r"up.kernel, which this model has not; no down.kernel",
+        r"up.kernel, which this model does not have; no down.kernel",
     )
 
 
