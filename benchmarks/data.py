@@ -52,9 +52,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows[name] = json.loads(output.splitlines()[-1])
-    print(
-        f"corpus: {flags.gigabytes} GB in documents of {DOCUMENT_BYTES / 1e3:.0f} kB, {ROOT.name}"
-    )
+    print(f"{flags.gigabytes} GB in documents of {DOCUMENT_BYTES / 1e3:.0f} kB")
     for name, row in rows.items():
         print(f"  {name:10}" + "  ".join(f"{key} {value:,.2f}" for key, value in row.items()))
 
