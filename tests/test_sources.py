@@ -16,6 +16,7 @@ from sheepop_jax.data.prepare import prepare
 from sheepop_jax.run import open_run
 from sheepop_jax.runtime import Runtime
 from tests.data.sources.test_pdf import pdf
+from tests.data.sources.test_sql import server  # noqa: F401  a fixture: a real PostgreSQL
 
 MACHINE = Runtime("cpu", "cpu", 8, 0.0)
 WORDS = "the sheep and its wool on a hill of grass beside the sea, in rain".split()
@@ -131,6 +132,16 @@ def test_a_run_from_each_kind_of_source(kind, config, tmp_path):
             assert found == {"prose": ("document", 0.75), "goats": ("source", 0.25)}
         case _:
             assert sum(sides) == 60 and sides[1] > 0
+
+
+def test_a_run_from_postgresql(config, tmp_path, server):  # noqa: F811
+    text = "'sheep ' || i || ' is on hill ' || i * i"
+    query = f"SELECT {text} AS body FROM generate_series(1, 60) AS i ORDER BY i"
+    made = config({"path": server, "query": query, "text_column": "body"})
+    figures = pipeline.train(made, tmp_path / "run", MACHINE)
+    assert 0 < figures["val_loss"] < np.log(300)
+    [source] = open_run(tmp_path / "run").held_out().manifest["sources"]
+    assert source["documents_read"] == 60
 
 
 SIDES = ("train", "validation")
