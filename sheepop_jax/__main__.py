@@ -1,13 +1,10 @@
-"""python -m sheepop_jax <command>: the tools beside train.py and sample.py."""
+"""python -m sheepop_jax <command>: the tools beside train.py and sample.py, and their flags."""
 
 import argparse
-import json
 import sys
-from dataclasses import replace
-from pathlib import Path
 
-from sheepop_jax.cli import Parser, checked_step, command, load_config
-from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax import commands
+from sheepop_jax.cli import Parser, command
 
 EPILOG = """\
 examples:
@@ -112,193 +109,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv), []
 
 
-def data(flags: argparse.Namespace, overrides: list[str]) -> None:
-    """Prepares the data of a configuration and prints what is in it.
-
-    Raises:
-        InputError: a flag, the configuration or the text is wrong.
-    """
-    if not 0 <= flags.process_index < flags.process_count:
-        expected = f"at least 0 and below --process_count {flags.process_count}"
-        raise InputError("--process_index", flags.process_index, expected)
-    if flags.windows < 0:
-        raise InputError("--windows", flags.windows, "at least 0")
-    config = load_config(flags.config, overrides)
-    from sheepop_jax.data.batches import Layout
-    from sheepop_jax.data.prepare import prepare
-    from sheepop_jax.data.report import describe, random_windows
-    from sheepop_jax.data.shards import verify_shards
-
-    prepared = prepare(config.data, flags.process_index, flags.process_count)
-    if flags.verify:
-        files = verify_shards(prepared.directory, prepared.manifest)
-        print(f"{prepared.directory}: {files} files are what the manifest says", file=sys.stderr)
-    if flags.json:
-        print(json.dumps(prepared.manifest))
-        return
-    layout = Layout.of(config.data, prepared.tokenizer.end_of_text)
-    print(describe(prepared, layout, config.seed))
-    for number, text in enumerate(
-        random_windows(prepared, layout, config.seed, flags.windows), start=1
-    ):
-        print(f"\n--- window {number} of {flags.windows} ---\n{text}")
-
-
-def evaluate(flags: argparse.Namespace) -> None:
-    """Evaluates a run and prints the figures.
-
-    Raises:
-        InputError: the run, the text or a flag is wrong.
-    """
-    if flags.batch_size < 1:
-        raise InputError("--batch_size", flags.batch_size, "at least 1")
-    wanted = checked_step(flags.step)
-    from sheepop_jax import runtime
-
-    machine = runtime.prepare(flags.platform)
-    from sheepop_jax.data.batches import Layout
-    from sheepop_jax.data.shards import TokenStream, encode_text
-    from sheepop_jax.evaluation import compression_figures, evaluate_stream
-    from sheepop_jax.generation.request import resolve_context
-    from sheepop_jax.run import open_run
-
-    run = open_run(flags.ckpt)
-    seq_len = run.config.data.seq_len
-    if flags.context is not None:
-        seq_len = resolve_context(run.config.model, flags.context)
-        print(f"windows of {seq_len} tokens; trained on {run.config.data.seq_len}", file=sys.stderr)
-    if not 0 <= flags.overlap < seq_len:
-        raise InputError("--overlap", flags.overlap, f"at least 0 and below the window, {seq_len}")
-    if flags.data is None:
-        stream = run.held_out().validation
-        compressed = {"gzip_bits_per_byte": run.gzip_bits_per_byte}
-    else:
-        text = _read_text(flags.data)
-        run.tokenizer.check(text, flags.data)
-        tokens = encode_text(run.tokenizer, [text])
-        stream = TokenStream.from_array(tokens, len(text.encode()), 1)
-        compressed = compression_figures(text.encode())
-    params, step = run.params(wanted)
-    model = run.model(machine.compute_dtype(flags.dtype))
-    layout = replace(Layout.of(run.config.data, run.tokenizer.end_of_text), seq_len=seq_len)
-    figures = evaluate_stream(
-        model,
-        params,
-        stream,
-        layout,
-        batch_size=flags.batch_size,
-        overlap=flags.overlap,
-    )
-    found = figures.to_dict() | compressed
-    if flags.json:
-        print(json.dumps(found))
-        return
-    print(f"step {step} of {run.directory}, on {flags.data or 'its held-out split'}:")
-    for name, value in found.items():
-        print(f"  {name:20}{value:,}" if isinstance(value, int) else f"  {name:20}{value:.4f}")
-
-
-def _read_text(name: str) -> str:
-    try:
-        text = Path(name).read_bytes().decode()
-    except OSError as error:
-        raise InputError("--data", f"{name} ({error.strerror})", "a text file") from None
-    except UnicodeDecodeError as error:
-        got = f"{name}, not UTF-8 at byte {error.start}"
-        raise InputError("--data", got, "a UTF-8 text file") from None
-    if not text.strip():
-        raise InputError("--data", f"{name}, without text", "a text file")
-    return text
-
-
-def bench(flags: argparse.Namespace) -> None:
-    """Measures decoding, prints a table, and writes JSON and a plot.
-
-    Raises:
-        InputError: the run or a flag is wrong.
-    """
-    wanted = checked_step(flags.step)
-    from sheepop_jax import runtime
-
-    machine = runtime.prepare(flags.platform)
-    from sheepop_jax.generation.bench import benchmark
-    from sheepop_jax.generation.bench_report import format_table, write_results
-    from sheepop_jax.generation.request import resolve_context
-    from sheepop_jax.run import open_run
-
-    run = open_run(flags.ckpt)
-    context = resolve_context(run.config.model, flags.context)
-    longest = max(flags.prompt_lengths) + flags.new_tokens
-    if longest > context:
-        got = f"{longest} tokens with --new_tokens {flags.new_tokens}"
-        raise InputError("--prompt_lengths", got, f"at most the context, {context}", "--context")
-    out = Path(flags.out) if flags.out else run.directory / "bench"
-    if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
-        raise InputError("--out", str(out), "a directory that can be made")  # before measuring
-    params, step = run.params(wanted)
-    dtype = machine.compute_dtype(flags.dtype)
-    rows = benchmark(
-        run.model(dtype),
-        params,
-        prompt_lengths=flags.prompt_lengths,
-        batch_sizes=flags.batch_sizes,
-        new_tokens=flags.new_tokens,
-        repeats=flags.repeats,
-        context=context,
-        report=lambda line: print(line, file=sys.stderr),
-    )
-    about = {
-        "run": str(run.directory),
-        "step": step,
-        "device": machine.device_kind,
-        "dtype": dtype.name,
-    }
-    print(format_table(rows))
-    for path in write_results(rows, out, about):
-        print(f"written: {path}", file=sys.stderr)
-
-
-def checkpoints(flags: argparse.Namespace) -> None:
-    """Lists the checkpoints of a run, after deleting what was asked for.
-
-    Raises:
-        InputError: not a run, a step that is not there, or no whole checkpoint would be left.
-        RunFailed: with --verify, one of them is damaged.
-    """
-    from sheepop_jax.run import WorkdirLock, open_run
-    from sheepop_jax.training.inventory import delete, inventory, keep_only, table
-
-    run = open_run(flags.ckpt)
-    if flags.delete or flags.keep:
-        with WorkdirLock(run.directory):
-            if flags.delete:
-                delete(run.checkpoints, flags.delete)
-            else:
-                keep_only(run.checkpoints, flags.keep)
-    items = inventory(run.checkpoints, verify=flags.verify)
-    if flags.json:
-        for item in items:
-            print(json.dumps(item.to_dict()))
-    else:
-        print(table(items, verified=flags.verify))
-    damaged = sum(bool(item.damage) and not item.set_aside for item in items)
-    if flags.verify and damaged:
-        raise RunFailed(f"{damaged} of {len(run.checkpoints.steps())} checkpoints are damaged")
-
-
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     flags, overrides = parse(argv)
     with command(flags.debug):
         match flags.command:
             case "data":
-                data(flags, overrides)
+                commands.data(flags, overrides)
             case "evaluate":
-                evaluate(flags)
+                commands.evaluate(flags)
             case "bench":
-                bench(flags)
+                commands.bench(flags)
             case "checkpoints":
-                checkpoints(flags)
+                commands.checkpoints(flags)
     return 0
 
 

@@ -67,12 +67,13 @@ def command(debug: bool) -> Iterator[None]:
 
     With `debug` tracebacks are shown and logs are full.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(message)s" if not debug else "%(asctime)s %(name)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    shown = "%(asctime)s %(name)s %(levelname)s %(message)s" if debug else "%(message)s"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(shown))
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if debug else logging.WARNING)
     if not debug:  # others' loggers speak up only when something is wrong
         logging.getLogger("sheepop_jax").setLevel(logging.INFO)
         logging.getLogger("absl").setLevel(logging.ERROR)
@@ -118,6 +119,9 @@ def command(debug: bool) -> Iterator[None]:
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:  # whoever called us in a process of their own has logs of their own
+        root.handlers[:] = before
+        root.setLevel(level)
 
 
 def load_config(path: str, overrides: list[str]) -> Config:

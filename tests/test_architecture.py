@@ -28,13 +28,14 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.run": {"config", "data", "faults", "model", "training"},
     "sheepop_jax.pipeline": LIBRARY,
     "sheepop_jax.cli": {"config"},
-    "sheepop_jax.__main__": LIBRARY | {"cli", "pipeline"},
+    "sheepop_jax.commands": LIBRARY | {"cli"},
+    "sheepop_jax.__main__": {"cli", "commands"},
     "train": LIBRARY | {"cli", "pipeline"},
     "sample": LIBRARY | {"cli", "pipeline"},
     "configs": set(),
 }
 
-PROGRAMS = ("train", "sample", "sheepop_jax.__main__")
+PROGRAMS = ("train", "sample", "sheepop_jax.__main__", "sheepop_jax.commands")
 COMMAND_LINE = (*PROGRAMS, "sheepop_jax.cli", "configs")
 # Every room but errors, config, data and the command line. The data are numpy's.
 WITH_JAX = tuple(
