@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ def _arrays(tree: Any) -> dict[str, str]:
 def _hush_orbax() -> None:
     """Leaves what is said of a failed save to us: one line. With --debug nothing is kept back.
 
-    The threads that write log a traceback each, and tensorstore prints another when it wants to
-    tell a loop that has given up meanwhile.
+    The threads that write log a traceback each, tensorstore prints another when it wants to tell a
+    loop that has given up meanwhile, and writes that never began are warned of as never awaited.
     """
     absl = logging.getLogger("absl")
     if log.isEnabledFor(logging.DEBUG) or _from_elsewhere in absl.filters:
         return
     absl.addFilter(_from_elsewhere)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     others = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

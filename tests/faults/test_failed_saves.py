@@ -1,6 +1,7 @@
 """A save that cannot be: one line says why, exit 1, and the run goes on from the one before."""
 
 import logging
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 
 from sheepop_jax.training import storage
 from tests.faults.harness import KILLED, outcome
+from tests.test_train_cli import ROOT, environment
 
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
 NOT_FINITE = """
@@ -71,3 +73,18 @@ def test_with_debug_nothing_is_kept_back(monkeypatch):
     monkeypatch.setattr(storage.log, "isEnabledFor", lambda level: level == logging.DEBUG)
     storage._hush_orbax()
     assert sys.unraisablehook is hook and logging.getLogger("absl").filters == []
+
+
+def test_writes_that_never_began_are_not_warned_of():
+    """Which of orbax's writes have begun when the disk is full hangs on the clock."""
+    code = "from sheepop_jax.training import storage\nasync def write(): pass\nHUSH\nwrite()\n"
+    for hush, expected in (("storage._hush_orbax()", ""), ("pass", "never awaited")):
+        result = subprocess.run(
+            [sys.executable, "-c", code.replace("HUSH", hush)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=environment(),
+        )
+        assert expected in result.stderr and bool(result.stderr) == bool(expected)
