@@ -1,5 +1,6 @@
 """A late step is said once, with the stacks of all threads."""
 
+import re
 import threading
 import time
 
@@ -11,7 +12,7 @@ from sheepop_jax.training.watchdog import Watchdog
 
 @pytest.fixture
 def dog(monkeypatch):
-    monkeypatch.setattr(watchdog, "_AT_LEAST_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_AT_LEAST_SECONDS", 1.0)
     found = Watchdog()
     yield found
     found.close()
@@ -25,7 +26,7 @@ def steps(dog, count, seconds=0.005):
         dog.step(step)
 
 
-def wait_for(caplog, count, seconds=5.0):
+def wait_for(caplog, count, seconds=20.0):
     until = time.monotonic() + seconds
     while len(caplog.records) < count and time.monotonic() < until:
         time.sleep(0.01)
@@ -35,10 +36,10 @@ def wait_for(caplog, count, seconds=5.0):
 def test_a_late_step_is_said_once_and_the_next_one_again(dog, caplog):
     steps(dog, 5)
     wait_for(caplog, 1)
-    assert "the step after 4 has taken 0 s so far, the median is 0.0" in caplog.text
+    assert re.search(r"the step after 4 has taken \d s so far, the median is 0\.0", caplog.text)
     assert f"0x{threading.main_thread().ident:x}".lstrip("0x") in caplog.text
     assert "test_watchdog.py" in caplog.text
-    time.sleep(0.5)
+    time.sleep(1.5)
     assert len(caplog.records) == 1
     dog.step(5)
     wait_for(caplog, 2)
@@ -46,10 +47,10 @@ def test_a_late_step_is_said_once_and_the_next_one_again(dog, caplog):
 
 def test_nothing_is_late_while_paused_or_before_there_is_a_median(dog, caplog):
     dog.resume()
-    time.sleep(0.4)  # the first step: there is nothing to compare with
+    time.sleep(1.4)  # the first step: there is nothing to compare with
     steps(dog, 5)
     dog.pause()
-    time.sleep(0.6)
+    time.sleep(1.6)
     assert not caplog.records
     dog.resume()
     wait_for(caplog, 1)

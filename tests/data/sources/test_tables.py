@@ -306,7 +306,7 @@ class TestWeb:
         monkeypatch.setattr(tables, "_NETWORK_SECONDS", 0.2)
         began = time.monotonic()
         message = refusal("json", f"{url}/{name}")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8  # a read waits 10 s, retries wait longer
         assert message.startswith(f"data.path: got '{url}/{name} (") and said in message
         assert message.endswith("the network; or download it and give its path")
 
