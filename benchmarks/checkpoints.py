@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# After the path is set, so that it runs from anywhere: hence E402.
 from sheepop_jax import runtime  # noqa: E402
 from sheepop_jax.cli import load_config  # noqa: E402
 

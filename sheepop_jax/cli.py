@@ -89,16 +89,11 @@ def command(debug: bool) -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except RunFailed as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
     except BrokenPipeError:
         # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
+    except (RunFailed, OSError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

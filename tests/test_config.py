@@ -260,7 +260,7 @@ def test_the_size_of_a_vocabulary_of_characters_is_free():
 def test_a_configuration_cannot_be_changed():
     config = Config.from_dict(base.get_config())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.model.d_model = 3  # type: ignore[misc]
+        config.model.d_model = 3
 
 
 @pytest.mark.parametrize(

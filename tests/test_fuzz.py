@@ -157,10 +157,7 @@ TYPED = st.lists(
     st.sampled_from(sorted(set(FIELDS) - {"data.mixture"})), min_size=1, max_size=3, unique=True
 ).flatmap(
     lambda names: st.tuples(
-        *(
-            values(name).map(lambda value, name=name: f"--config.{name}={value}")  # type: ignore[misc]
-            for name in names
-        )
+        *(values(name).map(lambda value, name=name: f"--config.{name}={value}") for name in names)
     )
 )
 UNKNOWN = st.text("adelmo_.\n", max_size=9).map(lambda name: f"--config.{name}=3")

@@ -134,7 +134,7 @@ def test_a_run_from_each_kind_of_source(kind, config, tmp_path):
             assert sum(sides) == 60 and sides[1] > 0
 
 
-def test_a_run_from_postgresql(config, tmp_path, server):  # noqa: F811
+def test_a_run_from_postgresql(config, tmp_path, server):  # noqa: F811  the fixture, not again
     text = "'sheep ' || i || ' is on hill ' || i * i"
     query = f"SELECT {text} AS body FROM generate_series(1, 60) AS i ORDER BY i"
     made = config({"path": server, "query": query, "text_column": "body"})

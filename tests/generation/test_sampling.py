@@ -226,4 +226,4 @@ def test_new_values_compile_nothing(compilations: list[str]) -> None:
 )
 def test_bad_settings_are_refused_by_name(values: dict[str, float], flag: str) -> None:
     with pytest.raises(InputError, match=flag):
-        SamplingConfig(**values)  # type: ignore[arg-type]
+        SamplingConfig(**values)

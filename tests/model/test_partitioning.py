@@ -31,7 +31,7 @@ DIVISIBLE = {
 
 @pytest.fixture(autouse=True)
 def eight_devices():
-    if jax.device_count() != 8:
+    if jax.device_count() != 8:  # XLA_FLAGS of the user's own win over conftest's
         pytest.skip("needs 8 devices (see conftest.py)")
 
 

@@ -138,6 +138,7 @@ def open_sql(path: str, query: str, text_column: str) -> Sql:
         InputError: a package is missing, `path` names no such file or another kind of database, a
             URL holds a password, or `query` is empty.
     """
+    # Only whether they are there: hence F401. They are used where the rows are read.
     try:
         import sqlalchemy  # noqa: F401
     except ImportError:
