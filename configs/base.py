@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
     c.train.sample_prompt = ""  # text that the samples in the log go on from
     c.train.sample_tokens = 64  # tokens sampled to the log at each evaluation; 0 = none
     c.train.max_skipped_steps = 10  # skipped updates in a row before an error
+    c.train.profile_steps = 0  # steps traced, from the third on, to RUN/profile; 0 = none
 
     c.checkpoint = ConfigDict()
     # Updates between checkpoints; 0 = only at the end. One is also saved after each evaluation that

@@ -123,6 +123,7 @@ class TrainConfig(Section):
     sample_prompt: str
     sample_tokens: int
     max_skipped_steps: int
+    profile_steps: int
 
     prefix = "train."
 
@@ -131,6 +132,7 @@ class TrainConfig(Section):
         self.one_of("dtype", "auto", "float32", "bfloat16")
         self.count(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
         self.count(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
+        self.count(0, "profile_steps")
         self.require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             "num_steps",

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from sheepop_jax.data.batches import Batch, EvaluationBatches, Layout
+from sheepop_jax.data.batch import Batch
+from sheepop_jax.data.batches import EvaluationBatches, Layout
 from sheepop_jax.data.shards import TokenStream
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import EvaluationSums, chunk_length, evaluation_sums

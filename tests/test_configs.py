@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.config import Config
-from sheepop_jax.data.batches import Batch
+from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import init_state, make_train_step

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sheepop_jax import evaluation
-from sheepop_jax.data.batches import Batch, Layout
+from sheepop_jax.data.batch import Batch
+from sheepop_jax.data.batches import Layout
 from sheepop_jax.data.shards import TokenStream
 from sheepop_jax.evaluation import compression_figures, evaluate, evaluate_stream
 from sheepop_jax.model.transformer import Transformer

@@ -15,7 +15,7 @@ from configs import base
 from sheepop_jax import pipeline, runtime
 from sheepop_jax.cli import load_config
 from sheepop_jax.config import Config
-from sheepop_jax.data.batches import Batch
+from sheepop_jax.data.batch import Batch
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule

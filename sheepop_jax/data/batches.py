@@ -2,32 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.windows import DocumentWindows, WindowOrder, make_windows
 from sheepop_jax.data_config import DataConfig
 from sheepop_jax.errors import InputError
-
-
-class Batch(NamedTuple):
-    """What one update ([A, B, T]) or one evaluation step ([B, T]) sees.
-
-    Attributes:
-        inputs: token ids, int32.
-        targets: the token that follows each input, int32.
-        weights: 1 where the target counts, 0 where it is padding or overlap, float32.
-        segments: which document of its window each input belongs to, counted from 0, int32;
-            attention and positions then stop at documents' borders. None: they do not.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    segments: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

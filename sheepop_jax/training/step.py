@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from sheepop_jax.data.batches import Batch
+from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import chunk_length, cross_entropy_sum
 from sheepop_jax.training.optimizer import is_outlier

@@ -1,5 +1,6 @@
 """The training loop, the only one: update, evaluate, log, flush, save, in this order."""
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -13,7 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from sheepop_jax.config import Config
-from sheepop_jax.data.batches import Batch, TrainBatches
+from sheepop_jax.data.batch import Batch
+from sheepop_jax.data.batches import TrainBatches
 from sheepop_jax.model.partitioning import batch_sharding
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
@@ -22,6 +24,7 @@ from sheepop_jax.training.health import Health
 from sheepop_jax.training.memory import estimate_memory, explain
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.profile import Profile
 from sheepop_jax.training.progress import Progress, readable_seconds
 from sheepop_jax.training.resume import first_state
 from sheepop_jax.training.step import StepMetrics, TrainState, init_params, make_train_step
@@ -120,6 +123,8 @@ class _Loop:
         self.first_step = self.step
         self.watchdog = Watchdog()
         self.health = Health(config.train.max_skipped_steps)
+        profiled = config.train.profile_steps if job.first_process else 0
+        self.profile = Profile(profiled, self.step, job.directory / "profile")
         self.data_wait = 0.0
         self.in_flight: StepMetrics | None = None
 
@@ -137,7 +142,11 @@ class _Loop:
         try:
             while self.step < last:
                 self.stop.check()
-                self.state, metrics = train_step(self.state, batch)
+                if self.profile.due(self.step):
+                    with self._clock_stopped():
+                        self.profile.turn(self.step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+                    self.state, metrics = train_step(self.state, batch)
                 self._account()  # for the step before, while this one runs
                 self.step, self.figures, self.in_flight = self.step + 1, {}, metrics
                 waiting_since = time.perf_counter()
@@ -157,6 +166,7 @@ class _Loop:
     def close(self) -> None:
         """Leaves nothing open; a save that fails while another error is on its way is logged."""
         self.watchdog.close()
+        self.profile.close(self.step)
         self.progress.close()
         try:
             self.checkpoints.wait()
@@ -228,13 +238,19 @@ class _Loop:
         save = _due(self.step, config.checkpoint.save_every, last)
         if not (evaluate or save):
             return
+        with self._clock_stopped():
+            if evaluate:
+                save |= self._evaluate()
+            if save:
+                self._save()
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """For what is no update: the step in flight is waited for, and no clock runs."""
         self._account()
         self.throughput.stop()
         self.watchdog.pause()
-        if evaluate:
-            save |= self._evaluate()
-        if save:
-            self._save()
+        yield
         self.throughput.start()
         self.watchdog.resume()
 

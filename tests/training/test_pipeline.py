@@ -153,6 +153,7 @@ TAKEN = {
     "train.sample_prompt": "line",
     "train.sample_tokens": 3,
     "train.max_skipped_steps": 4,
+    "train.profile_steps": 2,
     "checkpoint.save_every": 5,
     "checkpoint.keep": 7,
     "mesh.data": 4,

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from sheepop_jax.config import MeshConfig
-from sheepop_jax.data.batches import Batch
+from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shardings
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training import optimizer as optimizer_module

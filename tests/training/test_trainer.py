@@ -1,6 +1,7 @@
 """The loop: exactly N updates, everything when it is due, and going on where it stopped."""
 
 import dataclasses
+import gzip
 import json
 import time
 
@@ -313,6 +314,18 @@ def test_nothing_compiles_after_the_first_steps(make_job):
         jax.monitoring.clear_event_listeners()
     assert compiled[0] > 0  # the listener hears compilations
     assert compiled[1] == compiled[2]  # from step 6, after the first evaluation and save, none
+
+
+@pytest.mark.parametrize(("num_steps", "traced"), [(7, 2), (3, 1), (2, 0)])
+def test_a_profile_holds_the_steps_after_the_second(make_job, num_steps, traced):
+    job = make_job(num_steps=num_steps, overrides={"train.profile_steps": 2})
+    fit(job, StopSignal())
+    found = list(job.directory.rglob("perfetto_trace.json.gz"))
+    assert len(found) == (traced > 0)
+    for path in found:
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        steps = {e["args"]["step_num"] for e in events if e.get("name") == "train"}
+        assert steps == {str(3 + i) for i in range(traced)}
 
 
 @pytest.mark.parametrize("looked_up", [{}, {"tie_embeddings": False}, {"position": "learned"}])
