@@ -75,6 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--truncate", choices=("left",), help="drop the beginning of a prompt that does not fit")
     add("--platform", choices=("auto", "cpu", "cuda", "tpu"), default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--quantize", choices=("int8",), help="weights as int8 (default: as they were trained)")
     add("--debug", action="store_true", help="show tracebacks and debug logs")
     return parser.parse_args(argv)
 
@@ -160,7 +161,7 @@ def sample(flags: argparse.Namespace) -> None:
             log.warning("dropped the first %d of %d tokens", len(ids) - len(kept), len(ids))
         new_token_limit(max(len(kept), 1), flags.max_new_tokens, context)  # before the parameters
         prompts.append(kept)
-    params, step = run.params(flags.step)
+    params, step = run.params(flags.step, flags.quantize)
     log.info("step %d of %s", step, run.directory)
     completions = generate(
         run.model(machine.compute_dtype(flags.dtype)),

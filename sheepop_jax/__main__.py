@@ -9,6 +9,7 @@ from sheepop_jax.cli import Parser, command
 EPILOG = """\
 examples:
   python -m sheepop_jax data --config configs/base.py --config.data.path=my_texts/
+  python -m sheepop_jax plan --config configs/gpt2_124m.py --devices 8 --device H100
   python -m sheepop_jax evaluate --ckpt runs/quickstart
   python -m sheepop_jax evaluate --ckpt runs/base --data my_text.txt --step best --json
   python -m sheepop_jax bench --ckpt runs/base --batch_sizes 1 8
@@ -30,11 +31,24 @@ examples:
   python -m sheepop_jax data --config configs/base.py --process_index 0 --process_count 2"""
 
 
+PLAN = """\
+say what a run will need, before anything is compiled and without reading data: parameters, bytes on
+each device, FLOPs and expected time of an update, and what to change when it does not fit"""
+PLAN_EPILOG = """\
+Every field of configs/base.py can be set as --config.section.field=value. Without --device, for the
+devices that are here. The formula is in docs/scaling.md.
+
+examples:
+  python -m sheepop_jax plan --config configs/base.py
+  python -m sheepop_jax plan --config configs/gpt2_124m.py --devices 64 --device "TPU v5p"
+  python -m sheepop_jax plan --config configs/base.py --device H100 --json"""
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command and its flags; and, for `data`, the overrides of configuration fields."""
+    """The command and its flags; for `data` and `plan`, the overrides of configuration fields."""
     parser = Parser(prog="python -m sheepop_jax", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{data,evaluate,bench,checkpoints}"
+        dest="command", required=True, metavar="{data,plan,evaluate,bench,checkpoints}"
     )
 
     data = commands.add_parser(
@@ -54,12 +68,34 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     data.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
 
+    plan = commands.add_parser(
+        "plan", help="say what a run will need", description=PLAN, epilog=PLAN_EPILOG
+    )
+    plan.add_config()
+    plan.add_argument("--devices", type=int, metavar="N", help="default: those here, or 1")
+    plan.add_argument("--device", metavar="KIND", help="H100, TPU v5p, cpu, …; default: those here")
+    plan.add_argument(
+        "--vocab_size", type=int, metavar="V", help="the tokenizer's; default: data.vocab_size"
+    )
+    plan.add_argument(
+        "--peak_share",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="of the devices' peak FLOP/s that is expected (default 0.4)",
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    plan.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
+
     def add(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--ckpt", required=True, metavar="RUN", help="a run directory")
         sub.add_argument("--step", default="latest", help="latest (default), best or a number")
         sub.add_argument("--platform", choices=("auto", "cpu", "cuda", "tpu"), default="auto")
         sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+        sub.add_argument(
+            "--quantize", choices=("int8",), help="weights as int8 (default: as they were trained)"
+        )
         sub.add_argument(
             "--context", type=int, metavar="N", help="default: the run's own; RoPE allows more"
         )
@@ -104,7 +140,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     some.add_argument("--delete", type=int, nargs="+", metavar="STEP", help="delete these")
     some.add_argument("--keep", type=int, nargs="+", metavar="STEP", help="delete all but these")
     checkpoints.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
-    if argv[:1] == ["data"]:
+    if argv[:1] in (["data"], ["plan"]):
         return parser.parse_with_overrides(argv)
     return parser.parse_args(argv), []
 
@@ -116,6 +152,8 @@ def main(argv: list[str]) -> int:
         match flags.command:
             case "data":
                 commands.data(flags, overrides)
+            case "plan":
+                commands.plan(flags, overrides)
             case "evaluate":
                 commands.evaluate(flags)
             case "bench":

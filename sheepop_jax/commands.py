@@ -42,6 +42,60 @@ def data(flags: argparse.Namespace, overrides: list[str]) -> None:
         print(f"\n--- window {number} of {flags.windows} ---\n{text}")
 
 
+def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Prints what a run of a configuration will need, before any data is read.
+
+    Raises:
+        InputError: a flag or the configuration is wrong, or does not fit the mesh.
+    """
+    for name, low in (("devices", 1), ("vocab_size", 1)):
+        value = getattr(flags, name)
+        if value is not None and not low <= value < 2**31:
+            raise InputError(f"--{name}", value, "at least 1 and below 2**31")
+    if not 0 < flags.peak_share <= 1:
+        raise InputError("--peak_share", flags.peak_share, "a number in (0, 1]")
+    config = load_config(flags.config, overrides)
+    from sheepop_jax import runtime
+
+    if flags.device:
+        machine = runtime.imagine(flags.device, flags.devices or 1)
+    else:
+        machine = runtime.prepare(config.train.platform)
+        if flags.devices:
+            machine = machine.with_devices(flags.devices)
+    from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.partitioning import check_mesh, imagined_mesh
+    from sheepop_jax.model.transformer import Transformer
+    from sheepop_jax.training.plan import make_plan
+    from sheepop_jax.training.plan_report import describe
+
+    mesh = imagined_mesh(config.mesh, machine.device_count)
+    check_mesh(config, mesh)
+    vocab_size = flags.vocab_size or config.data.vocab_size
+    dtype = machine.compute_dtype(config.train.dtype)
+    implementation = choose_implementation(
+        machine.platform,
+        dtype,
+        config.model.head_dim,
+        config.model.attention_dropout,
+        document_mask=config.data.document_mask,
+    )
+    model = Transformer(config.model, vocab_size, dtype, implementation)
+    planned = make_plan(
+        config,
+        model,
+        mesh,
+        platform=machine.platform,
+        device_kind=machine.device_kind,
+        device_memory=machine.device_memory,
+        peak_flops=machine.peak_flops,
+    )
+    if flags.json:
+        print(json.dumps(planned.to_dict(flags.peak_share)))
+    else:
+        print(describe(planned, config, model, flags.peak_share))
+
+
 def evaluate(flags: argparse.Namespace) -> None:
     """Evaluates a run and prints the figures.
 
@@ -76,7 +130,7 @@ def evaluate(flags: argparse.Namespace) -> None:
         tokens = encode_text(run.tokenizer, [text])
         stream = TokenStream.from_array(tokens, len(text.encode()), 1)
         compressed = compression_figures(text.encode())
-    params, step = run.params(wanted)
+    params, step = run.params(wanted, flags.quantize)
     model = run.model(machine.compute_dtype(flags.dtype))
     layout = replace(Layout.of(run.config.data, run.tokenizer.end_of_text), seq_len=seq_len)
     figures = evaluate_stream(
@@ -133,7 +187,7 @@ def bench(flags: argparse.Namespace) -> None:
     out = Path(flags.out) if flags.out else run.directory / "bench"
     if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
         raise InputError("--out", str(out), "a directory that can be made")  # before measuring
-    params, step = run.params(wanted)
+    params, step = run.params(wanted, flags.quantize)
     dtype = machine.compute_dtype(flags.dtype)
     rows = benchmark(
         run.model(dtype),
@@ -150,6 +204,7 @@ def bench(flags: argparse.Namespace) -> None:
         "step": step,
         "device": machine.device_kind,
         "dtype": dtype.name,
+        "quantize": flags.quantize,
     }
     print(format_table(rows))
     for path in write_results(rows, out, about):

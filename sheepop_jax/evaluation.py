@@ -63,7 +63,7 @@ def evaluate(
 
     Args:
         model: with the dtype to compute in.
-        params: fp32.
+        params: fp32 or quantised.
         batches: [B, T] with weight 0 on what does not count; on the device or not.
         bytes_per_token: UTF-8 bytes of the documents over all predicted tokens.
 
@@ -113,7 +113,7 @@ def evaluate_stream(
 
     Args:
         model: with the dtype to compute in.
-        params: fp32.
+        params: fp32 or quantised.
         stream: from `prepare` or `TokenStream.from_array`.
         layout: its windows.
         batch_size: B.

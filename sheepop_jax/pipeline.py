@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Layout, TrainBatches
@@ -21,9 +20,9 @@ from sheepop_jax.model.partitioning import batch_sharding, check_mesh, make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.run import Run, WorkdirLock, create_run
 from sheepop_jax.runtime import Runtime
-from sheepop_jax.training.step import init_params
+from sheepop_jax.training.plan import make_plan
+from sheepop_jax.training.plan_report import summary
 from sheepop_jax.training.stop import StopSignal
-from sheepop_jax.training.throughput import flops_per_token
 from sheepop_jax.training.trainer import Job, fit
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,24 @@ def train(
                 num_steps,
             )
         log.info("activations in %s, attention by %s", dtype.name, implementation)
-        _warn_of_long_updates(config, model, machine)
+        plan = make_plan(
+            config,
+            model,
+            mesh,
+            platform=machine.platform,
+            device_kind=machine.device_kind,
+            device_memory=machine.device_memory,
+            peak_flops=machine.peak_flops,
+        )
+        for line in summary(plan):
+            log.info("%s", line)
+        if machine.platform == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
+            log.warning(
+                "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
+                "train.grad_accum_steps, or begin with configs/quickstart.py",
+                plan.tokens,
+                plan.flops / 1e12,
+            )
 
         def figures(params: Any) -> dict[str, float]:
             found = evaluate_stream(
@@ -130,19 +146,6 @@ def train(
                 data.gzip_bits_per_byte,
             )
         return result
-
-
-def _warn_of_long_updates(config: Config, model: Transformer, machine: Runtime) -> None:
-    params = nn.meta.unbox(jax.eval_shape(lambda: init_params(model, 0)))
-    tokens = config.train.sequences_per_update * config.data.seq_len
-    flops = tokens * flops_per_token(params, config)
-    if machine.platform == "cpu" and flops > LONG_UPDATE_FLOPS:
-        log.warning(
-            "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
-            "train.grad_accum_steps, or begin with configs/quickstart.py",
-            tokens,
-            flops / 1e12,
-        )
 
 
 def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ import socket
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from sheepop_jax.data.shards import PreparedData, open_shards
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.faults import fault_point
+from sheepop_jax.model.quantize import quantized
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from sheepop_jax.training.step import init_params
@@ -76,8 +77,12 @@ class Run:
         """The architecture, with the attention that decodes and evaluates anywhere."""
         return Transformer(self.config.model, self.tokenizer.vocab_size, dtype)
 
-    def params(self, step: str | int = "latest") -> tuple[Any, int]:
-        """Parameters of "latest", "best" or a number, fp32, on the first device; and the step.
+    def params(
+        self, step: str | int = "latest", quantize: Literal["int8"] | None = None
+    ) -> tuple[Any, int]:
+        """Parameters of "latest", "best" or a number, on the first device; and the step.
+
+        They are fp32, or their matrices int8 (`model.quantize`).
 
         Raises:
             InputError: no such checkpoint, or it is damaged.
@@ -87,11 +92,12 @@ class Run:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda leaf: leaf.update(sharding=here), target)
         try:
-            return self.checkpoints.restore_params(found, target), found
+            params = self.checkpoints.restore_params(found, target)
         except DamagedCheckpoint as damage:
             raise InputError(
                 "--step", step, f"a whole checkpoint ({damage})", "another --step"
             ) from None
+        return quantized(params) if quantize == "int8" else params, found
 
     def held_out(self) -> PreparedData:
         """The data of the run: its shards, if they are still there, or made again from its source.

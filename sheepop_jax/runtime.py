@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,30 @@ from sheepop_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 matrix peak of one device, FLOP/s, by a part of jax's `device_kind`: the makers'
-# figures. The first match counts, so that longer names stand first.
-PEAK_FLOPS = (
-    ("H200", 989e12),
-    ("H100", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("A10G", 70e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-    ("TPU v6", 918e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v4", 275e12),
-    ("TPU v3", 123e12),
-    ("TPU v2", 46e12),
+# By a part of jax's `device_kind`: dense bf16 matrix peak of one device, FLOP/s, and its memory,
+# bytes: the makers' figures. A device is what jax counts as one, so for TPU v2 and v3 half a chip.
+# The first match counts, so that longer names stand first.
+DEVICES = (
+    ("H200", 989e12, 141e9),
+    ("H100", 989e12, 80e9),
+    ("B200", 2250e12, 180e9),
+    ("A100-SXM4-40GB", 312e12, 40e9),
+    ("A100-PCIE-40GB", 312e12, 40e9),
+    ("A100", 312e12, 80e9),
+    ("A10G", 70e12, 24e9),
+    ("L40S", 362e12, 48e9),
+    ("L4", 121e12, 24e9),
+    ("V100", 125e12, 16e9),
+    ("T4", 65e12, 16e9),
+    ("RTX 4090", 165e12, 24e9),
+    ("RTX 3090", 71e12, 24e9),
+    ("TPU v6", 918e12, 32e9),
+    ("TPU v5p", 459e12, 95e9),
+    ("TPU v5 lite", 197e12, 16e9),
+    ("TPU v5e", 197e12, 16e9),
+    ("TPU v4", 275e12, 32e9),
+    ("TPU v3", 61.5e12, 16e9),
+    ("TPU v2", 22.5e12, 8e9),
 )
 
 
@@ -51,12 +54,19 @@ class Runtime:
         device_kind: the maker's name of a device.
         device_count: devices over all processes.
         peak_flops: bf16 peak of all devices together, FLOP/s; 0 where unknown.
+        device_memory: bytes of one device; 0 where unknown.
     """
 
     platform: str
     device_kind: str
     device_count: int
     peak_flops: float
+    device_memory: float = 0.0
+
+    def with_devices(self, count: int) -> "Runtime":
+        """The same kind of machine with so many devices."""
+        peak_flops = self.peak_flops / self.device_count * count
+        return replace(self, device_count=count, peak_flops=peak_flops)
 
     def compute_dtype(self, name: str) -> Any:
         """The activations' dtype for `train.dtype`: "auto" is bf16 on GPU and TPU, fp32 on CPU."""
@@ -64,6 +74,11 @@ class Runtime:
 
         if name == "auto":
             name = "float32" if self.platform == "cpu" else "bfloat16"
+        if self.platform == "cpu" and name == "bfloat16":
+            log.info(
+                "bfloat16 on a CPU: no faster than float32 unless it writes several texts at once "
+                "(BENCHMARKS.md)"
+            )
         return jnp.dtype(name)
 
 
@@ -106,25 +121,46 @@ def prepare(platform: str = "auto") -> Runtime:
     if found == "cpu":
         check_numbers()
     count = jax.device_count()
-    per_device = next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), 0.0)
-    runtime = Runtime(found, device.device_kind, count, per_device * count)
+    peak, memory = known_figures(device.device_kind)
+    runtime = Runtime(found, device.device_kind, count, peak * count, memory)
     log.info("jax %s on %d x %s (%s)", jax.__version__, count, device.device_kind, found)
     return runtime
+
+
+def known_figures(device_kind: str) -> tuple[float, float]:
+    """Peak FLOP/s and bytes of memory of one device of a kind; zeros where it is not known."""
+    found = ((peak, memory) for name, peak, memory in DEVICES if name in device_kind)
+    return next(found, (0.0, 0.0))
+
+
+def imagine(device_kind: str, count: int) -> Runtime:
+    """A machine that need not be here, by the table `DEVICES`.
+
+    Raises:
+        InputError: a kind that is not in it, and not "cpu".
+    """
+    peak, memory = known_figures(device_kind)
+    if not peak and device_kind != "cpu":
+        names = ", ".join(name for name, _, _ in DEVICES)
+        raise InputError("--device", device_kind, f"cpu or one of {names}")
+    platform = "cpu" if not peak else "tpu" if "TPU" in device_kind else "cuda"
+    return Runtime(platform, device_kind, count, peak * count, memory)
 
 
 def cpu_xla_flags(jaxlib: str) -> str:
     """The XLA flags that a version of jaxlib needs on the CPU; "" where nothing is known.
 
     jaxlib 0.10 fuses reductions by a library that computes wrong sums: the fusion is turned off.
-    0.12 is right, and fusing matrix products alone makes a training step a quarter faster. A flag
-    that a version does not know would end the process, hence no flag beyond those tried.
+    0.12 is right, and fusing matrix products alone makes a training step a quarter faster; products
+    of int8 without widening them first, as `individual_dot` says, are what makes `--quantize int8`
+    fast. A flag that a version does not know would end the process: none beyond those tried.
     """
     major_minor = tuple(int(part) for part in jaxlib.split(".")[:2])
     match major_minor:
         case (0, 10):
             return "--xla_cpu_experimental_ynn_fusion_type=-reduce"
         case (0, 12):
-            return "--xla_cpu_experimental_ynn_fusion_type=dot"
+            return "--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot"
     return ""
 
 

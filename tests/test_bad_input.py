@@ -325,6 +325,7 @@ TOOLS = [
             (f"--context {10**13}", r"--context: got 10+; expected at most 2147483647$"),
             ("--step newest", r"--step: got 'newest'; expected latest, best or a number$"),
             ("--step 999", r"--step: got 999; expected latest, .* or one of 2, 4$"),
+            ("--quantize int4", r"argument --quantize: invalid choice: 'int4' \(choose from "),
             ("--json stray", r"unrecognized arguments: stray; try --help$"),
             ("--config.seed=3", r"unrecognized arguments: --config\.seed=3; try --help$"),
         ]

@@ -51,7 +51,7 @@ def test_wrong_numbers_are_noticed(monkeypatch):
     [
         ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=-reduce"),
         ("0.11.1", ""),
-        ("0.12.0.1", "--xla_cpu_experimental_ynn_fusion_type=dot"),
+        ("0.12.0.1", "--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot"),
         ("0.13.0", ""),
         ("1.0", ""),
     ],
@@ -65,7 +65,7 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
     monkeypatch.setattr(runtime, "version", lambda name: "0.12.0.1")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     runtime._set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {ours}=dot"
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {ours}=dot,individual_dot"
     monkeypatch.setenv("XLA_FLAGS", f"{ours}=none")
     runtime._set_xla_flags()
     assert os.environ["XLA_FLAGS"] == f"{ours}=none"
@@ -74,11 +74,11 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
 def test_what_prepare_settles_in_a_fresh_process(tmp_path):
     code = """
 from sheepop_jax import runtime
-runtime.PEAK_FLOPS = (("cpu", 3.0),)
+runtime.DEVICES = (("cpu", 3.0, 5.0),)
 runtime.check_numbers = lambda: print("checked")
 machine = runtime.prepare("cpu")
 import jax
-print(machine.platform, machine.device_count, machine.peak_flops)
+print(machine.platform, machine.device_count, machine.peak_flops, machine.device_memory)
 print(jax.config.jax_threefry_partitionable)
 print(jax.config.jax_compilation_cache_dir)
 """
@@ -86,14 +86,10 @@ print(jax.config.jax_compilation_cache_dir)
     unset = {"JAX_COMPILATION_CACHE_DIR": ""}
     result = run_fresh(code, XLA_FLAGS=flags, XDG_CACHE_HOME=str(tmp_path), **unset)
     cache = tmp_path / "sheepop_jax" / "xla"
-    assert result.stdout.splitlines() == ["checked", "cpu 2 6.0", "True", str(cache)], result.stderr
+    assert result.stdout.splitlines() == ["checked", "cpu 2 6.0 5.0", "True", str(cache)], (
+        result.stderr
+    )
     assert cache.is_dir()
-
-
-def test_no_name_of_a_card_is_taken_for_another():
-    names = [name for name, _ in runtime.PEAK_FLOPS]
-    for i, name in enumerate(names):
-        assert not [earlier for earlier in names[:i] if earlier in name]
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -113,12 +109,17 @@ except InputError as error:
     assert len(result.stdout.splitlines()) == 1
 
 
-def test_dtypes_by_platform():
+def test_dtypes_by_platform(caplog):
     cpu = runtime.Runtime("cpu", "cpu", 1, 0.0)
     gpu = runtime.Runtime("cuda", "H100", 1, 989e12)
     names = ("auto", "float32", "bfloat16")
     assert [cpu.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
     assert [gpu.compute_dtype(name).name for name in names] == ["bfloat16", "float32", "bfloat16"]
+    with caplog.at_level("INFO"):
+        for machine in (cpu, gpu):
+            assert all(machine.compute_dtype(name) for name in names)
+    (said,) = caplog.messages  # by the CPU, once
+    assert "bfloat16 on a CPU: no faster than float32" in said
 
 
 def test_an_nvidia_card_that_jax_cannot_use_is_said_loudly(tmp_path):

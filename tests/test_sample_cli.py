@@ -52,6 +52,7 @@ BAD = [
     (["--ckpt", "x", "--truncate", "right"], "--truncate"),
     (["--ckpt", "x", "--platform", "gpu"], "--platform"),
     (["--ckpt", "x", "--dtype", "float16"], "--dtype"),
+    (["--ckpt", "x", "--quantize", "int4"], "--quantize"),
     (["--ckpt", "x", "--prompt", "\udcff"], "--prompt"),
     (["--ckpt", "x", "--prompt_file", "/no/such/file"], "--prompt_file: got '/no/such/file"),
 ]

@@ -348,6 +348,30 @@ def test_evaluate_agrees_with_training_and_takes_any_text(trained, text_file, tm
     assert json.loads(result.stdout)["loss"] == pytest.approx(figures["loss"], rel=1e-5)
 
 
+def test_int8_weights_sample_evaluate_and_bench(trained, tmp_path):
+    workdir, _ = trained
+    words = ["--ckpt", workdir, "--quantize", "int8"]
+    result = run("sample.py", *words, "--prompt", "line 1", "--max_new_tokens", 9, "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["tokens"]) <= 9
+
+    result = run("-m", "sheepop_jax", "evaluate", *words, "--json")
+    logged = [line for line in log_lines(workdir) if "val_loss" in line][-1]["val_loss"]
+    loss = json.loads(result.stdout)["loss"]
+    assert loss == pytest.approx(logged, rel=0.005) and loss != pytest.approx(logged, rel=1e-6)
+
+    peak_bytes = {}
+    for quantize, options in (None, words[:2]), ("int8", words):
+        out = tmp_path / str(quantize)
+        sizes = ["--prompt_lengths", 4, "--batch_sizes", 1, "--new_tokens", 2, "--repeats", 1]
+        result = run("-m", "sheepop_jax", "bench", *options, *sizes, "--out", out)
+        assert result.returncode == 0, result.stderr
+        measured = json.loads((out / "inference.json").read_text())
+        assert measured["quantize"] == quantize
+        peak_bytes[quantize] = measured["rows"][0]["peak_bytes"]
+    assert peak_bytes["int8"] < peak_bytes[None]
+
+
 def test_evaluate_without_the_text_says_what_to_do(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained[0], copy)

@@ -69,7 +69,7 @@ def benchmark(
 
     Args:
         model: its `dtype` is the one measured.
-        params: the model's parameters, fp32.
+        params: the model's parameters, fp32 or quantised.
         prompt_lengths: each is one set of random prompts.
         batch_sizes: prompts at once.
         new_tokens: exactly so many are written; no end-of-text stops a row.

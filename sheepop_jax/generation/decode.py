@@ -82,7 +82,7 @@ def generate(
 
     Args:
         model: its `dtype` is that of the activations, the cache and, cast once, the matrices.
-        params: the model's parameters, fp32.
+        params: the model's parameters, fp32 or quantised.
         prompts: token ids; an empty prompt starts from end-of-text.
         sampling: temperature, top-k, top-p.
         end_of_text: the id that ends a row; `NO_END` for none.
@@ -233,8 +233,10 @@ def _forward(
 
 
 def _cast_matrices(params: Any, dtype: Any) -> Any:
-    """Matrices in the dtype they are multiplied in; vectors stay as the training forward has them.
+    """Matrices in the dtype they are multiplied in; int8 stays, and vectors are as in training.
 
     Outside the loop, or every step would read the fp32 parameters and cast them again.
     """
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+    return jax.tree.map(
+        lambda p: p if p.ndim < 2 or p.dtype == jnp.int8 else p.astype(dtype), params
+    )

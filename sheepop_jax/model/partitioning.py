@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sheepop_jax.config import Config, MeshConfig
 from sheepop_jax.errors import InputError
@@ -27,8 +27,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh (data, fsdp, tensor) over all devices; an axis of -1 takes what the others leave.
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The sizes of (data, fsdp, tensor); an axis of -1 takes what the others leave.
 
     Raises:
         InputError: the sizes do not multiply to the number of devices.
@@ -38,19 +38,32 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     for size in sizes.values():
         known *= max(size, 1)
     rest = [name for name, size in sizes.items() if size == -1]
-    if len(devices) % known or (not rest and known != len(devices)):
+    if devices % known or (not rest and known != devices):
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        rule = f"axes whose product is the number of devices, {len(devices)}"
+        rule = f"axes whose product is the number of devices, {devices}"
         raise InputError("mesh", shape, rule, "--config.mesh.data=-1")
     for name in rest:
-        sizes[name] = len(devices) // known
+        sizes[name] = devices // known
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh (data, fsdp, tensor) over all devices, of `axis_sizes`."""
+    sizes = axis_sizes(config, len(devices))
     axis_types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=axis_types
     )
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
+def imagined_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of so many devices that need not be here: for shapes and layouts, not for arrays."""
+    sizes = axis_sizes(config, devices)
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+
+
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a mesh that does not divide the model or the batch, naming the field and the rule."""
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -73,7 +86,7 @@ def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, RULES["batch"]))
 
 
-def state_shardings(boxed_params: Any, state: Any, mesh: Mesh) -> Any:
+def state_shardings(boxed_params: Any, state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for every leaf of a training state.
 
     Args:
@@ -86,7 +99,8 @@ def state_shardings(boxed_params: Any, state: Any, mesh: Mesh) -> Any:
         A tree like `state` of `NamedSharding`; whatever is no parameter is replicated.
     """
     specs = nn.get_partition_spec(boxed_params)
-    shardings = nn.logical_to_mesh_sharding(specs, mesh, list(RULES.items()))
+    # Flax declares a Mesh and passes it on to NamedSharding, which takes either: hence the ignore.
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, list(RULES.items()))  # type: ignore[arg-type]
     by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -18,6 +18,7 @@ from flax import linen as nn
 from sheepop_jax.config import ModelConfig
 from sheepop_jax.model import attention as attn
 from sheepop_jax.model.partitioning import VOCAB_MULTIPLE, constrain
+from sheepop_jax.model.quantize import dot_general, promote_dtype
 
 INIT_STDDEV = 0.02
 
@@ -35,6 +36,8 @@ def _linear(
         features,
         use_bias=config.use_bias,
         dtype=dtype,
+        promote_dtype=promote_dtype,
+        dot_general=dot_general,
         kernel_init=nn.with_logical_partitioning(nn.initializers.normal(stddev), axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
         name=name,
@@ -257,11 +260,9 @@ def unembed(hidden_D: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> ja
     hidden_MD = hidden_D.reshape(-1, d)
     # [V, D] x [D, M], transposed, rather than [M, D] x [D, V]: with one row to decode, XLA's CPU
     # backend reads the embedding five times as fast this way round.
-    logits_VM = jax.lax.dot_general(
-        embedding_VD.astype(hidden_D.dtype),
-        hidden_MD,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
+    (embedding_VD,) = promote_dtype(embedding_VD, dtype=hidden_D.dtype)
+    logits_VM = dot_general(
+        embedding_VD, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     logits_MV = logits_VM.T
     if vocab_size < logits_MV.shape[-1]:

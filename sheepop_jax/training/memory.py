@@ -1,15 +1,36 @@
-"""How much device memory a run needs, by its shapes; and what to do when there is not enough."""
+"""How much device memory a run needs, by its shapes; and what to do when there is not enough.
 
+Alphabet: A microbatches, B sequences in one (here: of one device), T time, M = B·T tokens, D model
+width, N layers, H query heads, K key/value heads, C head width, F feed-forward width, V vocabulary
+(padded), P bytes of parameters. What each term is was read from XLA's buffer assignment on the CPU
+(`--xla_dump_to`); docs/scaling.md has the formula, and how near it is.
+"""
+
+import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from sheepop_jax.config import Config
 from sheepop_jax.errors import RunFailed
+from sheepop_jax.model.partitioning import state_shardings
+from sheepop_jax.model.transformer import Transformer, padded_vocab_size
+from sheepop_jax.training.loss import chunk_length
+from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.step import init_params, init_state
 
-_GB = 1e9
+GB = 1e9
+_FP32 = 4  # bytes
+
+# What there is while the optimizer runs, in sizes of the parameters that it updates: the gradients'
+# sums and their means, of which a fifth finds place in buffers that are free by then; for Muon's
+# matrices its iterates too, of all matrices at once (the CPU's XLA keeps those of each iteration).
+_ADAM_UPDATE = 1.8
+_MUON_UPDATE = {"cpu": 4.8, "cuda": 2.7, "tpu": 2.7}
 
 
 class OutOfMemory(RunFailed):
@@ -18,49 +39,226 @@ class OutOfMemory(RunFailed):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the fullest device, roughly: XLA may need less or more.
+    """Bytes on the fullest device at the moment of an update when it holds most.
 
     Attributes:
-        state: parameters, their gradients (twice with several microbatches), and the two moments of
-            Adam, all fp32.
-        activations: what the backward pass of one microbatch keeps.
+        parameters: fp32.
+        optimizer: its state, fp32.
+        copies: of the optimizer's state, which XLA makes on the CPU: the new parameters are made
+            from the old moments when the new moments have taken their place.
+        gradients: those that exist then, with the sums over microbatches, and the parameters that
+            fsdp has gathered.
+        activations: what the backward pass of one microbatch keeps, and works on.
+        loss: one chunk of logits, three times, and what is carried from chunk to chunk.
+        batch: the tokens of one update.
     """
 
-    state: float
+    parameters: float
+    optimizer: float
+    copies: float
+    gradients: float
     activations: float
+    loss: float
+    batch: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        state = self.parameters + self.optimizer + self.copies + self.gradients
+        return state + self.activations + self.loss + self.batch
 
     def __str__(self) -> str:
+        state = self.parameters + self.optimizer + self.copies + self.gradients
         return (
-            f"about {self.state / _GB:.1f} GB of parameters, gradients and optimizer, and "
-            f"{self.activations / _GB:.1f} GB of activations a device"
+            f"about {readable_bytes(self.total)}: {readable_bytes(state)} of parameters, gradients "
+            f"and optimizer, {readable_bytes(self.total - state)} of activations and logits"
         )
 
 
-def estimate_memory(params: Any, config: Config, model: Any, mesh_shape: Any) -> MemoryEstimate:
-    """Adds up the large arrays.
+def readable_bytes(count: float) -> str:
+    """3.7 GB, 86 MB."""
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 1e6:.3g} MB"
+
+
+class Shapes(NamedTuple):
+    """A training state without its arrays.
+
+    Attributes:
+        boxed: the parameters, with Flax's metadata of logical axes.
+        state: the `TrainState`.
+    """
+
+    boxed: Any
+    state: Any
+
+
+def abstract_state(config: Config, model: Transformer) -> Shapes:
+    """The shapes of a run's state, by `jax.eval_shape`."""
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2))
+    model = model.clone(implementation="xla")  # cuDNN's cannot even be traced where it is missing
+    state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    return Shapes(jax.eval_shape(lambda: init_params(model, 0)), state)
+
+
+def estimate_memory(
+    config: Config, model: Transformer, mesh: Mesh | AbstractMesh, platform: str, shapes: Shapes
+) -> MemoryEstimate:
+    """Adds up the large arrays at four moments of an update, and takes the largest sum.
+
+    The moments: the loss, where all activations are there and the logits of a chunk; the first
+    block of the backward pass; its last block, where the gradients are complete; the optimizer.
 
     Args:
-        params: arrays or their shapes.
         config: of the run.
-        model: with its dtype and attention.
-        mesh_shape: axis name → size.
+        model: with its vocabulary, dtype and attention.
+        mesh: the devices, here or imagined.
+        platform: "cpu", "cuda" or "tpu"; `copies` are the CPU's alone.
+        shapes: from `abstract_state`.
     """
-    m, train = config.model, config.train
-    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    sharded = mesh_shape["fsdp"] * mesh_shape["tensor"]
-    rows = train.batch_size / (mesh_shape["data"] * mesh_shape["fsdp"])
-    tokens = rows * config.data.seq_len
-    size = np.dtype(model.dtype).itemsize
-    # A block keeps its two norms' outputs, q, k, v, the attention's output, both sums, and the
-    # feed-forward layer before and after its activation.
-    block = tokens * (8 * m.d_model + 2 * m.d_ff) * size
-    if model.implementation == "xla":  # the scores and weights of every pair of positions
-        block += 2 * rows * m.num_heads * config.data.seq_len**2 * 4
-    kept = tokens * m.d_model * size
-    # With remat one block at a time is recomputed, and only its input is kept.
-    blocks = m.num_layers * kept + block if m.remat else m.num_layers * block
-    state = 16.0 + 4.0 * (train.grad_accum_steps > 1)
-    return MemoryEstimate(state * count / sharded, float(blocks / mesh_shape["tensor"]))
+    parameters, moments, table = held(shapes, mesh)
+    m, own, fsdp = config.model, sum(parameters), mesh.shape["fsdp"]
+    whole = own * fsdp  # without what fsdp splits
+    tables = table * fsdp * (1 if m.tie_embeddings else 2)
+    of_a_block = (whole - tables) / m.num_layers
+    accumulated = own if config.train.grad_accum_steps > 1 else 0.0
+    gathered = 0.0
+    if fsdp > 1:
+        # With remat each block's parameters are gathered when it is their turn, twice. Without, the
+        # backward pass uses those of the forward pass; and a loop over microbatches, which changes
+        # no parameter, gathers all before it begins.
+        by_turns = m.remat and not accumulated
+        gathered = table * fsdp + of_a_block if by_turns else whole
+    # The gradients of all blocks but the last to go backward. Those of a microbatch go into the
+    # sums one by one, unless the devices first exchange them, all in one.
+    alone = mesh.size == mesh.shape["tensor"]
+    fresh = (0.0 if alone else whole - of_a_block) if accumulated else own - of_a_block / fsdp
+    matrices = own - sum(moments) / 2 if config.optimizer.name == "muon" else 0.0
+    matrices *= 2  # the optimizer has one moment of each, and two of what is no matrix
+    updating = _ADAM_UPDATE * (own - matrices) + _MUON_UPDATE[platform] * matrices
+    sizes = _Sizes.of(config, model, mesh)
+    first_block = sizes.kept + sizes.head + sizes.recomputed + sizes.backward
+    moments_of_update: tuple[tuple[float, list[float], list[float]], ...] = (
+        (gathered + accumulated, sizes.kept + sizes.head, sizes.loss),
+        (gathered + accumulated, first_block, sizes.loss_grads),
+        (gathered + accumulated + fresh, sizes.block + sizes.backward, []),
+        (updating, [], []),
+    )
+    batch = 3.0 * _FP32 * config.train.grad_accum_steps * sizes.tokens
+
+    def at(gradients: float, activations: list[float], loss: list[float]) -> MemoryEstimate:
+        copies = sum(moments)
+        # The moments' own buffers are free from when they are copied to when the new moments are
+        # written: whatever fits into one of them takes no memory of its own.
+        copies -= _sheltered(activations + loss, moments)
+        if platform != "cpu":
+            copies = 0.0
+        rest = sum(activations), sum(loss), batch
+        return MemoryEstimate(own, sum(moments), copies, gradients, *rest)
+
+    return max((at(*moment) for moment in moments_of_update), key=lambda found: found.total)
+
+
+class Held(NamedTuple):
+    """Bytes on one device: of each parameter, of each array of the optimizer's, of one table."""
+
+    parameters: list[float]
+    optimizer: list[float]
+    table: float
+
+
+def held(shapes: Shapes, mesh: Mesh | AbstractMesh) -> Held:
+    """What a device holds of a state, by the table of layouts that training uses."""
+    places = state_shardings(shapes.boxed, shapes.state, mesh)
+
+    def bytes_of(leaf: Any, place: Any) -> float:
+        return float(np.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
+
+    found = jax.tree.map(bytes_of, shapes.state, places)
+    parameters, optimizer = map(jax.tree.leaves, (found.params, found.opt_state))
+    return Held(parameters, optimizer, found.params["embedding"])
+
+
+def _sheltered(values: Iterable[float], buffers: Iterable[float]) -> float:
+    """Bytes of the values that find a buffer of their own which is large enough; largest first."""
+    free, found = sorted(buffers), 0.0
+    for value in sorted(values, reverse=True):
+        place = bisect.bisect_left(free, value)
+        if place < len(free):
+            free.pop(place)
+            found += value
+    return found
+
+
+class _Sizes(NamedTuple):
+    """Bytes of arrays on one device, in lists of what there is at a time.
+
+    Attributes:
+        tokens: M.
+        block: what the backward pass of one block reads.
+        kept: of all blocks, from the forward pass to the backward pass.
+        recomputed: with remat, one block's.
+        head: the embeddings looked up, and the final norm.
+        backward: gradients of one block's activations.
+        loss: of a chunk.
+        loss_grads: what the loss hands on.
+    """
+
+    tokens: float
+    block: list[float]
+    kept: list[float]
+    recomputed: list[float]
+    head: list[float]
+    backward: list[float]
+    loss: list[float]
+    loss_grads: list[float]
+
+    @classmethod
+    def of(cls, config: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> "_Sizes":
+        """By the formula."""
+        m, tensor = config.model, mesh.shape["tensor"]
+        rows = config.train.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
+        time = config.data.seq_len
+        tokens = rows * time
+        size = np.dtype(model.dtype).itemsize
+        stream = tokens * m.d_model * size
+        heads = tokens * m.d_model * size / tensor
+        kv_heads = tokens * m.kv_heads * m.head_dim * size / tensor
+        wide = tokens * m.d_ff * size / tensor
+        # Dropout keeps the two random words that each element's decision came from.
+        words = [2 * _FP32 * tokens * m.d_model] if m.dropout else []
+        # Two norms' outputs, what each sublayer adds; q and the attention's output; k and v; the
+        # feed-forward layer before its activation, after it, and what its derivative needs.
+        block = 4 * [stream] + 2 * [heads] + 2 * [kv_heads] + 3 * [wide]
+        pairs = rows * m.num_heads / tensor * time**2
+        match model.implementation:
+            case "xla":  # exponentials and weights of every pair of positions
+                scores = [_FP32 * pairs, size * pairs]
+                if m.attention_dropout:
+                    scores += [2 * _FP32 * pairs, size * pairs]
+            case "cudnn":  # one sum of exponentials for each row
+                scores = [_FP32 * pairs / time]
+            case _:
+                raise ValueError(f"unknown attention {model.implementation!r}")
+        block += scores
+        padded = padded_vocab_size(model.vocab_size)
+        chunk = chunk_length((config.train.batch_size, time), padded)
+        table = _FP32 * padded * m.d_model / (tensor * mesh.shape["fsdp"])
+        # Logits, their exponentials, and, where the vocabulary is padded, the masked ones.
+        copies = 3 if padded > model.vocab_size else 2
+        loss = copies * [_FP32 * rows * chunk * padded / tensor]
+        if chunk < time:  # carried, and stacked
+            loss += [table, stream]
+        return cls(
+            tokens=tokens,
+            block=block,
+            # Random words drawn again are used at once.
+            kept=m.num_layers * ([stream] if m.remat else block + 2 * words),
+            recomputed=block if m.remat else [],
+            head=2 * [stream] + words,
+            backward=3 * [stream] + 2 * [wide] + scores[:1],
+            loss=loss,
+            loss_grads=[table, stream],
+        )
 
 
 def explain(error: jax.errors.JaxRuntimeError, estimate: MemoryEstimate) -> OutOfMemory | None:

@@ -21,13 +21,13 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.health import Health
-from sheepop_jax.training.memory import estimate_memory, explain
+from sheepop_jax.training.memory import abstract_state, estimate_memory, explain
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.profile import Profile
 from sheepop_jax.training.progress import Progress, readable_seconds
 from sheepop_jax.training.resume import first_state
-from sheepop_jax.training.step import StepMetrics, TrainState, init_params, make_train_step
+from sheepop_jax.training.step import StepMetrics, TrainState, make_train_step
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
 from sheepop_jax.training.watchdog import Watchdog
@@ -87,8 +87,10 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
             finally:
                 loop.close()
         except jax.errors.JaxRuntimeError as error:
-            shapes = jax.eval_shape(lambda: init_params(job.model, job.config.seed))
-            estimate = estimate_memory(shapes, job.config, job.model, job.mesh.shape)
+            shapes = abstract_state(job.config, job.model)
+            backend = jax.default_backend()
+            platform = {"gpu": "cuda"}.get(backend, backend)
+            estimate = estimate_memory(job.config, job.model, job.mesh, platform, shapes)
             if explained := explain(error, estimate):
                 raise explained from error
             raise

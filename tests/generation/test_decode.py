@@ -30,26 +30,6 @@ PROMPTS = [[3, 41, 7], [5], [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31], [41, 3, 7]
 Build = Callable[..., tuple[Transformer, Any]]
 
 
-@pytest.fixture(scope="session")
-def build(make_config: Callable[..., Any], random_params: Callable[..., Any]) -> Build:
-    """`build({"model.position": "learned"}, dtype)` → a small model and random parameters."""
-
-    def make(overrides: dict[str, Any] | None = None, dtype: Any = jnp.float32) -> Any:
-        model = Transformer(make_config(overrides).model, VOCAB, dtype)
-        params = random_params(model)
-        # As they are, such models soon write one token for ever: a tied output favours what was
-        # just read, and biases favour the same tokens whatever was read.
-        signs = np.sign(np.random.default_rng(1).standard_normal(60)).astype(np.float32)
-        params["final_norm"]["scale"] *= signs
-        params["embedding"] *= 1.0 if model.config.position == "sinusoidal" else 0.35
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x * 0.1 if path[-1].key == "bias" else x, params
-        )
-        return model, params
-
-    return make
-
-
 def tokens_of(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 

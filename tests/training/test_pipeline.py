@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_a_warmup_longer_than_the_run_is_said(plan, caplog):
     assert "warmup is longer" not in caplog.text
     plan({"optimizer.warmup_steps": 7})
     assert "warmup is longer than the run of 7 updates" in caplog.text
+
+
+def test_what_the_run_needs_is_said_in_two_lines(plan, caplog):
+    caplog.set_level(logging.INFO)
+    plan()
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    line = r"k parameters on 8 x cpu \(data 8 x fsdp 1 x tensor 1\); an update is 208 tokens and"
+    assert re.search(rf"\d{line} \S+ FLOPs\neach device needs about \d\.\d+ MB: ", said)
 
 
 def test_an_update_that_takes_a_cpu_minutes_is_said(plan, caplog):

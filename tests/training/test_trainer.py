@@ -379,6 +379,6 @@ def test_a_full_device_is_a_line_that_says_what_to_do(make_job, monkeypatch, sai
         fit(make_job(), StopSignal())
     if meant:
         line = str(error.value)
-        for words in ("GB of activations", "train.batch_size", "model.remat", "mesh.fsdp"):
+        for words in ("MB of activations", "train.batch_size", "model.remat", "mesh.fsdp"):
             assert words in line
         assert "\n" not in line

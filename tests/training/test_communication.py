@@ -1,0 +1,80 @@
+"""What the devices send each other, against the collectives of the compiled step."""
+
+import math
+import re
+
+import jax
+import pytest
+
+from sheepop_jax.config import MeshConfig
+from sheepop_jax.model.partitioning import imagined_mesh, make_mesh
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.communication import bytes_sent
+from sheepop_jax.training.memory import abstract_state
+from tests.training.test_memory import compiled
+
+VOCAB = 1999
+SHAPE = {
+    "model.d_model": 128,
+    "model.num_heads": 8,
+    "model.num_kv_heads": 8,
+    "model.num_layers": 2,
+    "model.d_ff": 512,
+    "model.max_seq_len": 128,
+    "data.seq_len": 96,
+    "train.batch_size": 16,
+    "train.grad_accum_steps": 1,
+}
+COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all)(?:-start)?\((.*)$")
+COMPUTATION = re.compile(r"^(ENTRY )?%?[\w.\-]+ \(.*\{\s*$")
+ARRAY = re.compile(r"f32\[([\d,]*)\]")
+
+
+def collectives_send(hlo, devices, accum):
+    """Bytes of fp32 that one device sends, by rings; what is in a loop counts once a microbatch."""
+    total, times = 0.0, accum
+    for line in hlo.splitlines():
+        if begins := COMPUTATION.match(line):
+            times = 1 if begins[1] else accum
+        found = COLLECTIVE.search(line)
+        if not found:
+            continue
+        size = sum(4 * math.prod(map(int, s.split(","))) for s in ARRAY.findall(found[1]) if s)
+        groups = re.search(r"replica_groups=\[\d+,(\d+)\]<=", found[3])
+        n = int(groups[1]) if groups else devices
+        twice = 2 if found[2] == "all-reduce" else 1
+        total += times * twice * (n - 1) / n * size
+    return total
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides"),
+    [
+        ((8, 1, 1), {"train.grad_accum_steps": 3}),
+        ((1, 8, 1), {"train.grad_accum_steps": 3, "model.remat": True}),
+        ((1, 8, 1), {"model.remat": True}),
+        ((1, 1, 8), {"model.remat": True, "train.grad_accum_steps": 2}),
+        ((2, 4, 1), {"model.tie_embeddings": False}),
+        ((2, 2, 2), {}),
+    ],
+)
+def test_bytes_sent_are_those_of_the_compiled_step(make_config, sizes, overrides):
+    if jax.device_count() != 8:  # XLA_FLAGS of the user's own win over conftest's
+        pytest.skip("needs 8 devices (see conftest.py)")
+    config = make_config(SHAPE | overrides)
+    model = Transformer(config.model, VOCAB)
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices())
+    hlo = compiled(config, model, mesh).as_text()
+    there = collectives_send(hlo, 8, config.train.grad_accum_steps)
+    expected = bytes_sent(config, model, mesh, "cpu", abstract_state(config, model))
+    print(sizes, overrides, f"{there / 1e6:.2f} MB, ratio {sum(expected.values()) / there:.3f}")
+    assert sum(expected.values()) == pytest.approx(there, rel=0.15)
+
+
+def test_an_axis_of_one_sends_nothing(make_config):
+    config = make_config(SHAPE)
+    model = Transformer(config.model, VOCAB)
+    shapes = abstract_state(config, model)
+    for sizes, axis in (((4, 1, 1), "data"), ((1, 4, 1), "fsdp"), ((1, 1, 4), "tensor")):
+        sent = bytes_sent(config, model, imagined_mesh(MeshConfig(*sizes), 4), "cpu", shapes)
+        assert {name for name, bytes_ in sent.items() if bytes_} == {axis}
