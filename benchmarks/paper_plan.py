@@ -37,7 +37,7 @@ MODELS = {
     "70B": "model.d_model=8192 model.num_layers=80 model.num_heads=64 model.num_kv_heads=8 "
     "model.d_ff=44032",
 }
-ALL = "model.max_seq_len=2048 data.seq_len=2048 model.remat=True train.grad_accum_steps=1"
+ALL = "model.max_seq_len=2048 data.seq_len=2048 model.remat=full train.grad_accum_steps=1"
 
 
 class Row(NamedTuple):

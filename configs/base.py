@@ -28,7 +28,9 @@ def get_config() -> ConfigDict:
     c.model.norm_eps = 1e-5  # added to LayerNorm's variance
     c.model.use_bias = False  # biases in the linear layers (LayerNorm always has its own)
     c.model.tie_embeddings = True  # output layer = token embedding
-    c.model.remat = False  # recompute each block in the backward pass: less memory, more time
+    # What the backward pass computes again: none | dots (all but the products with matrices: about
+    # half the memory for a few percent of time) | full (each block: a third more time)
+    c.model.remat = "none"
 
     c.data = ConfigDict()
     # auto (path by its suffix, else name, else stdlib) | files | json | csv | parquet | hub | pdf

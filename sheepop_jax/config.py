@@ -37,7 +37,7 @@ class ModelConfig(Section):
     norm_eps: float
     use_bias: bool
     tie_embeddings: bool
-    remat: bool
+    remat: str
 
     prefix = "model."
 
@@ -47,6 +47,7 @@ class ModelConfig(Section):
         self.fraction("dropout", "attention_dropout")
         self.one_of("activation", "gelu", "gelu_tanh", "relu")
         self.one_of("position", "rope", "sinusoidal", "learned")
+        self.one_of("remat", "none", "dots", "full")
         self.positive("rope_theta", "norm_eps")
         self.require(
             self.d_model % self.num_heads == 0,

@@ -28,7 +28,7 @@ BAD = [
     ("model.norm_eps", float("inf"), "finite"),
     ("model.use_bias", 1, "type bool"),
     ("model.tie_embeddings", "yes", "type bool"),
-    ("model.remat", None, "type bool"),
+    ("model.remat", "some", "one of none"),
     ("data.source", "web", "one of auto"),
     ("data.path", 3, "type str"),
     ("data.val_path", "held_out.txt", "data.path set too"),

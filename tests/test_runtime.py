@@ -138,3 +138,28 @@ print(runtime.prepare("auto").platform)
     assert "THIS MACHINE HAS AN NVIDIA CARD THAT JAX CANNOT USE" in result.stdout
     named = run_fresh(code.replace('"auto"', '"cpu"'), PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "NVIDIA" not in named.stdout
+
+
+@pytest.mark.parametrize(("flops", "settled"), [(399.0, False), (400.0, True)])
+def test_freed_memory_is_given_back_where_steps_are_long_for_their_memory(
+    monkeypatch, flops, settled
+):
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            self.mallopt = lambda parameter, value: calls.append((parameter, value))
+            self.malloc_trim = lambda keep: calls.append(keep)
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", Library)
+    runtime.settle_memory(1e6 * flops, 1_000_000)
+    assert calls == ([(-4, 1 << 16), (-3, 1 << 25), 0] if settled else [])
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_memory_is_left_alone_without_glibc(monkeypatch, error):
+    def missing(name):
+        raise error
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
+    runtime.settle_memory(1e12, 1)

@@ -22,6 +22,13 @@ from sheepop_jax.model.quantize import dot_general, promote_dtype
 
 INIT_STDDEV = 0.02
 
+# What the backward pass of a block finds there, rather than computes again: the results of its
+# matrices' products with the tokens ("dots"; not attention's scores), or nothing but its input.
+REMAT_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
 
 def padded_vocab_size(vocab_size: int) -> int:
     """V, the rows of the embedding: the vocabulary rounded up to what hardware multiplies well."""
@@ -85,16 +92,17 @@ class Attention(nn.Module):
         if rope is not None:
             q_BTHC, k_BTKC = attn.apply_rope(q_BTHC, *rope), attn.apply_rope(k_BTKC, *rope)
 
+        dropout = nn.Dropout(cfg.attention_dropout, deterministic=deterministic)
         if layer_cache is not None:
             keys, values = layer_cache
-            k_BTKC = attn.write_cache(keys, k_BTKC, index)
-            v_BTKC = attn.write_cache(values, v_BTKC, index)
-            layer_cache = (k_BTKC, v_BTKC)
-        if layer_cache is None and self.implementation == "cudnn":
+            keys = attn.write_cache(keys, k_BTKC, index)
+            values = attn.write_cache(values, v_BTKC, index)
+            layer_cache = (keys, values)
+            out_BTHC = attn.attend(q_BTHC, keys, values, mask, dropout)
+        elif self.implementation == "cudnn":
             out_BTHC = attn.attend_causal_cudnn(q_BTHC, k_BTKC, v_BTKC)
         else:
-            dropout = nn.Dropout(cfg.attention_dropout, deterministic=deterministic)
-            out_BTHC = attn.attend(q_BTHC, k_BTKC, v_BTKC, mask, dropout)
+            out_BTHC = attn.attend_causal(q_BTHC, k_BTKC, v_BTKC, mask, dropout)
         stddev = _residual_stddev(cfg)
         out = _linear(cfg, d, ("heads", "embed"), "output", self.dtype, stddev)
         return out(out_BTHC.reshape(b * t, h * c)).reshape(b, t, d), layer_cache
@@ -228,7 +236,9 @@ class Transformer(nn.Module):
 
         layers = []
         # Arguments count from the module itself: the sixth is `deterministic`.
-        block = nn.remat(Block, static_argnums=(6,)) if cfg.remat and cache is None else Block
+        block = Block
+        if cfg.remat != "none" and cache is None:
+            block = nn.remat(Block, static_argnums=(6,), policy=REMAT_POLICIES[cfg.remat])
         for i in range(cfg.num_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
             x_BTD, layer_cache = block(cfg, self.dtype, self.implementation, name=f"block_{i}")(

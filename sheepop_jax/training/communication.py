@@ -34,6 +34,7 @@ def bytes_sent(
         shapes: from `memory.abstract_state`.
     """
     m, accum = config.model, config.train.grad_accum_steps
+    remat = m.remat != "none"
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     table, parameters = held(shapes, mesh).table, sum(held(shapes, mesh).parameters)
     tokens = config.train.batch_size / (data * fsdp) * config.data.seq_len
@@ -43,10 +44,10 @@ def bytes_sent(
     # Gathered for the forward pass: once, since microbatches change no parameter and XLA moves it
     # out of their loop. Recomputing gathers the blocks' again, in the loop.
     blocks = parameters - table * (1 if m.tie_embeddings else 2)
-    gathered = parameters + (accum * blocks if m.remat else 0.0)
+    gathered = parameters + (accum * blocks if remat else 0.0)
     # Forward: the attention's output and the feed-forward layer's. Backward: the inputs of the
     # feed-forward layer and of q, k and v, each by itself. Recomputed: the attention's output.
-    sums = m.num_layers * (6 + m.remat) + 1  # and the input of the logits
+    sums = m.num_layers * (6 + remat) + 1  # and the input of the logits
     scattered = 2 if platform == "cpu" else 1
     lookup = tokens * m.d_model * _FP32
     return {

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sheepop_jax.config import Config
 from sheepop_jax.errors import RunFailed
+from sheepop_jax.model.attention import causal_share
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer, padded_vocab_size
 from sheepop_jax.training.loss import chunk_length
@@ -126,7 +127,7 @@ def estimate_memory(
         # With remat each block's parameters are gathered when it is their turn, twice. Without, the
         # backward pass uses those of the forward pass; and a loop over microbatches, which changes
         # no parameter, gathers all before it begins.
-        by_turns = m.remat and not accumulated
+        by_turns = m.remat != "none" and not accumulated
         gathered = table * fsdp + of_a_block if by_turns else whole
     # The gradients of all blocks but the last to go backward. Those of a microbatch go into the
     # sums one by one, unless the devices first exchange them, all in one.
@@ -231,7 +232,8 @@ class _Sizes(NamedTuple):
         block = 4 * [stream] + 2 * [heads] + 2 * [kv_heads] + 3 * [wide]
         pairs = rows * m.num_heads / tensor * time**2
         match model.implementation:
-            case "xla":  # exponentials and weights of every pair of positions
+            case "xla":  # exponentials and weights of the pairs of positions that are formed
+                pairs *= causal_share(time)
                 scores = [_FP32 * pairs, size * pairs]
                 if m.attention_dropout:
                     scores += [2 * _FP32 * pairs, size * pairs]
@@ -248,12 +250,22 @@ class _Sizes(NamedTuple):
         loss = copies * [_FP32 * rows * chunk * padded / tensor]
         if chunk < time:  # carried, and stacked
             loss += [table, stream]
+        kept = {
+            "none": block + 2 * words,  # random words that are drawn again are used at once
+            # Its input, q, k, v, what attention adds, and the feed-forward layer before activation.
+            "dots": 2 * [stream] + [heads] + 2 * [kv_heads] + [wide],
+            "full": [stream],
+        }
+        recomputed = {
+            "none": [],
+            "dots": 3 * [stream] + [heads] + 2 * [wide] + scores,  # without what is kept
+            "full": block,
+        }
         return cls(
             tokens=tokens,
             block=block,
-            # Random words drawn again are used at once.
-            kept=m.num_layers * ([stream] if m.remat else block + 2 * words),
-            recomputed=block if m.remat else [],
+            kept=m.num_layers * kept[m.remat],
+            recomputed=recomputed[m.remat],
             head=2 * [stream] + words,
             backward=3 * [stream] + 2 * [wide] + scores[:1],
             loss=loss,
@@ -268,6 +280,6 @@ def explain(error: jax.errors.JaxRuntimeError, estimate: MemoryEstimate) -> OutO
         return None
     return OutOfMemory(
         f"the device ran out of memory; the run needs {estimate}. Halve train.batch_size and "
-        "double train.grad_accum_steps (the update stays the same), set model.remat=True, or "
-        f"split the state over more devices with mesh.fsdp ({said.splitlines()[0][:120]})"
+        "double train.grad_accum_steps (the update stays the same), set model.remat=dots or full, "
+        f"or split the state over more devices with mesh.fsdp ({said.splitlines()[0][:120]})"
     )

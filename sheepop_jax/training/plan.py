@@ -158,7 +158,8 @@ def _advice(
 
 
 def _with_remat(config: Config) -> list[dict[str, Any]]:
-    return [] if config.model.remat else [{"model.remat": True}]
+    ways = ["none", "dots", "full"]
+    return [{"model.remat": way} for way in ways[ways.index(config.model.remat) + 1 :]]
 
 
 def _with_smaller_batches(config: Config, plan: Plan) -> list[dict[str, Any]]:

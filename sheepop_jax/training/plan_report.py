@@ -43,7 +43,7 @@ def describe(plan: Plan, config: Config, model: Transformer, peak_share: float) 
     lines = [
         f"{readable_count(plan.parameters)} parameters on {_devices(plan)}",
         f"vocabulary of {model.vocab_size:,}, activations in {np.dtype(model.dtype).name}, "
-        f"attention by {model.implementation}, remat {'on' if config.model.remat else 'off'}",
+        f"attention by {model.implementation}, remat {config.model.remat}",
         "",
         "memory of each device",
         *(f"  {text:48}{readable_bytes(value):>10}" for text, value in rows),

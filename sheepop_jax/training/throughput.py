@@ -38,6 +38,7 @@ class Throughput:
             peak: FLOP/s of all devices together; 0 where unknown.
         """
         self._tokens_per_step, self._flops, self._peak = tokens_per_step, flops, peak
+        self.flops_per_step = tokens_per_step * flops
         self._stopped_at = train_seconds
         self._running_since: float | None = None
         self._session = self._interval = (step, train_seconds)

@@ -52,6 +52,7 @@ class Job:
         sample: parameters → a text to show; None shows none.
         peak_flops: of all devices together, FLOP/s; 0 where unknown.
         first_process: whether this process shows and logs.
+        on_compiled: told the train step's FLOPs and its temporaries in bytes, before the first.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class Job:
     sample: Callable[[Any], str] | None
     peak_flops: float
     first_process: bool = True
+    on_compiled: Callable[[float, int], None] = lambda flops, temporaries: None
 
 
 def fit(job: Job, stop: StopSignal) -> dict[str, float]:
@@ -198,6 +200,8 @@ class _Loop:
         started = time.perf_counter()
         compiled = jitted.lower(self.state, batch).compile()
         log.info("train step compiled in %.1f s", time.perf_counter() - started)
+        if memory := compiled.memory_analysis():  # not every backend has one
+            job.on_compiled(self.throughput.flops_per_step, memory.temp_size_in_bytes)
         return compiled
 
     def _account(self) -> None:

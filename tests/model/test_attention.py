@@ -186,6 +186,31 @@ def test_attend_is_the_formula_in_float64(mask, kv_heads):
     np.testing.assert_allclose(out_BTHC, expected_BTHC, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(("length", "blocks"), [(2, 1), (3, 1), (4, 2), (11, 4), (12, 4), (29, 4)])
+@pytest.mark.parametrize("segments", [False, True])
+def test_causal_blocks_are_the_whole_without_hidden_scores(monkeypatch, length, blocks, segments):
+    monkeypatch.setattr(attn, "CAUSAL_BLOCK", 3)
+    monkeypatch.setattr(attn, "CAUSAL_BLOCKS", 4)
+    q_BTHC, k_BTKC, v_BTKC = (normal(B, length, heads, C, seed=heads) for heads in (H, K, K))
+    mask_BTT = attn.causal_mask(length)
+    if segments:
+        mask_BTT = attn.segment_mask(jnp.repeat(jnp.arange(length) // 5, B).reshape(length, B).T)
+    whole_BTHC = attend_in_float64(
+        q_BTHC, k_BTKC, v_BTKC, np.broadcast_to(mask_BTT, (B, length, length))
+    )
+    seen = []
+
+    def dropout(weights_BKGTS):
+        seen.append(weights_BKGTS.shape[-2:])
+        return weights_BKGTS
+
+    out_BTHC = attn.attend_causal(q_BTHC, k_BTKC, v_BTKC, mask_BTT, dropout)
+    np.testing.assert_allclose(out_BTHC, whole_BTHC, rtol=1e-5, atol=2e-6)
+    assert len(seen) == blocks
+    assert sum(queries for queries, _ in seen) == length
+    assert [keys for _, keys in seen] == list(np.cumsum([queries for queries, _ in seen]))
+
+
 def test_grouped_heads_are_repeated_heads():
     q_BTHC = normal(B, T, H, C, seed=1)
     k_BSKC, v_BSKC = normal(B, S, K, C, seed=2), normal(B, S, K, C, seed=3)

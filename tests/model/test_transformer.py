@@ -580,10 +580,13 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
 
 
 @pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["whole", "segments"])
-def test_remat_changes_neither_values_nor_gradients(make_model, random_params, segments_BT):
+def test_remat_changes_neither_values_nor_gradients(
+    make_model, random_params, segments_BT, monkeypatch
+):
+    monkeypatch.setattr(attn, "CAUSAL_BLOCK", 4)  # several blocks
     probe_BTD = np.random.default_rng(0).standard_normal((B, T, 60)).astype(np.float32)
     tokens_BT, results = token_ids(), []
-    for remat in (False, True):
+    for remat in ("none", "dots", "full"):
         options = {"model.attention_dropout": 0.2, "model.num_layers": 1}
         model = make_model(options | {"model.remat": remat})
         params = random_params(model)
@@ -600,14 +603,30 @@ def test_remat_changes_neither_values_nor_gradients(make_model, random_params, s
             return (hidden_BTD * probe_BTD).sum()
 
         step = jax.value_and_grad(loss)
-        assert (" remat2[" in str(jax.make_jaxpr(step)(params))) == remat
+        assert (" remat2[" in str(jax.make_jaxpr(step)(params))) == (remat != "none")
         results.append(jax.jit(step)(params))
-    for plain, rematerialized in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(rematerialized, plain, rtol=1e-5, atol=1e-4)
+    for plain, *rematerialized in zip(*map(jax.tree.leaves, results), strict=True):
+        for other in rematerialized:
+            np.testing.assert_allclose(other, plain, rtol=1e-5, atol=1e-4)
+
+
+def test_remat_keeps_less_for_the_backward_pass(make_model, random_params):
+    """With "dots" only the products with matrices, with "full" not even those."""
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        model = make_model({"model.remat": remat, "model.num_layers": 6})
+        tokens_BT = jax.ShapeDtypeStruct((8, T), np.int32)
+
+        def loss(params, tokens_BT, model=model):
+            return (model.apply({"params": params}, tokens_BT)[0] ** 2).sum()
+
+        program = jax.jit(jax.grad(loss)).lower(random_params(model), tokens_BT).compile()
+        kept[remat] = program.memory_analysis().temp_size_in_bytes
+    assert kept["full"] < 0.8 * kept["dots"] < 0.6 * kept["none"], kept
 
 
 def test_remat_keeps_the_parameters_names(make_model):
-    assert shapes_of(make_model({"model.remat": True})) == shapes_of(make_model())
+    assert shapes_of(make_model({"model.remat": "dots"})) == shapes_of(make_model())
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["whole", "cached"])

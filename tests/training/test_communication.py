@@ -51,9 +51,9 @@ def collectives_send(hlo, devices, accum):
     ("sizes", "overrides"),
     [
         ((8, 1, 1), {"train.grad_accum_steps": 3}),
-        ((1, 8, 1), {"train.grad_accum_steps": 3, "model.remat": True}),
-        ((1, 8, 1), {"model.remat": True}),
-        ((1, 1, 8), {"model.remat": True, "train.grad_accum_steps": 2}),
+        ((1, 8, 1), {"train.grad_accum_steps": 3, "model.remat": "full"}),
+        ((1, 8, 1), {"model.remat": "full"}),
+        ((1, 1, 8), {"model.remat": "full", "train.grad_accum_steps": 2}),
         ((2, 4, 1), {"model.tie_embeddings": False}),
         ((2, 2, 2), {}),
     ],

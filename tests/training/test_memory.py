@@ -47,7 +47,7 @@ def draw(seed, mesh=(1, 1, 1)):
         "model.dropout": pick(0.0, 0.1),
         "model.use_bias": pick(False, True),
         "model.tie_embeddings": pick(False, True),
-        "model.remat": pick(False, True),
+        "model.remat": pick("none", "dots", "full"),
         "data.seq_len": pick(96, 128, 192, 256),
         "train.batch_size": replicas * pick(2, 3, 4, 6),
         "train.grad_accum_steps": pick(1, 1, 2, 3),
@@ -115,8 +115,9 @@ def test_what_lowers_it(make_config):
 
     whole = planned()
     assert planned(train_batch_size=32).activations == whole.activations / 2
-    assert planned(model_remat=True).activations < whole.activations / 2
-    split = planned(mesh_fsdp=2, model_remat=True, train_grad_accum_steps=1)
+    dots, full = planned(model_remat="dots"), planned(model_remat="full")
+    assert full.activations < 0.6 * dots.activations < 0.4 * whole.activations
+    split = planned(mesh_fsdp=2, model_remat="full", train_grad_accum_steps=1)
     assert (split.parameters, 2 * split.optimizer) == (
         whole.parameters / 2,
         whole.optimizer + 4 * (128 + 3),  # the optimizer's norms and counts are not split

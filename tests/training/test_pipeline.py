@@ -129,7 +129,7 @@ REFUSED = {
 }
 OTHER_DATA = {"data.val_fraction": 0.3, "data.val_split": "tail", "data.tokenizer": "bpe"}
 TAKEN = {
-    "model.remat": True,
+    "model.remat": "dots",
     # Of fields that do not matter to this source, or lead to the same tokens.
     "data.source": "files",
     "data.name": "unused/name",

@@ -143,6 +143,19 @@ def test_the_state_is_donated(make_job):
     assert [leaf.is_deleted() for leaf in jax.tree.leaves(held[0])].count(False) == 0
 
 
+def test_who_settles_memory_is_told_of_the_step_once(make_job):
+    told = []
+    job = make_job(num_steps=3)
+    fit(dataclasses.replace(job, on_compiled=lambda *figures: told.append(figures)), StopSignal())
+    [(flops, temporaries)] = told
+    lines = training_lines(job.directory)
+    a_token = lines[-1]["flops_per_second"] / lines[-1]["tokens_per_second"]
+    train = job.config.train
+    tokens = train.batch_size * train.grad_accum_steps * job.config.data.seq_len
+    assert flops == pytest.approx(tokens * a_token)
+    assert 1e4 < temporaries < 1e9
+
+
 def test_lines_have_what_the_contract_names(make_job):
     job = make_job(num_steps=3)
     fit(job, StopSignal())
