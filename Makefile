@@ -1,7 +1,7 @@
 # `make` lists the targets. Each one makes what it needs first, and nothing twice.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test soak lint clean
+.PHONY: help setup train test soak bench lint clean
 
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
@@ -26,6 +26,18 @@ test: lint  ## lint, types and the whole test suite
 soak: setup  ## kill a training run at 200 random times, and compare what comes of it (twenty minutes)
 	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
 	SHEEPOP_JAX_KILLS=$${SHEEPOP_JAX_KILLS:-200} $(PYTHON_IN_VENV) -m pytest -q tests/faults -k random
+
+# Tiny Shakespeare as one file, for time_to_loss; without it that benchmark is left out.
+TEXT ?=
+bench: setup  ## time training, decoding, loss and start beside PyTorch (half an hour on two cores)
+	$(PYTHON_IN_VENV) -m pip install --quiet -r requirements/bench.txt
+	$(PYTHON_IN_VENV) benchmarks/train_step.py
+	$(PYTHON_IN_VENV) benchmarks/decode.py
+	$(PYTHON_IN_VENV) benchmarks/loss.py
+	$(PYTHON_IN_VENV) benchmarks/loop.py
+	$(PYTHON_IN_VENV) benchmarks/start.py
+	$(PYTHON_IN_VENV) benchmarks/scaling.py
+	$(if $(TEXT),$(PYTHON_IN_VENV) benchmarks/time_to_loss.py --text $(TEXT))
 
 lint:  ## formatting, linter and types
 	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)

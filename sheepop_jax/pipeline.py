@@ -20,6 +20,7 @@ from sheepop_jax.model.partitioning import batch_sharding, check_mesh, make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.run import Run, WorkdirLock, create_run
 from sheepop_jax.runtime import Runtime, settle_memory
+from sheepop_jax.training.loss import chunk_elements
 from sheepop_jax.training.plan import make_plan
 from sheepop_jax.training.plan_report import summary
 from sheepop_jax.training.stop import StopSignal
@@ -136,6 +137,7 @@ def train(
             evaluate=figures,
             sample=_sampler(run, model) if first and config.train.sample_tokens else None,
             peak_flops=machine.peak_flops,
+            chunk_elements=chunk_elements(machine.platform),
             first_process=first,
             on_compiled=settle_memory,
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.lib.contest import Contender, take_turns
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
 
@@ -40,3 +42,27 @@ def test_the_data_benchmark_on_a_tiny_corpus(tmp_path):
     ]
     again = run(ROOT / "benchmarks" / "data.py", *words, "--only", "load")
     assert json.loads(again.stdout)["tokens_M_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_contest_from_command_to_table(tmp_path):
+    words = ["--time", "16", "--batch", "1", "--turns", "2", "--platform", "cpu"]
+    result = run(ROOT / "benchmarks" / "loss.py", *words, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "loss.json").read_text())
+    assert [row["loss"] for row in found["rows"]] == ["chunked", "whole"]
+    assert all(row["ms"] > 0 and row["peak, MB"] > 100 for row in found["rows"])
+    assert found["rows"][1]["time, of whole"] == 1
+    header, line, *rows = result.stdout.split("\n\n")[0].splitlines()
+    assert header.startswith("| tokens | loss | ms |") and line.startswith("| --: | :-- | --: |")
+    assert len(rows) == 2 and found["about"]["jax"] in result.stdout
+
+
+def test_a_contender_that_cannot_start(capfd):
+    words = ["loss", "small", "--platform", "cpu"]
+    here, missing = Contender("here", "ours", words), Contender("missing", "ours", words, "false")
+    with pytest.raises(SystemExit, match="missing could not start"):
+        take_turns([missing, here], 1)
+    [only] = take_turns([here, missing], 2)
+    assert only is here and len(here.seconds) == 2 and min(here.seconds) > 0
+    assert "missing: left out" in capfd.readouterr().err

@@ -15,14 +15,22 @@ import jax.numpy as jnp
 
 from sheepop_jax.model.transformer import unembed
 
-# Logits of one chunk, in fp32 elements: 64 MB keeps a GPU busy and is small beside a model.
+# Logits of one chunk, in fp32 elements. Each chunk reads and writes the embedding's gradient once,
+# beside three products of as many tokens: with 64 MB of logits that is little on a CPU. A GPU,
+# whose products are fast beside its memory, wants 1 GB.
 CHUNK_ELEMENTS = 1 << 24
+_ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
 
 
-def chunk_length(shape: tuple[int, ...], vocab: int) -> int:
-    """Tc for targets [B, T]: the longest chunk whose logits fit `CHUNK_ELEMENTS`, evened out."""
+def chunk_elements(platform: str) -> int:
+    """Logits of one chunk on "cpu", "cuda" or "tpu"."""
+    return CHUNK_ELEMENTS if platform == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
+
+
+def chunk_length(shape: tuple[int, ...], vocab: int, elements: int = CHUNK_ELEMENTS) -> int:
+    """Tc for targets [B, T]: the longest chunk of at most so many logits, evened out."""
     batch, time = shape
-    longest = max(1, min(time, CHUNK_ELEMENTS // (batch * vocab)))
+    longest = max(1, min(time, elements // (batch * vocab)))
     chunks = -(-time // longest)
     return -(-time // chunks)
 

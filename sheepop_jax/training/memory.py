@@ -20,7 +20,7 @@ from sheepop_jax.errors import RunFailed
 from sheepop_jax.model.attention import causal_share
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer, padded_vocab_size
-from sheepop_jax.training.loss import chunk_length
+from sheepop_jax.training.loss import chunk_elements, chunk_length
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import init_params, init_state
 
@@ -136,7 +136,7 @@ def estimate_memory(
     matrices = own - sum(moments) / 2 if config.optimizer.name == "muon" else 0.0
     matrices *= 2  # the optimizer has one moment of each, and two of what is no matrix
     updating = _ADAM_UPDATE * (own - matrices) + _MUON_UPDATE[platform] * matrices
-    sizes = _Sizes.of(config, model, mesh)
+    sizes = _Sizes.of(config, model, mesh, platform)
     first_block = sizes.kept + sizes.head + sizes.recomputed + sizes.backward
     moments_of_update: tuple[tuple[float, list[float], list[float]], ...] = (
         (gathered + accumulated, sizes.kept + sizes.head, sizes.loss),
@@ -214,7 +214,9 @@ class _Sizes(NamedTuple):
     loss_grads: list[float]
 
     @classmethod
-    def of(cls, config: Config, model: Transformer, mesh: Mesh | AbstractMesh) -> "_Sizes":
+    def of(
+        cls, config: Config, model: Transformer, mesh: Mesh | AbstractMesh, platform: str
+    ) -> "_Sizes":
         """By the formula."""
         m, tensor = config.model, mesh.shape["tensor"]
         rows = config.train.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -243,7 +245,8 @@ class _Sizes(NamedTuple):
                 raise ValueError(f"unknown attention {model.implementation!r}")
         block += scores
         padded = padded_vocab_size(model.vocab_size)
-        chunk = chunk_length((config.train.batch_size, time), padded)
+        most = chunk_elements(platform)
+        chunk = chunk_length((config.train.batch_size, time), padded, most)
         table = _FP32 * padded * m.d_model / (tensor * mesh.shape["fsdp"])
         # Logits, their exponentials, and, where the vocabulary is padded, the masked ones.
         copies = 3 if padded > model.vocab_size else 2

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.transformer import Transformer, output_embedding
-from sheepop_jax.training.loss import chunk_length, cross_entropy_sum
+from sheepop_jax.training.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy_sum
 from sheepop_jax.training.optimizer import is_outlier
 
 
@@ -69,13 +69,15 @@ def make_train_step(
     schedule: optax.Schedule,
     seed: int,
     max_grad_zscore: float = 0.0,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the step; the caller jits it, donating the state.
 
     A batch [A, B, T] gives the gradient of Σ weight · loss / Σ weight over all its tokens, whatever
     their distribution over microbatches. Dropout's randomness is a function of (seed, step,
     microbatch). Non-finite gradients leave parameters and optimizer untouched, and so do those that
-    `optimizer.is_outlier` finds, if `max_grad_zscore` is above 0; `step` advances.
+    `optimizer.is_outlier` finds, if `max_grad_zscore` is above 0; `step` advances. The loss
+    makes `chunk_elements` logits at a time.
     """
     dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -89,7 +91,7 @@ def make_train_step(
             rngs={"dropout": dropout_key},
         )
         embedding_VD = output_embedding(params)
-        chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0])
+        chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0], chunk_elements)
         return cross_entropy_sum(
             hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, chunk
         )

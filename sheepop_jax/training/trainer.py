@@ -21,6 +21,7 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.health import Health
+from sheepop_jax.training.loss import CHUNK_ELEMENTS
 from sheepop_jax.training.memory import abstract_state, estimate_memory, explain
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
@@ -51,6 +52,7 @@ class Job:
         evaluate: parameters → held-out figures, `val_loss` among them.
         sample: parameters → a text to show; None shows none.
         peak_flops: of all devices together, FLOP/s; 0 where unknown.
+        chunk_elements: logits that the loss makes at a time, from `loss.chunk_elements`.
         first_process: whether this process shows and logs.
         on_compiled: told the train step's FLOPs and its temporaries in bytes, before the first.
     """
@@ -64,6 +66,7 @@ class Job:
     evaluate: Callable[[Any], dict[str, float]]
     sample: Callable[[Any], str] | None
     peak_flops: float
+    chunk_elements: int = CHUNK_ELEMENTS
     first_process: bool = True
     on_compiled: Callable[[float, int], None] = lambda flops, temporaries: None
 
@@ -191,10 +194,11 @@ class _Loop:
         yield from queue
 
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        job = self.job
-        config = job.config
-        zscore = config.optimizer.max_grad_zscore
-        step = make_train_step(job.model, self.optimizer, self.schedule, config.seed, zscore)
+        job, config = self.job, self.job.config
+        zscore, elements = config.optimizer.max_grad_zscore, job.chunk_elements
+        step = make_train_step(
+            job.model, self.optimizer, self.schedule, config.seed, zscore, elements
+        )
         log.info("compiling the train step")
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         started = time.perf_counter()

@@ -116,9 +116,13 @@ def test_no_array_of_all_logits_exists():
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 512), (32, 1024), (3, 997)])
 @pytest.mark.parametrize("vocab", [128, 50304])
-def test_chunk_length_stays_within_its_bound_and_covers_time(shape, vocab):
-    chunk = loss.chunk_length(shape, vocab)
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_chunk_length_stays_within_its_bound_and_covers_time(shape, vocab, platform):
+    elements = loss.chunk_elements(platform)
+    chunk = loss.chunk_length(shape, vocab, elements)
     assert 1 <= chunk <= shape[1]
-    assert chunk == 1 or shape[0] * chunk * vocab <= loss.CHUNK_ELEMENTS
+    assert chunk == 1 or shape[0] * chunk * vocab <= elements
     chunks = -(-shape[1] // chunk)
     assert chunks * chunk - shape[1] < chunks  # evened out: hardly any padding
+    whole = shape[0] * shape[1] * vocab
+    assert chunks == 1 if whole <= elements else chunks < 2 * whole / elements + 1

@@ -1,0 +1,65 @@
+"""Tokens per second of cached greedy decoding beside transformers' `generate`.
+
+    python benchmarks/decode.py [--batch 1 8 32] [--turns 5]
+
+The base model with random weights, prompts of 16 tokens, 128 new ones. A turn is a whole call,
+prompt included. "share" is of what memory allows: "memory alone" reads every weight once for each
+new token of a batch, and does nothing else.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# After the path is set, so that it runs from anywhere: hence E402.
+from benchmarks.lib.contest import Contender, take_turns  # noqa: E402
+from benchmarks.lib.flags import absolute, parser  # noqa: E402
+from benchmarks.lib.report import publish  # noqa: E402
+
+PEERS = {"transformers GPT-2": "gpt2", "transformers Starcoder2": "starcoder2"}
+
+
+def main() -> None:
+    """One table for all batch sizes, ratios to ours in each."""
+    made = parser(__doc__, turns=5)
+    made.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    made.add_argument("--prompt", type=int, default=16)
+    made.add_argument("--new_tokens", type=int, default=128)
+    flags = made.parse_args()
+    rows = []
+    for size in flags.batch:
+        rows += contest(size, flags)
+    publish("decode", rows, {"dtype": flags.dtype}, flags.out)
+
+
+def contest(size: int, flags: Any) -> list[dict[str, Any]]:
+    """Rows of one batch size, ours first."""
+    words = ["decode", "base", "--rows", str(size), "--dtype", flags.dtype]
+    words += ["--prompt", str(flags.prompt), "--new_tokens", str(flags.new_tokens)]
+    ours = Contender("sheepop_jax", "ours", [*words, "--platform", flags.platform])
+    python = absolute(flags.peer_python)
+    peers = [Contender(k, "peers", [*words, "--kind", v], python) for k, v in PEERS.items()]
+    memory = Contender("memory alone", "ours", ["read", *words[1:], "--platform", flags.platform])
+    finished = take_turns([ours, *peers, memory], flags.turns)
+    tokens, limit = size * flags.new_tokens, finished[-1].median
+    return [
+        {
+            "batch": size,
+            "contender": c.name,
+            "tokens/s": tokens / c.median,
+            "ms a call": 1e3 * c.median,
+            "min–max": c.spread,
+            "ours is faster": c.median / finished[0].median,
+            "share": f"{limit / c.median:.0%}",
+            "first token: cold, s": c.about.get("first_cold_s"),
+            "warm, ms": c.about.get("first_warm_ms"),
+            "peak, MB": c.about["peak_MB"],
+        }
+        for c in finished
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The models that the benchmarks compare, by name; read by both sides, so it imports neither."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batch: N layers of width D with H heads, V tokens, B windows of T."""
+
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    vocab: int
+    batch: int
+    time: int
+    remat: str = "none"
+
+    @property
+    def tokens(self) -> int:
+        """In one batch."""
+        return self.batch * self.time
+
+    @property
+    def weights(self) -> int:
+        """Elements of the matrices that each token is multiplied with, the tied embedding once."""
+        layer = 4 * self.width**2 + 2 * self.width * self.feed_forward
+        return self.layers * layer + self.vocab * self.width
+
+    @property
+    def step_flops(self) -> float:
+        """Of one training step: 6 a weight, 12 · N · T · D a token (PaLM, appendix B)."""
+        a_token = 6.0 * self.weights + 12.0 * self.layers * self.time * self.width
+        return a_token * self.tokens
+
+
+SHAPES = {
+    "small": Shape(4, 128, 4, 512, 65, 12, 64),
+    "base": Shape(6, 512, 8, 2048, 50257, 4, 512, remat="dots"),
+    "gpt2": Shape(12, 768, 12, 3072, 50257, 8, 1024),
+    "long": Shape(6, 512, 8, 2048, 50257, 4, 8192, remat="dots"),
+}

@@ -1,0 +1,129 @@
+"""What the training loop costs beside the compiled step alone.
+
+    python benchmarks/loop.py [--steps 300] [--turns 5]
+
+Both train the same small model from the same state on batches of the same data, in turns: the
+trainer's own loop with its data, metrics, log and progress, and a bare Python loop that calls the
+compiled step on batches that lie on the device. Evaluation and saving are left out: the loop's
+clock stands still for them as well.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# After the path is set, so that it runs from anywhere: hence E402.
+from benchmarks.lib.flags import parser  # noqa: E402
+from benchmarks.lib.report import publish  # noqa: E402
+from sheepop_jax import runtime  # noqa: E402
+from sheepop_jax.cli import load_config  # noqa: E402
+
+
+def main() -> None:
+    """Two rows, medians of seconds a step, and the ratio."""
+    made = parser(__doc__, turns=5)
+    made.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
+    made.add_argument("--steps", type=int, default=300)
+    flags = made.parse_args()
+    runtime.prepare(flags.platform)
+    seconds: dict[str, list[float]] = {"bare step": [], "trainer": []}
+    for turn in range(flags.turns + 1):
+        for name, measure in (("bare step", bare), ("trainer", trained)):
+            per_step = measure(flags.config, flags.steps)
+            if turn:
+                seconds[name].append(per_step)
+    ratios = [t / b for b, t in zip(*seconds.values(), strict=True)]
+    rows = [
+        {
+            "loop": name,
+            "ms a step": 1e3 * statistics.median(values),
+            "min–max": "–".join(f"{1e3 * f(values):.4g}" for f in (min, max)),
+            "of the bare step": statistics.median(ratios) if name == "trainer" else 1.0,
+        }
+        for name, values in seconds.items()
+    ]
+    publish("loop", rows, {"steps": flags.steps}, flags.out)
+
+
+def make_job(path: str, steps: int, directory: str) -> Any:
+    """The job that train.py would make, but for evaluation and samples."""
+    import jax
+
+    from sheepop_jax.data.batches import Layout, TrainBatches
+    from sheepop_jax.data.prepare import prepare
+    from sheepop_jax.model.partitioning import make_mesh
+    from sheepop_jax.model.transformer import Transformer
+    from sheepop_jax.training.trainer import Job
+
+    every = ("train.eval_every", "checkpoint.save_every", "optimizer.warmup_steps")
+    overrides = [f"--config.train.num_steps={steps}", *(f"--config.{name}=0" for name in every)]
+    config = load_config(path, overrides)
+    data = prepare(config.data)
+    train = config.train
+    return Job(
+        config=config,
+        directory=Path(directory),
+        model=Transformer(config.model, data.tokenizer.vocab_size),
+        mesh=make_mesh(config.mesh, jax.devices()),
+        batches=TrainBatches(
+            data.train,
+            Layout.of(config.data, data.tokenizer.end_of_text),
+            seed=config.seed,
+            accum=train.grad_accum_steps,
+            batch_size=train.batch_size,
+        ),
+        num_steps=steps,
+        evaluate=lambda params: dict.fromkeys(
+            ("val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy"), 1.0
+        ),
+        sample=None,
+        peak_flops=0.0,
+    )
+
+
+def trained(path: str, steps: int) -> float:
+    """Seconds a step by the trainer's own clock, as it stands in metrics.jsonl."""
+    from sheepop_jax.training.metrics import read_metrics
+    from sheepop_jax.training.stop import StopSignal
+    from sheepop_jax.training.trainer import fit
+
+    with tempfile.TemporaryDirectory() as directory:
+        fit(make_job(path, steps, directory), StopSignal())
+        lines = [line for line in read_metrics(Path(directory)) if "loss" in line]
+    first, last = lines[0], lines[-1]  # the first interval has the warm-up
+    return (last["train_seconds"] - first["train_seconds"]) / (last["step"] - first["step"])
+
+
+def bare(path: str, steps: int) -> float:
+    """Seconds a step of nothing but the compiled step."""
+    import jax
+
+    from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+    from sheepop_jax.training.step import init_state, make_train_step
+
+    job = make_job(path, steps, "")
+    schedule = make_schedule(job.config.optimizer, steps)
+    optimizer = make_optimizer(job.config.optimizer, schedule)
+    state = jax.jit(lambda: init_state(job.model, optimizer, job.config.seed))()
+    function = make_train_step(job.model, optimizer, schedule, job.config.seed)
+    batches = [jax.device_put(batch) for batch in job.batches.iterate(0, 8)]
+    step = jax.jit(function, donate_argnums=0).lower(state, batches[0]).compile()
+    log_every = job.config.train.log_every
+    for i in range(log_every):
+        state, metrics = step(state, batches[i % 8])
+    jax.block_until_ready(metrics)
+    started = time.perf_counter()
+    for i in range(steps - log_every):
+        state, metrics = step(state, batches[i % 8])
+    jax.block_until_ready(metrics)
+    return (time.perf_counter() - started) / (steps - log_every)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Seconds of a whole process until Tiny Shakespeare's held-out loss is 1.8857 or less.
+
+    python benchmarks/time_to_loss.py --text tinyshakespeare.txt [--turns 3] [--ablate]
+
+That loss is what nanoGPT's recipe for a CPU reaches. The model stays what it is there: characters,
+4 layers of 128, context 64; the loss is over the whole last tenth, in windows of 64, overlap 0. The
+time is a whole process's, from the text: interpreter, imports, data, compile, training, evaluation
+and checkpoint. "first time" has empty caches (compiled programs, tokens), "again" has those of the
+run before; each run has a seed and a directory of its own.
+
+--ablate instead changes one ingredient of configs/shakespeare_fast.py at a time, for as many steps.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# After the path is set, so that it runs from anywhere: hence E402.
+from benchmarks.lib.contest import say  # noqa: E402
+from benchmarks.lib.flags import absolute, parser  # noqa: E402
+from benchmarks.lib.report import publish  # noqa: E402
+
+TARGET = 1.8857
+ADAM_BETAS = ["--config.optimizer.b1=0.9", "--config.optimizer.b2=0.99"]
+ABLATIONS: dict[str, list[str]] = {
+    "everything": [],
+    "AdamW at its own best rate, 3e-3, for Muon": [
+        *("--config.optimizer.name=adamw", "--config.optimizer.learning_rate=3e-3"),
+        *ADAM_BETAS,
+    ],
+    "a learning rate of 4e-3 for 1.4e-2": ["--config.optimizer.learning_rate=4e-3"],
+    "cosine to a tenth for linear to zero": [
+        *("--config.optimizer.schedule=cosine", "--config.optimizer.final_lr_fraction=0.1"),
+    ],
+    "100 updates of warmup for 10": ["--config.optimizer.warmup_steps=100"],
+    "b1 0.9 and b2 0.99 for 0.8 and 0.95": ADAM_BETAS,
+}
+
+
+def main() -> None:
+    """A row for each contender, or for each ingredient."""
+    made = parser(__doc__, turns=3)
+    made.add_argument("--text", required=True, metavar="FILE", help="Tiny Shakespeare, 1.1 MB")
+    made.add_argument("--ablate", action="store_true")
+    flags = made.parse_args()
+    flags.text = os.path.abspath(flags.text)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = ablate(flags, scratch) if flags.ablate else contest(flags, scratch)
+    name = "time_to_loss_ablation" if flags.ablate else "time_to_loss"
+    publish(name, rows, {"target": TARGET}, flags.out)
+
+
+def contest(flags: Any, scratch: str) -> list[dict[str, Any]]:
+    """Whole processes in turns."""
+    runs: dict[str, list[tuple[float, float]]] = {}
+
+    def note(name: str, words: Sequence[str], cache: str) -> None:
+        runs.setdefault(name, []).append(measure(words, cache))
+        say(f"{name}: {runs[name][-1]}")
+
+    for turn in range(flags.turns):
+        cache = f"{scratch}/cache{turn}"
+        for which in ("first time", "again"):
+            words = ours(flags, f"{scratch}/{turn}{which}", turn)
+            note(f"sheepop_jax, {which}", words, cache)
+        peer = [absolute(flags.peer_python), "-m", "benchmarks.lib.nanogpt", flags.text]
+        note("torch, nanoGPT's recipe", peer, cache)
+    ours_again = statistics.median(s for s, _ in runs["sheepop_jax, again"])
+    return [row(name, found, ours_again) for name, found in runs.items()]
+
+
+def ablate(flags: Any, scratch: str) -> list[dict[str, Any]]:
+    """Losses after as many steps, ingredient by ingredient."""
+    runs: dict[str, list[tuple[float, float]]] = {}
+    for turn in range(flags.turns):
+        for name, changes in ABLATIONS.items():
+            words = ours(flags, f"{scratch}/{turn}{name}", turn)
+            runs.setdefault(name, []).append(measure([*words, *changes], f"{scratch}/cache"))
+            say(f"{name}: {runs[name][-1]}")
+    whole = statistics.median(s for s, _ in runs["everything"])
+    return [row(name, found, whole) for name, found in runs.items()]
+
+
+def row(name: str, found: list[tuple[float, float]], reference: float) -> dict[str, Any]:
+    """Medians of seconds and losses, and the worst."""
+    seconds, losses = zip(*found, strict=True)
+    return {
+        "process": name,
+        "s": statistics.median(seconds),
+        "min–max": f"{min(seconds):.1f}–{max(seconds):.1f}",
+        "as long": statistics.median(seconds) / reference,
+        "loss": f"{statistics.median(losses):.4f}",
+        "losses": f"{min(losses):.4f}–{max(losses):.4f}",
+        "reached": f"{sum(loss <= TARGET for loss in losses)} of {len(losses)}",
+    }
+
+
+def ours(flags: Any, workdir: str, seed: int) -> list[str]:
+    """The command that trains on the text."""
+    return [
+        *(
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--config",
+            f"{ROOT}/configs/shakespeare_fast.py",
+        ),
+        *(f"--config.data.path={flags.text}", f"--config.seed={seed}", "--workdir", workdir),
+        f"--config.train.platform={flags.platform}",
+    ]
+
+
+def measure(words: Sequence[str], cache: str) -> tuple[float, float]:
+    """Seconds of a whole process, and the held-out loss that it ended with."""
+    from sheepop_jax.training.metrics import read_metrics
+
+    environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+    if "--workdir" not in words:
+        return seconds, float(done.stdout)
+    lines = read_metrics(Path(words[words.index("--workdir") + 1]))
+    return seconds, [line["val_loss"] for line in lines if "val_loss" in line][-1]
+
+
+if __name__ == "__main__":
+    main()
