@@ -307,8 +307,10 @@ SAMPLING = [
 ]  # fmt: skip
 
 TOOLS = [
-    Row("tools", "", r"the following arguments are required: \{data,evaluate,bench,.*\}; try "),
-    Row("tools", "serve", r"argument \{data,evaluate,bench,.*\}: invalid choice: 'serve'"),
+    Row(
+        "tools", "", r"the following arguments are required: \{data,plan,evaluate,bench,.*\}; try "
+    ),
+    Row("tools", "serve", r"argument \{data,plan,evaluate,bench,.*\}: invalid choice: 'serve'"),
     Row("tools", "evaluate", r"the following arguments are required: --ckpt; try --help$"),
     *(
         Row("tools", ["evaluate", "--ckpt", "{run}", *arguments.split()], said)

@@ -38,6 +38,7 @@ FIELDS = flat(base.get_config())
 CHOICES = {
     "model.activation": ["gelu", "gelu_tanh", "relu"],
     "model.position": ["rope", "sinusoidal", "learned"],
+    "model.remat": ["none", "dots", "full"],
     "optimizer.name": ["adamw", "muon"],
     "optimizer.schedule": ["cosine", "linear", "constant"],
     "data.packing": ["stream", "one_per_window"],
@@ -209,7 +210,7 @@ def test_the_fields_drawn_are_those_of_a_configuration() -> None:
     assert {*SMALL, *CHOICES, *COSTLY} <= FIELDS.keys()
     good: list[bool] = []
 
-    @settings(FUZZ, max_examples=100)
+    @settings(FUZZ, max_examples=400)
     @given(CHANGES)
     def count(changes: dict[str, Any]) -> None:
         try:

@@ -115,6 +115,7 @@ def test_dtypes_by_platform(caplog):
     names = ("auto", "float32", "bfloat16")
     assert [cpu.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
     assert [gpu.compute_dtype(name).name for name in names] == ["bfloat16", "float32", "bfloat16"]
+    caplog.clear()
     with caplog.at_level("INFO"):
         for machine in (cpu, gpu):
             assert all(machine.compute_dtype(name) for name in names)
