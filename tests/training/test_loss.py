@@ -126,3 +126,9 @@ def test_chunk_length_stays_within_its_bound_and_covers_time(shape, vocab, platf
     assert chunks * chunk - shape[1] < chunks  # evened out: hardly any padding
     whole = shape[0] * shape[1] * vocab
     assert chunks == 1 if whole <= elements else chunks < 2 * whole / elements + 1
+
+
+def test_an_accelerator_makes_more_logits_at_a_time():
+    assert loss.CHUNK_ELEMENTS == loss.chunk_elements("cpu")
+    assert 8 * loss.chunk_elements("cpu") <= loss.chunk_elements("cuda")
+    assert loss.chunk_elements("tpu") == loss.chunk_elements("cuda")
