@@ -23,7 +23,7 @@ PEERS = {"transformers GPT-2": "gpt2", "transformers Starcoder2": "starcoder2"}
 
 def main() -> None:
     """One table for all batch sizes, ratios to ours in each."""
-    made = parser(__doc__, turns=5)
+    made = parser(__doc__, turns=5, peers=True, dtype=True)
     made.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     made.add_argument("--prompt", type=int, default=16)
     made.add_argument("--new_tokens", type=int, default=128)

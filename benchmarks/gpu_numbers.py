@@ -24,7 +24,7 @@ LOSS, GRADIENT = 2e-3, 3e-2  # relative: a few of bf16's steps of 2^-8
 
 def main() -> None:
     """A row for each way; the last column compares with the first row."""
-    made = parser(__doc__, turns=1)
+    made = parser(__doc__)
     made.add_argument("--shape", choices=SHAPES, default="base")
     flags = made.parse_args()
     machine = runtime.prepare(flags.platform)

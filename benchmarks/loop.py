@@ -45,6 +45,7 @@ def main() -> None:
             "ms a step": 1e3 * statistics.median(values),
             "min–max": "–".join(f"{1e3 * f(values):.4g}" for f in (min, max)),
             "of the bare step": statistics.median(ratios) if name == "trainer" else 1.0,
+            "each": "–".join(f"{f(ratios):.3f}" for f in (min, max)) if name == "trainer" else "",
         }
         for name, values in seconds.items()
     ]

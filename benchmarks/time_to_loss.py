@@ -48,7 +48,7 @@ ABLATIONS: dict[str, list[str]] = {
 
 def main() -> None:
     """A row for each contender, or for each ingredient."""
-    made = parser(__doc__, turns=3)
+    made = parser(__doc__, turns=3, peers=True)
     made.add_argument("--text", required=True, metavar="FILE", help="Tiny Shakespeare, 1.1 MB")
     made.add_argument("--ablate", action="store_true")
     flags = made.parse_args()

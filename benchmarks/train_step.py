@@ -31,7 +31,7 @@ PEERS = {
 
 def main() -> None:
     """One table for all shapes, ratios to ours in each."""
-    made = parser(__doc__, turns=9)
+    made = parser(__doc__, turns=9, peers=True, dtype=True)
     made.add_argument("--shape", nargs="+", choices=SHAPES, default=["small", "base"])
     made.add_argument("--steps", type=int, default=0, help="in a turn (default: about 1 s of them)")
     made.add_argument("--batch", type=int, default=0, help="instead of the shape's own")

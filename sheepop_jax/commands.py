@@ -63,33 +63,15 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
         machine = runtime.prepare(config.train.platform)
         if flags.devices:
             machine = machine.with_devices(flags.devices)
-    from sheepop_jax.model.attention import choose_implementation
     from sheepop_jax.model.partitioning import check_mesh, imagined_mesh
-    from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.plan import make_plan
+    from sheepop_jax.pipeline import build_model, plan_run
     from sheepop_jax.training.plan_report import describe
 
     mesh = imagined_mesh(config.mesh, machine.device_count)
     check_mesh(config, mesh)
     vocab_size = flags.vocab_size or config.data.vocab_size
-    dtype = machine.compute_dtype(config.train.dtype)
-    implementation = choose_implementation(
-        machine.platform,
-        dtype,
-        config.model.head_dim,
-        config.model.attention_dropout,
-        document_mask=config.data.document_mask,
-    )
-    model = Transformer(config.model, vocab_size, dtype, implementation)
-    planned = make_plan(
-        config,
-        model,
-        mesh,
-        platform=machine.platform,
-        device_kind=machine.device_kind,
-        device_memory=machine.device_memory,
-        peak_flops=machine.peak_flops,
-    )
+    model = build_model(config, vocab_size, machine)
+    planned = plan_run(config, model, mesh, machine)
     if flags.json:
         print(json.dumps(planned.to_dict(flags.peak_share)))
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Layout, TrainBatches
@@ -21,7 +22,7 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.run import Run, WorkdirLock, create_run
 from sheepop_jax.runtime import Runtime, settle_memory
 from sheepop_jax.training.loss import chunk_elements
-from sheepop_jax.training.plan import make_plan
+from sheepop_jax.training.plan import Plan, make_plan
 from sheepop_jax.training.plan_report import summary
 from sheepop_jax.training.stop import StopSignal
 from sheepop_jax.training.trainer import Job, fit
@@ -62,17 +63,7 @@ def train(
         if config.train.sample_tokens:
             _check_prompt(config, data.tokenizer)
         run = create_run(directory, config, data)
-        dtype = machine.compute_dtype(config.train.dtype)
-        attention = config.model.head_dim, config.model.attention_dropout
-        implementation = choose_implementation(
-            machine.platform, dtype, *attention, document_mask=config.data.document_mask
-        )
-        if implementation != choose_implementation(machine.platform, dtype, *attention):
-            log.info(
-                "data.document_mask: attention by XLA rather than cuDNN, which has no segment "
-                "argument: slower, and memory grows with the square of the window"
-            )
-        model = Transformer(config.model, data.tokenizer.vocab_size, dtype, implementation)
+        model = build_model(config, data.tokenizer.vocab_size, machine)
         layout = Layout.of(config.data, data.tokenizer.end_of_text)
         batches = TrainBatches(
             data.train,
@@ -91,16 +82,8 @@ def train(
                 config.optimizer.warmup_steps,
                 num_steps,
             )
-        log.info("activations in %s, attention by %s", dtype.name, implementation)
-        plan = make_plan(
-            config,
-            model,
-            mesh,
-            platform=machine.platform,
-            device_kind=machine.device_kind,
-            device_memory=machine.device_memory,
-            peak_flops=machine.peak_flops,
-        )
+        log.info("activations in %s, attention by %s", model.dtype.name, model.implementation)
+        plan = plan_run(config, model, mesh, machine)
         for line in summary(plan):
             log.info("%s", line)
         if machine.platform == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
@@ -149,6 +132,36 @@ def train(
                 data.gzip_bits_per_byte,
             )
         return result
+
+
+def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transformer:
+    """The model to train, with the dtype and the attention for the machine."""
+    dtype = machine.compute_dtype(config.train.dtype)
+    attention = config.model.head_dim, config.model.attention_dropout
+    implementation = choose_implementation(
+        machine.platform, dtype, *attention, document_mask=config.data.document_mask
+    )
+    if implementation != choose_implementation(machine.platform, dtype, *attention):
+        log.info(
+            "data.document_mask: attention by XLA rather than cuDNN, which has no segment "
+            "argument: slower, and memory grows with the square of the window"
+        )
+    return Transformer(config.model, vocab_size, dtype, implementation)
+
+
+def plan_run(
+    config: Config, model: Transformer, mesh: Mesh | AbstractMesh, machine: Runtime
+) -> Plan:
+    """What the run will need on a machine, which need not be this one."""
+    return make_plan(
+        config,
+        model,
+        mesh,
+        platform=machine.platform,
+        device_kind=machine.device_kind,
+        device_memory=machine.device_memory,
+        peak_flops=machine.peak_flops,
+    )
 
 
 def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:

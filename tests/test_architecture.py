@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.run": {"config", "data", "faults", "model", "training"},
     "sheepop_jax.pipeline": LIBRARY,
     "sheepop_jax.cli": {"config"},
-    "sheepop_jax.commands": LIBRARY | {"cli"},
+    "sheepop_jax.commands": LIBRARY | {"cli", "pipeline"},
     "sheepop_jax.__main__": {"cli", "commands"},
     "train": LIBRARY | {"cli", "pipeline"},
     "sample": LIBRARY | {"cli", "pipeline"},

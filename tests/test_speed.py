@@ -25,6 +25,7 @@ def test_a_run_compiles_nothing_after_its_first_evaluation_sample_and_save(make_
         "data.tokenizer": "char",
         "train.batch_size": 8,
         "train.num_steps": 12,
+        "train.log_every": 1,
         "train.eval_every": 3,
         "train.sample_tokens": 4,
         "checkpoint.save_every": 2,

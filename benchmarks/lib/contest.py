@@ -32,7 +32,6 @@ class Contender:
         python: the interpreter that has its libraries.
         about: what it said when it was ready, and its peak memory in MB after the end.
         seconds: of each turn.
-        results: what the work returned at each turn.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Contender:
     python: str = sys.executable
     about: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -88,7 +86,6 @@ def take_turns(contenders: Sequence[Contender], turns: int) -> list[Contender]:
                 heard = _hear(process)
                 if turn and heard:
                     contender.seconds.append(heard["seconds"])
-                    contender.results.append(heard["result"])
             say(f"turn {turn} of {turns}")
         for contender, process in able:
             process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
@@ -122,9 +119,19 @@ def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]) -> No
     print(json.dumps({"peak_MB": round(_peak_megabytes())}), file=answers, flush=True)
 
 
-def seconds_alive() -> float:
-    """Since this contender was started: interpreter and imports included."""
-    return time.time() - float(os.environ[STARTED])
+def first_tokens(write: Callable[[int], Any], new_tokens: int) -> dict[str, float]:
+    """Times `write(n)`, which writes n tokens, for one token: cold, then warm.
+
+    Cold counts from when this contender was started: interpreter, imports and compiling included.
+    What `new_tokens` compiles is compiled afterwards.
+    """
+    write(1)
+    cold = time.time() - float(os.environ[STARTED])
+    write(new_tokens)
+    begin = time.perf_counter()
+    write(1)
+    warm = time.perf_counter() - begin
+    return {"first_cold_s": round(cold, 2), "first_warm_ms": round(1e3 * warm, 1)}
 
 
 def say(line: str) -> None:

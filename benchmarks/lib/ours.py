@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lib.contest import seconds_alive, serve
+from benchmarks.lib.contest import first_tokens, serve
 from benchmarks.lib.shapes import SHAPES, Shape
 from sheepop_jax import runtime
 from sheepop_jax.config import ModelConfig, OptimizerConfig
@@ -141,17 +141,12 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
             max_new_tokens=new_tokens,
         )
 
-    write(1)
-    cold = seconds_alive()
-    write(flags.new_tokens)
-    begin = time.perf_counter()
-    write(1)
-    warm = time.perf_counter() - begin
+    about = first_tokens(write, flags.new_tokens)
 
     def work() -> int:
         return sum(len(completion.tokens) for completion in write(flags.new_tokens))
 
-    return work, {"first_cold_s": round(cold, 2), "first_warm_ms": round(1e3 * warm, 1)}
+    return work, about
 
 
 def read(shape: Shape, flags: argparse.Namespace) -> Work:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.lib.contest import seconds_alive, serve
+from benchmarks.lib.contest import first_tokens, serve
 from benchmarks.lib.shapes import SHAPES, Shape
 
 Work = tuple[Callable[[], Any], dict[str, Any]]
@@ -174,18 +174,13 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
                 pad_token_id=0,
             ).cpu()
 
-    write(1)
-    cold = seconds_alive()
-    write(flags.new_tokens)
-    begin = time.perf_counter()
-    write(1)
-    warm = time.perf_counter() - begin
+    about = first_tokens(write, flags.new_tokens)
 
     def work() -> int:
         written = write(flags.new_tokens)
         return int(written.shape[0] * (written.shape[1] - flags.prompt))
 
-    return work, {"first_cold_s": round(cold, 2), "first_warm_ms": round(1e3 * warm, 1)}
+    return work, about
 
 
 def main() -> None:

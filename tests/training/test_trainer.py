@@ -174,10 +174,11 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
     fit(whole, StopSignal())
     stop = StopSignal()
 
-    class StopAt:
+    class StopAt(StopSignal):
         """Asks to stop once the loop has done `first` steps."""
 
         def __init__(self):
+            super().__init__()
             self.looked = 0
 
         def check(self):
@@ -189,7 +190,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
             assert self.looked == 0
 
     with pytest.raises(StopRequested):
-        fit(parts, StopAt())  # type: ignore[arg-type]
+        fit(parts, StopAt())
     assert Checkpoints(parts.directory / "checkpoints").steps()[-1] == first
     fit(parts, stop)
     for a, b in zip(training_lines(whole.directory), training_lines(parts.directory), strict=True):

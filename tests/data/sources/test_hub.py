@@ -39,7 +39,7 @@ def read(name, subset="", column="text", join_rows=False):
 class TestHub:
     @pytest.fixture
     def hub(self, monkeypatch):
-        datasets = pytest.importorskip("datasets")
+        import datasets  # here, since it takes seconds
 
         def serve(answer, commit="c0ffee"):
             def load_dataset(name, subset, **options):
@@ -143,7 +143,8 @@ class TestHub:
         left.join()
 
     def test_other_columns_are_not_decoded(self, hub, monkeypatch):
-        datasets = pytest.importorskip("datasets")
+        import datasets  # here, since it takes seconds
+
         features = {"text": datasets.Value("string"), "picture": datasets.Image()}
         rows = datasets.IterableDataset.from_generator(
             lambda: iter([{"text": "one", "picture": {"bytes": b"no picture", "path": None}}]),
