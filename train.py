@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sheepop_jax import processes
 from sheepop_jax.cli import Parser, command, load_config
 
 EPILOG = """\
@@ -15,6 +16,10 @@ examples:
 Every field of configs/base.py can be set as --config.section.field=value. On a workdir that already
 holds the run, training goes on from the newest checkpoint. A config file is a program: run only
 those that you trust.
+
+Several processes, one a host or one a GPU, train as one: under SLURM and Open MPI by themselves,
+on Cloud TPU with --coordinator_address auto, anywhere with its three flags. They share the workdir
+and data.cache_dir (docs/scaling.md).
 
 exit codes: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after saving (run it again)"""
 
@@ -28,6 +33,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_config()
     parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/NAME)")
+    parser.add_argument(
+        "--coordinator_address",
+        metavar="HOST:PORT",
+        help="of process 0, which waits there; or auto",
+    )
+    parser.add_argument("--num_processes", type=int, metavar="N", help="that train together")
+    parser.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0 to N - 1")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
     return parser.parse_with_overrides(argv)
 
@@ -35,7 +47,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     flags, overrides = parse(argv)
-    with command(flags.debug):
+    with processes.leaving_at_once(), command(flags.debug):
+        member = processes.Membership(
+            flags.coordinator_address, flags.num_processes, flags.process_id
+        )
         config = load_config(flags.config, overrides)
         workdir = flags.workdir or Path("runs") / Path(flags.config).stem
         from sheepop_jax.training.stop import EXIT_STOPPED, StopRequested, StopSignal
@@ -43,7 +58,7 @@ def main(argv: list[str]) -> int:
         stop = StopSignal().install()
         from sheepop_jax import runtime
 
-        machine = runtime.prepare(config.train.platform)
+        machine = runtime.prepare(config.train.platform, member)
         from sheepop_jax.pipeline import train
 
         try:
@@ -51,7 +66,8 @@ def main(argv: list[str]) -> int:
         except StopRequested:
             return EXIT_STOPPED
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        print(f"{workdir}: {shown or 'no figures: the run is beyond its last step'}")
+        if processes.first():
+            print(f"{workdir}: {shown or 'no figures: the run is beyond its last step'}")
     return 0
 
 

@@ -13,6 +13,14 @@ class InputError(ValueError):
         message = f"{what}: got {got!r}; expected {expected}" + (f"; try {hint}" if hint else "")
         super().__init__(" ".join(message.split()))
 
+    @classmethod
+    def said_elsewhere(cls, message: str) -> "InputError":
+        """The error of another process, word for word."""
+        error = cls.__new__(cls)
+        ValueError.__init__(error, message)
+        error.what = message.partition(":")[0]
+        return error
+
 
 class RunFailed(RuntimeError):
     """Work that cannot go on, through no fault of the input; what was saved before is intact."""

@@ -3,7 +3,7 @@
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -106,6 +106,8 @@ def evaluate_stream(
     batch_size: int,
     overlap: int = 0,
     max_batches: int = 0,
+    rows: Sequence[int] | None = None,
+    show: bool = True,
     put: Callable[[Any], Any] = lambda array: array,
     check: Callable[[], None] = lambda: None,
 ) -> Figures:
@@ -119,7 +121,9 @@ def evaluate_stream(
         batch_size: B.
         overlap: tokens of context that a window shares with the one before.
         max_batches: 0 = all.
-        put: moves an array [B, T] to the device.
+        rows: of each batch, those of this process; None is all.
+        show: whether to show a bar.
+        put: moves an array [rows, T] to the device.
         check: called before each batch; may raise to leave.
     """
     batches = EvaluationBatches(
@@ -128,8 +132,7 @@ def evaluate_stream(
         batch_size=batch_size,
         overlap=overlap,
         max_batches=max_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
 
     def on_device() -> Iterator[Batch]:
@@ -144,7 +147,7 @@ def evaluate_stream(
         desc="evaluating",
         leave=False,
         delay=2,
-        disable=None,
+        disable=None if show else True,
         dynamic_ncols=True,
     )
     return evaluate(model, params, shown, stream.num_bytes / (len(stream) - 1))

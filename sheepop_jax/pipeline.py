@@ -1,13 +1,16 @@
 """Training a run from a configuration: the rooms wired together, in the order data passes them."""
 
+import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from sheepop_jax import processes
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.data.prepare import prepare
@@ -17,9 +20,9 @@ from sheepop_jax.evaluation import evaluate_stream
 from sheepop_jax.generation.decode import generate
 from sheepop_jax.generation.request import SamplingConfig
 from sheepop_jax.model.attention import choose_implementation
-from sheepop_jax.model.partitioning import batch_sharding, check_mesh, make_mesh
+from sheepop_jax.model.partitioning import check_mesh, global_batch, make_mesh, own_rows
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.run import Run, WorkdirLock, create_run
+from sheepop_jax.run import WorkdirLock, create_run
 from sheepop_jax.runtime import Runtime, settle_memory
 from sheepop_jax.training.loss import chunk_elements
 from sheepop_jax.training.plan import Plan, make_plan
@@ -56,13 +59,14 @@ def train(
     directory = Path(workdir)
     mesh = make_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
-    first = jax.process_index() == 0
-    with WorkdirLock(directory):
-        data = prepare(config.data, jax.process_index(), jax.process_count(), stop.check)
+    rows = own_rows(mesh, config.train.batch_size)
+    with contextlib.ExitStack() as held:
+        processes.decided(lambda: held.enter_context(WorkdirLock(directory)))
+        data = prepare(config.data, processes.index(), processes.count(), stop.check)
         stop.check()
         if config.train.sample_tokens:
             _check_prompt(config, data.tokenizer)
-        run = create_run(directory, config, data)
+        processes.decided(lambda: create_run(directory, config, data))
         model = build_model(config, data.tokenizer.vocab_size, machine)
         layout = Layout.of(config.data, data.tokenizer.end_of_text)
         batches = TrainBatches(
@@ -72,8 +76,7 @@ def train(
             accum=config.train.grad_accum_steps,
             batch_size=config.train.batch_size,
             weights=data.weights,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
         )
         num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
         if config.optimizer.warmup_steps >= num_steps:
@@ -102,9 +105,9 @@ def train(
                 layout,
                 batch_size=config.train.batch_size,
                 max_batches=config.train.eval_batches,
-                put=lambda array: jax.make_array_from_process_local_data(
-                    batch_sharding(mesh, leading=0), array
-                ),
+                rows=rows,
+                show=processes.first(),
+                put=partial(global_batch, mesh, config.train.batch_size, 0),
                 check=stop.check,
             ).to_dict()
             names = ("loss", "perplexity", "bits_per_byte", "accuracy")
@@ -118,10 +121,9 @@ def train(
             batches=batches,
             num_steps=num_steps,
             evaluate=figures,
-            sample=_sampler(run, model) if first and config.train.sample_tokens else None,
+            sample=_sampler(config, data.tokenizer, model) if config.train.sample_tokens else None,
             peak_flops=machine.peak_flops,
             chunk_elements=chunk_elements(machine.platform),
-            first_process=first,
             on_compiled=settle_memory,
         )
         result = fit(job, stop)
@@ -176,11 +178,11 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         raise InputError("train.sample_prompt", f"{tokens} tokens", expected, hint)
 
 
-def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:
+def _sampler(config: Config, tokenizer: Tokenizer, model: Transformer) -> Callable[[Any], str]:
     """Parameters → a text that goes on from `train.sample_prompt`, which fits."""
-    train, tokenizer = run.config.train, run.tokenizer
+    train = config.train
     prompt = tokenizer.encode(train.sample_prompt)
-    room = run.config.model.max_seq_len - max(len(prompt), 1)
+    room = config.model.max_seq_len - max(len(prompt), 1)
 
     def sample(params: Any) -> str:
         try:
@@ -191,7 +193,7 @@ def _sampler(run: Run, model: Transformer) -> Callable[[Any], str]:
                 sampling=SamplingConfig(temperature=0.8, top_k=50),
                 end_of_text=tokenizer.end_of_text,
                 max_new_tokens=min(train.sample_tokens, room),
-                seed=run.config.seed,
+                seed=config.seed,
             )
         except InputError as error:  # logits that are not finite: no reason to end the training
             return f"none ({error})"

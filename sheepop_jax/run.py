@@ -159,7 +159,7 @@ def open_run(path: str | Path) -> Run:
     return Run(directory, config, tokenizer, identity, gzip_figure, shards)
 
 
-def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
+def create_run(directory: Path, config: Config, data: PreparedData) -> None:
     """Writes a new run's configuration and tokenizer, or compares them with those that are there.
 
     Raises:
@@ -207,7 +207,6 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> Run:
     pending = path.with_suffix(".pending")
     pending.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(pending, path)
-    return open_run(directory)
 
 
 class WorkdirLock:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sheepop_jax import processes
 from sheepop_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -85,15 +86,16 @@ class Runtime:
         return jnp.dtype(name)
 
 
-def prepare(platform: str = "auto") -> Runtime:
+def prepare(platform: str = "auto", member: processes.Membership = processes.ALONE) -> Runtime:
     """Settles platform, flags and caches, starts JAX, and checks that it computes right numbers.
 
     Args:
         platform: "auto" takes the best that jax finds; a named one ("cpu", "cuda", "tpu") that is
             missing is an error, never a silent CPU.
+        member: of several processes, which this is; by default it is alone.
 
     Raises:
-        InputError: the named platform cannot be used.
+        InputError: the named platform cannot be used, or the other processes were not found.
         RuntimeError: this version of jax computes wrong numbers on this machine.
     """
     _set_xla_flags()
@@ -105,8 +107,9 @@ def prepare(platform: str = "auto") -> Runtime:
     jax.config.update("jax_threefry_partitionable", True)  # random numbers independent of layout
     if not jax.config.jax_compilation_cache_dir:
         _use_compile_cache(jax)
+    processes.join(member)
     try:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
     # An installed backend that fails raises RuntimeError; one that is not installed, in jax 0.12, a
     # bare AssertionError.
     except (RuntimeError, AssertionError) as error:
@@ -126,7 +129,8 @@ def prepare(platform: str = "auto") -> Runtime:
     count = jax.device_count()
     peak, memory = known_figures(device.device_kind)
     runtime = Runtime(found, device.device_kind, count, peak * count, memory)
-    log.info("jax %s on %d x %s (%s)", jax.__version__, count, device.device_kind, found)
+    of = f", process 0 of {processes.count()}" if processes.count() > 1 else ""
+    log.info("jax %s on %d x %s (%s%s)", jax.__version__, count, device.device_kind, found, of)
     return runtime
 
 

@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "sheepop_jax"
 
-LIBRARY = {"config", "data", "evaluation", "generation", "model", "run", "runtime", "training"}
+LIBRARY = {
+    "config", "data", "evaluation", "generation", "model", "processes", "run", "runtime",
+    "training",
+}  # fmt: skip
 
 # For each room: the rooms of our own package that it may import besides `errors`, which all may.
 # A file belongs to the longest room that its dotted name starts with.
@@ -19,10 +22,11 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.rules": set(),
     "sheepop_jax.data_config": {"rules"},
     "sheepop_jax.config": {"data_config", "rules"},
-    "sheepop_jax.runtime": set(),
+    "sheepop_jax.processes": set(),
+    "sheepop_jax.runtime": {"processes"},
     "sheepop_jax.data": {"data", "data_config"},
     "sheepop_jax.model": {"config", "model"},
-    "sheepop_jax.training": {"config", "data", "faults", "model", "training"},
+    "sheepop_jax.training": {"config", "data", "faults", "model", "processes", "training"},
     "sheepop_jax.generation": {"config", "model", "generation"},
     "sheepop_jax.evaluation": {"config", "data", "model", "training.loss"},
     "sheepop_jax.run": {"config", "data", "faults", "model", "training"},
@@ -40,7 +44,16 @@ COMMAND_LINE = (*PROGRAMS, "sheepop_jax.cli", "configs")
 # Every room but errors, config, data and the command line. The data are numpy's.
 WITH_JAX = tuple(
     f"sheepop_jax.{room}"
-    for room in ("evaluation", "generation", "model", "pipeline", "run", "runtime", "training")
+    for room in (
+        "evaluation",
+        "generation",
+        "model",
+        "pipeline",
+        "processes",
+        "run",
+        "runtime",
+        "training",
+    )  # fmt: skip
 )
 
 # Libraries that only some rooms may import; any other library is free to all.

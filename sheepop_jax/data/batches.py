@@ -56,10 +56,10 @@ def window_order(
 
 
 class TrainBatches:
-    """The training batches of one process: rows of a global batch [A, B, T].
+    """The training batches of one process: `rows` of a global batch [A, B, T]; None is all.
 
-    Row b of microbatch a at step s is window (s * A + a) * B + b of `WindowOrder`. A process holds
-    a contiguous share of the B rows, so what is trained on does not depend on their number.
+    Row b of microbatch a at step s is window (s * A + a) * B + b of `WindowOrder`, so that what is
+    trained on does not depend on how many processes there are.
     """
 
     def __init__(
@@ -71,17 +71,16 @@ class TrainBatches:
         accum: int,
         batch_size: int,
         weights: Sequence[float] = (1.0,),
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         self._order = window_order(streams, layout, seed, weights)
-        self._rows = _own_rows(batch_size, process_index, process_count)
+        self._rows = range(batch_size) if rows is None else rows
         self._streams, self._layout = list(streams), layout
         self._accum, self._batch_size = accum, batch_size
         self.steps_per_epoch = -(-self._order.num_windows // (accum * batch_size))
 
     def batch_at(self, step: int) -> Batch:
-        """This process's rows [A, B / processes, T] of the global batch of `step`."""
+        """This process's rows [A, rows, T] of the global batch of `step`."""
         shape = (self._accum, len(self._rows), self._layout.seq_len)
         tokens = np.zeros((*shape[:2], shape[2] + 1), np.int32)
         weights = np.zeros(shape, np.float32)
@@ -100,7 +99,7 @@ class TrainBatches:
 
 
 class EvaluationBatches:
-    """Batches [B / processes, T] in which every token of the stream but the first counts once."""
+    """Batches [rows, T] in which every token of the stream but the first counts once."""
 
     def __init__(
         self,
@@ -110,8 +109,7 @@ class EvaluationBatches:
         batch_size: int,
         overlap: int = 0,
         max_batches: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         """Nothing is read yet.
 
@@ -122,18 +120,17 @@ class EvaluationBatches:
             overlap: tokens that a window repeats from the one before, as context that does not
                 count; 0 where each document has windows of its own.
             max_batches: stops after so many; 0 means all.
-            process_index: which contiguous share of the rows to give.
-            process_count: how many shares there are.
+            rows: of each batch of B, those to give; None is all.
 
         Raises:
-            InputError: overlap is not in [0, T), or B is no multiple of the processes.
+            InputError: overlap is not in [0, T).
         """
         seq_len = layout.seq_len
         if not 0 <= overlap < seq_len:
             raise InputError("overlap", overlap, f"a whole number in [0, {seq_len})")
         self._stream, self._layout, self._overlap = stream, layout, overlap
         self._batch_size = batch_size
-        self._rows = _own_rows(batch_size, process_index, process_count)
+        self._rows = range(batch_size) if rows is None else rows
         self._documents = None
         if layout.packing == "one_per_window":
             if overlap:
@@ -170,11 +167,3 @@ class EvaluationBatches:
             return self._documents.span(window)
         start = window * (self._layout.seq_len - self._overlap)
         return start, min(start + self._layout.seq_len + 1, len(self._stream))
-
-
-def _own_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size % process_count:
-        expected = f"a multiple of the {process_count} processes"
-        raise InputError("train.batch_size", batch_size, expected)
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)

@@ -86,6 +86,23 @@ def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, RULES["batch"]))
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that the devices of this process hold, in order.
+
+    Processes share rows where `tensor` goes across them.
+    """
+    placed = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_size,))
+    return sorted(
+        {row for index in placed.values() if index for row in range(batch_size)[index[0]]}
+    )
+
+
+def global_batch(mesh: Mesh, batch_size: int, leading: int, rows: Any) -> jax.Array:
+    """The array over all devices, from this process's `own_rows` on axis `leading`."""
+    shape = (*rows.shape[:leading], batch_size, *rows.shape[leading + 1 :])
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, leading), rows, shape)
+
+
 def state_shardings(boxed_params: Any, state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for every leaf of a training state.
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sheepop_jax import processes
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_during, fault_point
 from sheepop_jax.training import storage
@@ -70,15 +71,13 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest validation loss; None when no checkpoint was evaluated."""
-        scored = []
-        for step in self.steps():
-            try:
-                score = self.manifest(step)["figures"].get(SCORE)
-            except DamagedCheckpoint:
-                continue
-            if score is not None and math.isfinite(score):
-                scored.append((score, step))
+        scored = self._scored()
         return min(scored)[1] if scored else None
+
+    def best_score(self) -> float:
+        """The lowest validation loss; infinite when no checkpoint was evaluated."""
+        scored = self._scored()
+        return min(scored)[0] if scored else math.inf
 
     def manifest(self, step: int) -> dict[str, Any]:
         """What was recorded with a step: `step`, `figures`, `files`.
@@ -138,10 +137,9 @@ class Checkpoints:
             pending.result()
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """Loads a verified step into the shapes, dtypes and shardings of an abstract `target`.
+        """Loads a step that `verify` passed into the abstract `target`: shapes, dtypes, shardings.
 
         Raises:
-            DamagedCheckpoint: a file is not what was saved.
             InputError: it is another model's or optimizer's; says how they differ.
         """
         items = self._load(step, params=target.params, optimizer=_optimizer_item(target))
@@ -150,6 +148,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, target: Any) -> Any:
         """Loads only the parameters of a step, which is verified first."""
+        self.verify(step)
         return self._load(step, params=target)["params"]
 
     def set_aside(self, step: int, reason: object) -> Path:
@@ -174,6 +173,18 @@ class Checkpoints:
         fault_point("mid-prune", before=lambda: (doomed / MANIFEST).unlink())
         _remove(doomed)
 
+    def _scored(self) -> list[tuple[float, int]]:
+        """Validation loss and step of every checkpoint that has a finite one."""
+        scored = []
+        for step in self.steps():
+            try:
+                score = self.manifest(step)["figures"].get(SCORE)
+            except DamagedCheckpoint:
+                continue
+            if score is not None and math.isfinite(score):
+                scored.append((score, step))
+        return scored
+
     def _directories(self, pattern: str) -> list[Path]:
         if not self.directory.is_dir():
             return []
@@ -186,7 +197,6 @@ class Checkpoints:
         return path
 
     def _load(self, step: int, **targets: Any) -> Any:
-        self.verify(step)
         for name, target in targets.items():
             self._compare(step, name, target)
         return storage.read(self.path(step), targets)
@@ -213,16 +223,24 @@ class Checkpoints:
                 f"{self.path(step)}: not saved ({reason}); {free:,.0f} MB free there; older "
                 "checkpoints are intact"
             ) from error
-        self._prune()
+        if processes.first():
+            self._prune()
 
     def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+        """All processes write their part; the first begins and commits, and the others wait."""
         fault_point("save-begun")
-        self._sweep()
+        if processes.first():
+            self._sweep()
         pending = self.directory / f".pending-{step:08d}"
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         fault_during("save-writing", begun=lambda: storage.has_begun(pending))
         storage.write(pending, items)
         fault_point("save-written")
+        if processes.first():
+            self._publish(pending, step, figures)
+        storage.wait_for_all(f"commit {step}")
+
+    def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
         files = digests(pending)
         fault_point("before-manifest")
         write_manifest(pending, files, step, figures)

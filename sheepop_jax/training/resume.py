@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from sheepop_jax import processes
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer
@@ -25,7 +26,8 @@ def first_state(
 ) -> tuple[TrainState, Any, dict[str, Any]]:
     """The state, laid out over the mesh; its shardings; and the figures saved with it.
 
-    A damaged checkpoint is set aside with a warning, and the one before it is taken.
+    A damaged checkpoint is set aside with a warning, and the one before it is taken: the first
+    process decides.
 
     Raises:
         InputError: all checkpoints are damaged, or the newest is another model's.
@@ -38,20 +40,28 @@ def first_state(
     boxed = jax.eval_shape(lambda: init_params(model, seed))
     shardings = state_shardings(boxed, abstract, mesh)
     target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
+    newest = processes.decided(lambda: _newest_whole(checkpoints))
+    if newest is None:
+        log.info("no checkpoint yet: beginning at step 0")
+        return jax.jit(fresh, out_shardings=shardings)(), shardings, {}
+    state = checkpoints.restore(newest["step"], target)
+    log.info("going on from step %d", newest["step"])
+    if processes.first():
+        checkpoints.tidy()
+    return state, shardings, newest["figures"]
+
+
+def _newest_whole(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint that is whole; the damaged ones are set aside."""
     for step in reversed(checkpoints.steps()):
         try:
-            state = checkpoints.restore(step, target)
+            return checkpoints.verify(step)
         except DamagedCheckpoint as damage:
             aside = checkpoints.set_aside(step, damage)
             log.warning("checkpoint %d is damaged (%s); moved to %s", step, damage, aside)
-            continue
-        log.info("going on from step %d", step)
-        checkpoints.tidy()
-        return state, shardings, checkpoints.manifest(step)["figures"]
     if checkpoints.aside():  # by this process or by one before: never a silent start from zero
         hint = "a new --workdir, or delete damaged-* there, to begin again"
         raise InputError(
             str(checkpoints.directory), "only damaged checkpoints", "a whole one", hint
         )
-    log.info("no checkpoint yet: beginning at step 0")
-    return jax.jit(fresh, out_shardings=shardings)(), shardings, {}
+    return None

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class StopSignal:
     def __init__(self) -> None:
         self._name = ""
         self._must_save = False
+        self._agreed: Callable[[bool], bool] = bool
 
     def install(self) -> "StopSignal":
         """Takes over the two signals; only a process's main thread may do so."""
@@ -39,14 +41,20 @@ class StopSignal:
         return self
 
     def check(self) -> None:
-        """Raises `StopRequested` if a signal came."""
-        if self._name:
+        """Raises `StopRequested` if a signal came, here or, once they agree, anywhere."""
+        if self._agreed(bool(self._name)):
+            if not self._name:
+                log.info("another process is to stop: saving and stopping")
             raise StopRequested(self._name)
 
-    def something_to_save(self) -> None:
-        """From now on a signal waits for the step in hand, and for the save."""
+    def something_to_save(self, agreed: Callable[[bool], bool] = bool) -> None:
+        """From now on a signal waits for the step in hand, and for the save.
+
+        `agreed` turns whether this process was told to stop into whether any was; with several,
+        all have to check equally often.
+        """
         self.check()
-        self._must_save = True
+        self._must_save, self._agreed = True, agreed
 
     def _wait(self, read_end: int) -> None:
         while True:

@@ -11,15 +11,27 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+# How long a process waits for the others, which may have much more to write.
+_BARRIER_SECONDS = 3600
+
 log = logging.getLogger(__name__)
 
 
 def write(directory: Path, items: dict[str, Any]) -> None:
-    """Writes each item, a tree of arrays, into a directory of its name."""
+    """Writes each item, a tree of arrays, into a directory of its name.
+
+    Among several processes each writes what its devices hold, and all have to call this.
+    """
     _hush_orbax()
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.Composite(**args))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once all processes have come to the same point; from any thread."""
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=what, timeout_ms=1000 * _BARRIER_SECONDS)
 
 
 def has_begun(directory: Path) -> bool:
@@ -30,8 +42,20 @@ def has_begun(directory: Path) -> bool:
 def read(directory: Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Reads items into the shapes, dtypes and shardings of abstract targets."""
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         return checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**args))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """With the processes named, orbax lets them meet by messages from whichever thread saves.
+
+    Else it does so by a computation on the devices, in the midst of those of the training step.
+    """
+    several = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    among = ocp.options.MultiprocessingOptions(active_processes=several)
+    options = ocp.CompositeOptions(multiprocessing_options=among)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=among)
 
 
 def describe(item: Path) -> Any:

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sheepop_jax import processes
 from sheepop_jax.config import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.batches import TrainBatches
-from sheepop_jax.model.partitioning import batch_sharding
+from sheepop_jax.model.partitioning import global_batch
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
@@ -53,7 +54,6 @@ class Job:
         sample: parameters → a text to show; None shows none.
         peak_flops: of all devices together, FLOP/s; 0 where unknown.
         chunk_elements: logits that the loss makes at a time, from `loss.chunk_elements`.
-        first_process: whether this process shows and logs.
         on_compiled: told the train step's FLOPs and its temporaries in bytes, before the first.
     """
 
@@ -67,7 +67,6 @@ class Job:
     sample: Callable[[Any], str] | None
     peak_flops: float
     chunk_elements: int = CHUNK_ELEMENTS
-    first_process: bool = True
     on_compiled: Callable[[float, int], None] = lambda flops, temporaries: None
 
 
@@ -82,6 +81,7 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
         TrainingDiverged: `train.max_skipped_steps` updates in a row were skipped.
         SaveFailed: a checkpoint could not be written.
         OutOfMemory: the device has not enough.
+        RunFailed: a step failed that several processes made together.
         InputError: every checkpoint is damaged.
     """
     with jax.set_mesh(job.mesh):
@@ -96,7 +96,7 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
             backend = jax.default_backend()
             platform = {"gpu": "cuda"}.get(backend, backend)
             estimate = estimate_memory(job.config, job.model, job.mesh, platform, shapes)
-            if explained := explain(error, estimate):
+            if explained := explain(error, estimate) or processes.explain(error):
                 raise explained from error
             raise
 
@@ -114,12 +114,12 @@ class _Loop:
             job.model, self.optimizer, config.seed, job.mesh, self.checkpoints
         )
         self.step = self.saved_step = int(self.state.step)
-        best = self.checkpoints.best()
-        self.best = self.checkpoints.manifest(best)["figures"][SCORE] if best else float("inf")
+        self.best = processes.decided(self.checkpoints.best_score)
         # Figures of the evaluation at this very step; empty where there was none.
         self.figures = {name: value for name, value in saved.items() if name.startswith("val_")}
-        self.metrics = MetricsLog(job.directory, self.step) if job.first_process else None
-        self.progress = Progress(self.step, job.num_steps, job.first_process)
+        shown = processes.first()
+        self.metrics = MetricsLog(job.directory, self.step) if shown else None
+        self.progress = Progress(self.step, job.num_steps, shown)
         self.throughput = Throughput(
             self.step,
             saved.get("train_seconds", 0.0),
@@ -130,7 +130,7 @@ class _Loop:
         self.first_step = self.step
         self.watchdog = Watchdog()
         self.health = Health(config.train.max_skipped_steps)
-        profiled = config.train.profile_steps if job.first_process else 0
+        profiled = config.train.profile_steps if shown else 0
         self.profile = Profile(profiled, self.step, job.directory / "profile")
         self.data_wait = 0.0
         self.in_flight: StepMetrics | None = None
@@ -143,7 +143,7 @@ class _Loop:
         batches = self._device_batches()
         batch = next(batches)
         train_step = self._compile(batch)
-        self.stop.something_to_save()
+        self.stop.something_to_save(processes.Agreement(self.job.mesh))
         self.throughput.start()
         self.watchdog.resume()
         try:
@@ -185,7 +185,7 @@ class _Loop:
 
     def _device_batches(self) -> Iterator[Batch]:
         """Batches on the device, the next one on its way while one is in use."""
-        put = partial(jax.make_array_from_process_local_data, batch_sharding(self.job.mesh, 1))
+        put = partial(global_batch, self.job.mesh, self.job.config.train.batch_size, 1)
         queue: deque[Batch] = deque()
         for batch in self.job.batches.iterate(self.step, self.job.num_steps):
             queue.append(jax.tree.map(put, batch))

@@ -148,7 +148,7 @@ def test_every_damaged_file_is_detected(tmp_path, damage):
             continue  # nothing to damage in an empty file
         damage(root / name)
         with pytest.raises(DamagedCheckpoint, match=name.name):
-            checkpoints.restore(6, target)
+            checkpoints.verify(6)
         (root / name).write_bytes(content)
     assert_same(checkpoints.restore(6, target), make_state(6, seed=6))
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from sheepop_jax import processes
 from sheepop_jax.config import MeshConfig
 from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.data.shards import TokenStream
@@ -103,8 +104,9 @@ def test_steps_between_those_due_are_not_logged_and_samples_are_shown(make_job, 
     assert capsys.readouterr().err.count("sample: text\n") == 1
 
 
-def test_another_process_than_the_first_writes_nothing_but_its_checkpoints(make_job, capsys):
-    job = dataclasses.replace(make_job(num_steps=2), first_process=False)
+def test_another_process_than_the_first_writes_no_log(make_job, capsys, monkeypatch):
+    job = make_job(num_steps=2)
+    monkeypatch.setattr(processes, "first", lambda: False)
     fit(job, StopSignal())
     assert [entry.name for entry in job.directory.iterdir()] == ["checkpoints"]
     assert capsys.readouterr().err == ""
@@ -186,7 +188,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
             if self.looked == first + 1:
                 raise StopRequested("test")
 
-        def something_to_save(self):
+        def something_to_save(self, agreed):
             assert self.looked == 0
 
     with pytest.raises(StopRequested):
