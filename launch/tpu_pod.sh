@@ -47,4 +47,4 @@ on_all_hosts "
   mountpoint -q /mnt/shared || sudo mount -t nfs '$SHARED' /mnt/shared"
 # One process a host; jax finds the others in the slice's metadata. Words are quoted for the far shell.
 printf -v words ' %q' "$@"
-on_all_hosts "cd sheepop_jax && .venv/bin/python train.py$words"
+on_all_hosts "cd sheepop_jax && .venv/bin/python train.py --coordinator_address auto$words"

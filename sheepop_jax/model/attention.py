@@ -5,6 +5,7 @@ width, G = H / K.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -144,11 +145,12 @@ def attend_causal(
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
     mask_BTT: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    drop: Callable[[int, jax.Array], jax.Array] = lambda first_query, weights: weights,
 ) -> jax.Array:
     """`attend` where no query sees a later key, without most of the scores that it would hide.
 
     Queries go in n blocks, each with the keys up to its own end: (n + 1) / 2n of all scores.
+    `drop` is `attend`'s dropout, told the block's first query, since each has weights of its own.
     """
     outs = [
         attend(
@@ -156,7 +158,7 @@ def attend_causal(
             k_BTKC[:, :end],
             v_BTKC[:, :end],
             mask_BTT[:, begin:end, :end],
-            dropout,
+            functools.partial(drop, begin),
         )
         for begin, end in _causal_blocks(q_BTHC.shape[1])
     ]

@@ -1,9 +1,12 @@
 """Where arrays live: the one table from logical axis names to the axes of the device mesh."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -131,8 +134,64 @@ def state_shardings(boxed_params: Any, state: Any, mesh: Mesh | AbstractMesh) ->
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation's layout by logical axis names; outside a mesh, returns it unchanged."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation's layout by logical axis names; outside a mesh, returns it unchanged.
+
+    An axis that the devices do not divide, such as the few rows of a decoding step, stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    spec = PartitionSpec(*(RULES[axis] for axis in axes))
-    return jax.lax.with_sharding_constraint(x, spec)
+    spec = []
+    for size, axis in zip(x.shape, axes, strict=True):
+        split_by = _in_replica(RULES[axis]) or ()
+        names = (split_by,) if isinstance(split_by, str) else split_by
+        devices = math.prod(mesh.shape[name] for name in names)
+        spec.append(split_by if size % devices == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+# Mesh axes by which `summed_over` has split the rows of what is being traced.
+_split_by: ContextVar[tuple[str, ...]] = ContextVar("_split_by", default=())
+
+
+def _in_replica(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """A rule's mesh axes without those that already split the rows."""
+    if axes is None or isinstance(axes, str):
+        return axes
+    return tuple(axis for axis in axes if axis not in _split_by.get())
+
+
+def summed_over(
+    axis: str, work: Callable[[Any, Any], Any], shared: Any, rows: Any, row_axis: int
+) -> Any:
+    """Σ `work(shared, rows)` over the replicas of a mesh axis, each with its own rows.
+
+    What they return crosses devices once, however often `work` adds up, since each replica has sums
+    of its own. Without a mesh, or with one replica, it is `work` itself.
+
+    Args:
+        axis: "data" or "fsdp".
+        work: a sum over rows.
+        shared: what all replicas see, parameters.
+        rows: arrays whose rows are on `row_axis`, laid out as in `batch_sharding`.
+        row_axis: which.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    replicas = 1 if mesh.empty else mesh.shape[axis]
+    if replicas == 1:
+        return work(shared, rows)
+    token = _split_by.set((*_split_by.get(), axis))
+    try:
+        rest = _in_replica(RULES["batch"])
+
+        def split(x: jax.Array) -> jax.Array:
+            before, count, after = x.shape[:row_axis], x.shape[row_axis], x.shape[row_axis + 1 :]
+            x = x.reshape(*before, replicas, count // replicas, *after)
+            spec = PartitionSpec(axis, *(None,) * row_axis, rest)
+            return jax.lax.with_sharding_constraint(jnp.moveaxis(x, row_axis, 0), spec)
+
+        each = jax.vmap(work, in_axes=(None, 0), spmd_axis_name=axis)
+        sums = each(shared, jax.tree.map(split, rows))
+    finally:
+        _split_by.reset(token)
+    return jax.tree.map(lambda x: x.sum(0), sums)

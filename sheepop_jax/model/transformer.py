@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from sheepop_jax.config import ModelConfig
 from sheepop_jax.model import attention as attn
+from sheepop_jax.model.dropout import dropout, fold
 from sheepop_jax.model.partitioning import VOCAB_MULTIPLE, constrain
 from sheepop_jax.model.quantize import dot_general, promote_dtype
 
@@ -68,6 +69,10 @@ def _residual_stddev(config: ModelConfig) -> float:
     return INIT_STDDEV / math.sqrt(2 * config.num_layers)
 
 
+# Sites of a block, where it drops; attention weights, block by block of queries, from the last on.
+_ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, _ATTENTION_WEIGHTS = range(3)
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention, from the cache when there is one."""
 
@@ -76,7 +81,7 @@ class Attention(nn.Module):
     implementation: attn.Implementation
 
     @nn.compact
-    def __call__(self, x_BTD, rope, mask, layer_cache, index, deterministic):
+    def __call__(self, x_BTD, rope, mask, layer_cache, index, dropout_keys_B):
         cfg = self.config
         b, t, d = x_BTD.shape
         h, k, c = cfg.num_heads, cfg.kv_heads, cfg.head_dim
@@ -92,17 +97,20 @@ class Attention(nn.Module):
         if rope is not None:
             q_BTHC, k_BTKC = attn.apply_rope(q_BTHC, *rope), attn.apply_rope(k_BTKC, *rope)
 
-        dropout = nn.Dropout(cfg.attention_dropout, deterministic=deterministic)
+        def drop(first_query: int, weights: jax.Array) -> jax.Array:
+            site = _ATTENTION_WEIGHTS + first_query
+            return dropout(weights, cfg.attention_dropout, dropout_keys_B, site)
+
         if layer_cache is not None:
             keys, values = layer_cache
             keys = attn.write_cache(keys, k_BTKC, index)
             values = attn.write_cache(values, v_BTKC, index)
             layer_cache = (keys, values)
-            out_BTHC = attn.attend(q_BTHC, keys, values, mask, dropout)
+            out_BTHC = attn.attend(q_BTHC, keys, values, mask)
         elif self.implementation == "cudnn":
             out_BTHC = attn.attend_causal_cudnn(q_BTHC, k_BTKC, v_BTKC)
         else:
-            out_BTHC = attn.attend_causal(q_BTHC, k_BTKC, v_BTKC, mask, dropout)
+            out_BTHC = attn.attend_causal(q_BTHC, k_BTKC, v_BTKC, mask, drop)
         stddev = _residual_stddev(cfg)
         out = _linear(cfg, d, ("heads", "embed"), "output", self.dtype, stddev)
         return out(out_BTHC.reshape(b * t, h * c)).reshape(b, t, d), layer_cache
@@ -143,22 +151,26 @@ class Block(nn.Module):
     implementation: attn.Implementation
 
     @nn.compact
-    def __call__(self, x_BTD, rope, mask, layer_cache, index, deterministic):
+    def __call__(self, x_BTD, rope, mask, layer_cache, index, dropout_keys_B):
         cfg = self.config
         attention = Attention(cfg, self.dtype, self.implementation, name="attention")
         feed_forward = FeedForward(cfg, self.dtype, name="feed_forward")
-        dropout = nn.Dropout(cfg.dropout, deterministic=deterministic)
-        y, layer_cache = attention(
+
+        def add(y_BTD: jax.Array, site: int) -> jax.Array:
+            y_BTD = x_BTD + dropout(y_BTD, cfg.dropout, dropout_keys_B, site)
+            return constrain(y_BTD, "batch", "length", "activation")
+
+        y_BTD, layer_cache = attention(
             _norm(cfg, "attention_norm", self.dtype)(x_BTD),
             rope,
             mask,
             layer_cache,
             index,
-            deterministic,
+            dropout_keys_B,
         )
-        x_BTD = constrain(x_BTD + dropout(y), "batch", "length", "activation")
-        y = feed_forward(_norm(cfg, "feed_forward_norm", self.dtype)(x_BTD))
-        return constrain(x_BTD + dropout(y), "batch", "length", "activation"), layer_cache
+        x_BTD = add(y_BTD, _ATTENTION_OUTPUT)
+        y_BTD = feed_forward(_norm(cfg, "feed_forward_norm", self.dtype)(x_BTD))
+        return add(y_BTD, _FEED_FORWARD_OUTPUT), layer_cache
 
 
 class Transformer(nn.Module):
@@ -181,7 +193,7 @@ class Transformer(nn.Module):
         self,
         tokens_BT: jax.Array,
         cache: attn.Cache | None = None,
-        deterministic: bool = True,
+        dropout_keys_B: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, attn.Cache | None]:
         """Maps token ids to hidden states.
@@ -189,7 +201,7 @@ class Transformer(nn.Module):
         Args:
             tokens_BT: int32 ids below `vocab_size`.
             cache: with one, the tokens are the next T slots of each row; without, a whole context.
-            deterministic: whether dropout is off; on, an rng named "dropout" is needed.
+            dropout_keys_B: a random key for each row; without them dropout is off.
             segments_BT: int32, which document of its window each token belongs to: attention stops
                 at the borders and positions begin again. None: the window is one text.
 
@@ -218,7 +230,10 @@ class Transformer(nn.Module):
             positions, mask, index = cache.positions(t), cache.mask(t), cache.index
 
         embedding_VD = self._table("embedding", padded_vocab_size(self.vocab_size), "vocab")
-        x_BTD = embedding_VD[tokens_BT]
+        # Whole rows for the lookup: in a table split along D it would send the tokens round. Its
+        # gradient comes back the same way, and is split before it goes anywhere else.
+        split_VD = constrain(embedding_VD, "vocab", "embed")
+        x_BTD = constrain(split_VD, "vocab", "activation")[tokens_BT]
         if not cfg.tie_embeddings:  # read by `output_embedding`
             self._table("output_embedding", padded_vocab_size(self.vocab_size), "vocab")
         rope = None
@@ -232,17 +247,16 @@ class Transformer(nn.Module):
             case _:
                 raise ValueError(f"unknown position {cfg.position!r}")
         x_BTD = constrain(x_BTD.astype(self.dtype), "batch", "length", "activation")
-        x_BTD = nn.Dropout(cfg.dropout, deterministic=deterministic)(x_BTD)
+        x_BTD = dropout(x_BTD, cfg.dropout, dropout_keys_B, cfg.num_layers)
 
         layers = []
-        # Arguments count from the module itself: the sixth is `deterministic`.
         block = Block
         if cfg.remat != "none" and cache is None:
-            block = nn.remat(Block, static_argnums=(6,), policy=REMAT_POLICIES[cfg.remat])
+            block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat])
         for i in range(cfg.num_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
             x_BTD, layer_cache = block(cfg, self.dtype, self.implementation, name=f"block_{i}")(
-                x_BTD, rope, mask, layer_cache, index, deterministic
+                x_BTD, rope, mask, layer_cache, index, fold(dropout_keys_B, i)
             )
             layers.append(layer_cache)
         if cache is not None:

@@ -21,9 +21,9 @@ def bytes_sent(
 ) -> dict[str, float]:
     """Mesh axis → bytes that each device sends in one update.
 
-    `data` adds up gradients, once a microbatch. `fsdp` gathers the parameters, scatters their
-    gradients, and brings embeddings to their tokens. `tensor` adds up what each of its devices has
-    of a sublayer's output, and in the backward pass of its input.
+    `data` adds up gradients, once. `fsdp` gathers the parameters, and scatters their gradients once
+    a microbatch. `tensor` adds up what each of its devices has of a sublayer's output, and in the
+    backward pass of its input.
 
     Args:
         config: of the run.
@@ -39,21 +39,20 @@ def bytes_sent(
     table, parameters = held(shapes, mesh).table, sum(held(shapes, mesh).parameters)
     tokens = config.train.batch_size / (data * fsdp) * config.data.seq_len
     stream = tokens * m.d_model * np.dtype(model.dtype).itemsize
-    # Tied, the table has two gradients, of the logits and of the lookup, summed up apart.
-    gradients = parameters + (table * tensor if m.tie_embeddings else 0.0)
+    # Tied, the table is gathered and its gradient scattered twice, for the lookup and the logits.
+    scattered = parameters + (table if m.tie_embeddings else 0.0)
     # Gathered for the forward pass: once, since microbatches change no parameter and XLA moves it
     # out of their loop. Recomputing gathers the blocks' again, in the loop.
     blocks = parameters - table * (1 if m.tie_embeddings else 2)
-    gathered = parameters + (accum * blocks if remat else 0.0)
+    gathered = scattered + (accum * blocks if remat else 0.0)
     # Forward: the attention's output and the feed-forward layer's. Backward: the inputs of the
     # feed-forward layer and of q, k and v, each by itself. Recomputed: the attention's output.
     sums = m.num_layers * (6 + remat) + 1  # and the input of the logits
-    scattered = 2 if platform == "cpu" else 1
+    twice = 2 if platform == "cpu" else 1
     lookup = tokens * m.d_model * _FP32
     return {
-        "data": accum * 2 * _others(data) * gradients,
-        "fsdp": _others(fsdp)
-        * (fsdp * (gathered + accum * scattered * parameters) + accum * 2 * lookup),
+        "data": 2 * _others(data) * parameters,
+        "fsdp": _others(fsdp) * fsdp * (gathered + accum * twice * scattered),
         "tensor": accum * 2 * _others(tensor) * (sums * stream + lookup),
     }
 

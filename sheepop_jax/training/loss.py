@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sheepop_jax.model.partitioning import constrain
 from sheepop_jax.model.transformer import unembed
 
 # Logits of one chunk, in fp32 elements. Each chunk reads and writes the embedding's gradient once,
@@ -106,7 +107,8 @@ def cross_entropy_sum(
 
 def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk):
     dtype = hidden_BTD.dtype
-    embedding_in_dtype = embedding_VD.astype(dtype)
+    # Whole rows, once for all chunks.
+    embedding_in_dtype = constrain(embedding_VD.astype(dtype), "vocab", "activation")
 
     def body(carry, hidden, targets, weights):
         loss, d_embedding = carry

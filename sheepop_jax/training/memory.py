@@ -129,6 +129,9 @@ def estimate_memory(
         # no parameter, gathers all before it begins.
         by_turns = m.remat != "none" and not accumulated
         gathered = table * fsdp + of_a_block if by_turns else whole
+        gathered += (
+            table * fsdp if m.tie_embeddings else 0.0
+        )  # once for the lookup, once for logits
     # The gradients of all blocks but the last to go backward. Those of a microbatch go into the
     # sums one by one, unless the devices first exchange them, all in one.
     alone = mesh.size == mesh.shape["tensor"]
@@ -246,8 +249,8 @@ class _Sizes(NamedTuple):
         block += scores
         padded = padded_vocab_size(model.vocab_size)
         most = chunk_elements(platform)
-        chunk = chunk_length((config.train.batch_size, time), padded, most)
-        table = _FP32 * padded * m.d_model / (tensor * mesh.shape["fsdp"])
+        chunk = chunk_length((int(rows), time), padded, most)
+        table = _FP32 * padded * m.d_model / tensor  # its gradient, before it is split by fsdp
         # Logits, their exponentials, and, where the vocabulary is padded, the masked ones.
         copies = 3 if padded > model.vocab_size else 2
         loss = copies * [_FP32 * rows * chunk * padded / tensor]

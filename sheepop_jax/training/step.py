@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 
 from sheepop_jax.data.batch import Batch
+from sheepop_jax.model.partitioning import summed_over
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy_sum
 from sheepop_jax.training.optimizer import is_outlier
@@ -74,48 +75,53 @@ def make_train_step(
     """Builds the step; the caller jits it, donating the state.
 
     A batch [A, B, T] gives the gradient of Σ weight · loss / Σ weight over all its tokens, whatever
-    their distribution over microbatches. Dropout's randomness is a function of (seed, step,
-    microbatch). Non-finite gradients leave parameters and optimizer untouched, and so do those that
-    `optimizer.is_outlier` finds, if `max_grad_zscore` is above 0; `step` advances. The loss
-    makes `chunk_elements` logits at a time.
+    their distribution over microbatches and devices. Each replica of the mesh's `data` axis sums
+    over its own rows, and the sums cross devices once. Dropout's randomness is a function of (seed,
+    step, number of the row in the update). Non-finite gradients leave parameters and optimizer
+    untouched, and so do those that `optimizer.is_outlier` finds, if `max_grad_zscore` is above 0;
+    `step` advances. The loss makes `chunk_elements` logits at a time.
     """
+    drops = model.config.dropout > 0 or model.config.attention_dropout > 0
     dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
 
-    def microbatch_loss(params: Any, batch: Batch, dropout_key: jax.Array) -> jax.Array:
+    def microbatch_loss(params: Any, batch: Batch, dropout_keys_B: jax.Array | None) -> jax.Array:
         inputs_BT, targets_BT, weights_BT, segments_BT = batch
         hidden_BTD, _ = model.apply(
             {"params": params},
             inputs_BT,
-            deterministic=False,
+            dropout_keys_B=dropout_keys_B,
             segments_BT=segments_BT,
-            rngs={"dropout": dropout_key},
-        )
-        embedding_VD = output_embedding(params)
-        chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0], chunk_elements)
-        return cross_entropy_sum(
-            hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, chunk
         )
 
-    def gradient_sums(params: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Any]:
-        def accumulate(sums: Any, xs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, microbatch = xs
-            key = jax.random.fold_in(dropout_key, index)
-            new = jax.value_and_grad(microbatch_loss)(params, microbatch, key)
+        def loss(embedding_VD: jax.Array, rows: tuple[jax.Array, ...]) -> jax.Array:
+            chunk = chunk_length(rows[1].shape, embedding_VD.shape[0], chunk_elements)
+            return cross_entropy_sum(rows[0], embedding_VD, *rows[1:], model.vocab_size, chunk)
+
+        rows = hidden_BTD, targets_BT, weights_BT
+        return summed_over("fsdp", loss, output_embedding(params), rows, row_axis=0)
+
+    def gradient_sums(params: Any, microbatches: tuple[Batch, Any]) -> tuple[jax.Array, Any]:
+        def accumulate(sums: Any, microbatch: tuple[Batch, Any]) -> tuple[Any, None]:
+            new = jax.value_and_grad(microbatch_loss)(params, *microbatch)
             return jax.tree.map(jnp.add, sums, new), None
 
-        microbatches = batch.inputs.shape[0]
-        if microbatches == 1:  # no second copy of the gradients
-            only = jax.tree.map(lambda x: x[0], batch)
-            return jax.value_and_grad(microbatch_loss)(
-                params, only, jax.random.fold_in(dropout_key, 0)
-            )
+        if len(microbatches[0].inputs) == 1:  # no second copy of the gradients
+            only = jax.tree.map(lambda x: x[0], microbatches)
+            return jax.value_and_grad(microbatch_loss)(params, *only)
         zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(accumulate, zero, (jnp.arange(microbatches), batch))
+        sums, _ = jax.lax.scan(accumulate, zero, microbatches)
         return sums
 
+    def dropout_keys(step: jax.Array, microbatches: int, batch: int) -> jax.Array:
+        key = jax.random.fold_in(dropout_root, step)
+        rows = jnp.arange(microbatches * batch)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, rows).reshape(microbatches, batch)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        dropout_key = jax.random.fold_in(dropout_root, state.step)
-        loss_sum, grad_sums = gradient_sums(state.params, batch, dropout_key)
+        keys_AB = dropout_keys(state.step, *batch.inputs.shape[:2]) if drops else None
+        microbatches = batch, keys_AB
+        sums = summed_over("data", gradient_sums, state.params, microbatches, row_axis=1)
+        loss_sum, grad_sums = sums
         tokens = jnp.sum(batch.weights)
         weight = jnp.maximum(tokens, 1.0)  # a batch without targets has zero gradients
         grads = jax.tree.map(lambda g: g / weight, grad_sums)

@@ -79,12 +79,8 @@ class Runner:
         words = ["--config", "configs/base.py", "--workdir", workdir]
         return [*map(str, words), *(f"--config.{name}={value}" for name, value in fields.items())]
 
-    def run(self, workdir, *, fault="", patch="", kill_after=None):
-        """One process, to its end.
-
-        `fault` is a point to die at. `patch` is code that runs before train.main. `kill_after`
-        seconds after its first line, the process is killed.
-        """
+    def start(self, words, *, fault="", patch="", stdout=subprocess.DEVNULL):
+        """`train.py` with these words, on its way; stderr is a pipe."""
         code = (
             f"import os, sys; os.sched_setaffinity(0, {{{core()}}})\n"
             f"{patch}\nimport train\nsys.exit(train.main(sys.argv[1:]))"
@@ -92,15 +88,23 @@ class Runner:
         env = {**environment(), "XDG_CACHE_HOME": str(self.directory)}
         if self.devices > 1:
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices}"
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *self.words(workdir)],
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *words],
             cwd=ROOT,
             env=env | ({"SHEEPOP_JAX_FAULT": fault} if fault else {}),
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def run(self, workdir, *, fault="", patch="", kill_after=None):
+        """One process, to its end.
+
+        `fault` is a point to die at. `patch` is code that runs before train.main. `kill_after`
+        seconds after its first line, the process is killed.
+        """
+        started = time.perf_counter()
+        process = self.start(self.words(workdir), fault=fault, patch=patch)
         lines, first_line, first_step, timer = [], started, 0.0, None
         with process.stderr:
             for line in process.stderr:

@@ -200,11 +200,12 @@ def test_causal_blocks_are_the_whole_without_hidden_scores(monkeypatch, length, 
     )
     seen = []
 
-    def dropout(weights_BKGTS):
+    def drop(first_query, weights_BKGTS):
+        assert first_query == sum(queries for queries, _ in seen)
         seen.append(weights_BKGTS.shape[-2:])
         return weights_BKGTS
 
-    out_BTHC = attn.attend_causal(q_BTHC, k_BTKC, v_BTKC, mask_BTT, dropout)
+    out_BTHC = attn.attend_causal(q_BTHC, k_BTKC, v_BTKC, mask_BTT, drop)
     np.testing.assert_allclose(out_BTHC, whole_BTHC, rtol=1e-5, atol=2e-6)
     assert len(seen) == blocks
     assert sum(queries for queries, _ in seen) == length

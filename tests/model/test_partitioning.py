@@ -1,5 +1,7 @@
 """The mesh, the layout of parameters and activations on it, and that no layout changes a number."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +184,14 @@ def test_constrain_outside_a_mesh_returns_its_argument():
     assert partitioning.constrain(x, "batch", "length", "activation") is x
 
 
+def test_rows_that_the_devices_do_not_divide_stay_whole():
+    """As in decoding: split, they would be padded, and XLA would move whole arrays about."""
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        pin = jax.jit(lambda x: partitioning.constrain(x, "batch", "length", "mlp"))
+        y = pin(jnp.ones((3, 5, 6)))
+    assert {shard.data.shape for shard in y.addressable_shards} == {(3, 5, 3)}
+
+
 def test_constrain_inside_a_mesh_decides_the_layout():
     """`with_logical_constraint` without `set_mesh` does nothing and says nothing."""
 
@@ -206,9 +216,15 @@ def test_the_forward_pass_pins_the_embedding_and_each_sublayers_output(make_conf
         tokens_BT = jax.ShapeDtypeStruct((4, 7), jnp.int32)
         text = forward.lower(state.params, tokens_BT).as_text()
         lines = [line for line in text.splitlines() if "sharding_constraint" in line]
+        table = [line for line in lines if "256x60xf32" in line]
         for line in lines:
-            assert '[{"data", "fsdp"}, {}, {}]' in line
-        return len(lines)
+            assert '[{"data", "fsdp"}, {}, {}]' in line or line in table
+        # Whole rows of the embedding for the lookup, and the way its gradient comes back.
+        assert [re.search(r"\[\{.*\}\]", line)[0] for line in table] in (
+            [],
+            ['[{"tensor"}, {"fsdp"}]', '[{"tensor"}, {}]'],
+        )
+        return len(lines) - len(table)
 
     assert constraints() == 0
     with jax.set_mesh(mesh_of(2, 2, 2)):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax.errors import InvalidRngError
 
 from sheepop_jax.model import attention as attn
 from sheepop_jax.model import transformer as tf
@@ -66,8 +65,8 @@ def jit_hidden(model, **options):
 
     @jax.jit
     def hidden(params, tokens_BT, key=None):
-        rngs = None if key is None else {"dropout": key}
-        return model.apply({"params": params}, tokens_BT, rngs=rngs, **options)[0]
+        keys_B = None if key is None else jax.random.split(key, len(tokens_BT))
+        return model.apply({"params": params}, tokens_BT, dropout_keys_B=keys_B, **options)[0]
 
     return hidden
 
@@ -465,8 +464,8 @@ def test_dropout_off_is_deterministic_and_needs_no_key(make_model, random_params
     off = jit_hidden(model)(params, tokens_BT)
     np.testing.assert_array_equal(off, jit_hidden(model)(params, tokens_BT))
     np.testing.assert_array_equal(off, jit_hidden(none)(params, tokens_BT))
-    # At a rate of 0 it is off too, and asks for no key.
-    hidden = jit_hidden(none, deterministic=False)(params, tokens_BT)
+    # At a rate of 0 it is off with keys too.
+    hidden = jit_hidden(none)(params, tokens_BT, jax.random.key(1))
     np.testing.assert_array_equal(off, hidden)
 
 
@@ -475,13 +474,11 @@ def test_each_dropout_is_a_function_of_the_key(make_model, random_params, field)
     rates = {"model.dropout": 0.0, "model.attention_dropout": 0.0, f"model.{field}": 0.3}
     model = make_model(rates | {"model.num_layers": 1})
     params, tokens_BT = random_params(model), token_ids()
-    hidden = jit_hidden(model, deterministic=False)
+    hidden = jit_hidden(model)
     one, again = (hidden(params, tokens_BT, jax.random.key(1)) for _ in range(2))
     other, off = hidden(params, tokens_BT, jax.random.key(2)), jit_hidden(model)(params, tokens_BT)
     np.testing.assert_array_equal(one, again)
     assert relative_error(one, other) > 0.01 and relative_error(one, off) > 0.01
-    with pytest.raises(InvalidRngError):
-        hidden(params, tokens_BT)
 
 
 def silent(params):
@@ -519,7 +516,7 @@ def test_dropout_rate_and_scale_at_each_site(make_model, random_params, site):
         case "feed_forward":
             params["block_0"]["feed_forward"]["down"]["bias"] += 1
     tokens_BT = token_ids(rows=53, length=47)
-    hidden = jit_hidden(model, deterministic=False)
+    hidden = jit_hidden(model)
     hidden_BTD = hidden(params, tokens_BT, jax.random.key(0))
     kept_BTD = np.asarray(hidden_BTD) > 0
     error = 5 * math.sqrt(rate * (1 - rate) / kept_BTD.size)
@@ -539,7 +536,7 @@ def test_dropouts_of_the_sublayers_and_layers_are_independent(make_model, random
     for i in range(2):
         params[f"block_{i}"]["attention"]["output"]["bias"] += 4.0 ** (2 * i)
         params[f"block_{i}"]["feed_forward"]["down"]["bias"] += 4.0 ** (2 * i + 1)
-    hidden = jit_hidden(model, deterministic=False)
+    hidden = jit_hidden(model)
     hidden_BTD = np.asarray(hidden(params, token_ids(), jax.random.key(0)))
     for hidden_D in hidden_BTD.reshape(-1, 360):
         values = np.unique(hidden_D.round(4))  # LayerNorm keeps the order of a row
@@ -563,7 +560,7 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
     params = silent(random_params(model))
     params["block_0"]["attention"]["value"]["bias"] += 1
     params["block_0"]["attention"]["output"]["kernel"] += jnp.eye(60)
-    hidden = jit_hidden(model, deterministic=False)
+    hidden = jit_hidden(model)
     hidden_BD = hidden(params, token_ids(rows, 1), jax.random.key(0))[:, 0]
     kept_BHC = (np.asarray(hidden_BD) > 0).reshape(rows, 6, 10)
     all_kept = (np.asarray(hidden_BD) == 0).all(axis=1)  # LayerNorm of equal numbers is 0
@@ -592,13 +589,12 @@ def test_remat_changes_neither_values_nor_gradients(
         params = random_params(model)
 
         def loss(params, model=model):
-            rngs = {"dropout": jax.random.key(1, impl="rbg")}  # threefry compiles for seconds
+            key = jax.random.key(1, impl="rbg")  # threefry compiles for seconds
             hidden_BTD, _ = model.apply(
                 {"params": params},
                 tokens_BT,
-                deterministic=False,
+                dropout_keys_B=jax.random.split(key, B),
                 segments_BT=segments_BT,
-                rngs=rngs,
             )
             return (hidden_BTD * probe_BTD).sum()
 

@@ -30,6 +30,16 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?[\w.\-]+ \(.*\{\s*$")
 ARRAY = re.compile(r"f32\[([\d,]*)\]")
 
 
+def group_size(attributes, devices):
+    """Of a collective: `replica_groups=[2,4]<=…`, or `mesh['data'=2,'fsdp'=4] {'fsdp'}`, or all."""
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(groups[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(pair.split("=") for pair in named[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    return devices
+
+
 def collectives_send(hlo, devices, accum):
     """Bytes of fp32 that one device sends, by rings; what is in a loop counts once a microbatch."""
     total, times = 0.0, accum
@@ -40,8 +50,7 @@ def collectives_send(hlo, devices, accum):
         if not found:
             continue
         size = sum(4 * math.prod(map(int, s.split(","))) for s in ARRAY.findall(found[1]) if s)
-        groups = re.search(r"replica_groups=\[\d+,(\d+)\]<=", found[3])
-        n = int(groups[1]) if groups else devices
+        n = group_size(found[3], devices)
         twice = 2 if found[2] == "all-reduce" else 1
         total += times * twice * (n - 1) / n * size
     return total
@@ -51,6 +60,7 @@ def collectives_send(hlo, devices, accum):
     ("sizes", "overrides"),
     [
         ((8, 1, 1), {"train.grad_accum_steps": 3}),
+        ((2, 2, 2), {"train.grad_accum_steps": 3}),
         ((1, 8, 1), {"train.grad_accum_steps": 3, "model.remat": "full"}),
         ((1, 8, 1), {"model.remat": "full"}),
         ((1, 1, 8), {"model.remat": "full", "train.grad_accum_steps": 2}),

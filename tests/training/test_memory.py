@@ -178,8 +178,9 @@ def test_the_formula_by_hand(make_config):
     assert found.activations == layers * block + 2 * one + 2 * one
     assert found.loss == 3 * 4 * rows * time * vocab / 2
     assert found.batch == 3 * 3 * 4 * tokens
-    # The sums, and the parameters gathered over fsdp.
-    assert found.gradients == found.parameters + 2 * found.parameters
+    # The sums; and gathered over fsdp the parameters, the table twice.
+    table = 4 * vocab * width / 2
+    assert found.gradients == found.parameters + 2 * found.parameters + table
     matrices = vocab * width + layers * (2 * width**2 + 2 * width * 20 + 2 * width * wide)
     vectors = (4 * layers + 2) * width
     assert found.parameters == 4 * (matrices / 4 + vectors / 2)
