@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,20 +79,21 @@ def join(member: Membership) -> None:
     """
     address = member.coordinator_address
     if address is None and _started_by_a_launcher():
-        address = AUTO
+        address = _on_this_host() or AUTO
     if address is None or member.num_processes == 1:
         return
     import jax
 
     # jax's own notice of SIGTERM would take the signal from `StopSignal`.
     jax.config.update("jax_enable_preemption_service", False)
-    named = address != AUTO
+    # jax finds out what is None.
+    found = "deactivate" if member.process_id is not None else None
     try:
         jax.distributed.initialize(
-            coordinator_address=address if named else None,
+            coordinator_address=None if address == AUTO else address,
             num_processes=member.num_processes,
             process_id=member.process_id,
-            cluster_detection_method="deactivate" if named else None,
+            cluster_detection_method=found,
             # What goes over this connection is neither encrypted nor signed: with all processes on
             # one host it must not be reached from another.
             coordinator_bind_address=address if address.startswith(_LOOPBACK) else None,
@@ -120,6 +122,19 @@ def _started_by_a_launcher() -> bool:
     counts = (env.get("SLURM_NTASKS") if in_a_step else None, env.get("OMPI_COMM_WORLD_SIZE"))
     several = any(count and count.isdecimal() and int(count) > 1 for count in counts)
     return several or "JAX_COORDINATOR_ADDRESS" in env
+
+
+def _on_this_host() -> str | None:
+    """A coordinator's loopback address, where the launcher put all processes on one host."""
+    env = os.environ
+    ranks = env.get("OMPI_COMM_WORLD_SIZE")
+    if env.get("SLURM_STEP_NUM_NODES") == "1":
+        job = f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"
+    elif ranks and ranks == env.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        job = env.get("OMPI_MCA_orte_hnp_uri") or env.get("PMIX_NAMESPACE") or ""
+    else:
+        return None
+    return f"127.0.0.1:{61440 + zlib.crc32(job.encode()) % 4096}"  # the ports that jax takes too
 
 
 def _leave_stdout_to_results() -> None:

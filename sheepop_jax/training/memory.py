@@ -3,7 +3,8 @@
 Alphabet: A microbatches, B sequences in one (here: of one device), T time, M = B·T tokens, D model
 width, N layers, H query heads, K key/value heads, C head width, F feed-forward width, V vocabulary
 (padded), P bytes of parameters. What each term is was read from XLA's buffer assignment on the CPU
-(`--xla_dump_to`); docs/scaling.md has the formula, and how near it is.
+(`--xla_dump_to`), two for GPU and TPU from the compiled step: docs/scaling.md has the formula, and
+how near it is.
 """
 
 import bisect
@@ -50,7 +51,7 @@ class MemoryEstimate:
         gradients: those that exist then, with the sums over microbatches, and the parameters that
             fsdp has gathered.
         activations: what the backward pass of one microbatch keeps, and works on.
-        loss: one chunk of logits, three times, and what is carried from chunk to chunk.
+        loss: one chunk of logits, as often as it is there, and what is carried between chunks.
         batch: the tokens of one update.
     """
 
@@ -122,20 +123,25 @@ def estimate_memory(
     tables = table * fsdp * (1 if m.tie_embeddings else 2)
     of_a_block = (whole - tables) / m.num_layers
     accumulated = own if config.train.grad_accum_steps > 1 else 0.0
+    # Elsewhere XLA keeps copies and gradients of matrices in the dtype that uses and makes them.
+    narrow = 1.0 if platform == "cpu" else np.dtype(model.dtype).itemsize / _FP32
     gathered = 0.0
-    if fsdp > 1:
+    if fsdp > 1 and platform == "cpu":
         # With remat each block's parameters are gathered when it is their turn, twice. Without, the
         # backward pass uses those of the forward pass; and a loop over microbatches, which changes
         # no parameter, gathers all before it begins.
         by_turns = m.remat != "none" and not accumulated
         gathered = table * fsdp + of_a_block if by_turns else whole
-        gathered += (
-            table * fsdp if m.tie_embeddings else 0.0
-        )  # once for the lookup, once for logits
+        if m.tie_embeddings:  # once for the lookup, once for the logits
+            gathered += table * fsdp
+    elif fsdp > 1:  # see communication.py; the table for the logits
+        by_turns = m.remat != "none" or platform == "tpu"
+        gathered = narrow * (table * fsdp + (of_a_block if by_turns else whole - tables))
     # The gradients of all blocks but the last to go backward. Those of a microbatch go into the
     # sums one by one, unless the devices first exchange them, all in one.
     alone = mesh.size == mesh.shape["tensor"]
-    fresh = (0.0 if alone else whole - of_a_block) if accumulated else own - of_a_block / fsdp
+    others = tables + narrow * (whole - tables - of_a_block)
+    fresh = (0.0 if alone else others) if accumulated else own - of_a_block / fsdp
     matrices = own - sum(moments) / 2 if config.optimizer.name == "muon" else 0.0
     matrices *= 2  # the optimizer has one moment of each, and two of what is no matrix
     updating = _ADAM_UPDATE * (own - matrices) + _MUON_UPDATE[platform] * matrices
@@ -251,9 +257,11 @@ class _Sizes(NamedTuple):
         most = chunk_elements(platform)
         chunk = chunk_length((int(rows), time), padded, most)
         table = _FP32 * padded * m.d_model / tensor  # its gradient, before it is split by fsdp
+        logits = rows * chunk * padded / tensor
         # Logits, their exponentials, and, where the vocabulary is padded, the masked ones.
-        copies = 3 if padded > model.vocab_size else 2
-        loss = copies * [_FP32 * rows * chunk * padded / tensor]
+        loss = (3 if padded > model.vocab_size else 2) * [_FP32 * logits]
+        if platform != "cpu":  # logits and their gradients: the rest is fused
+            loss = [_FP32 * logits, size * logits]
         if chunk < time:  # carried, and stacked
             loss += [table, stream]
         kept = {
