@@ -70,7 +70,7 @@ def _residual_stddev(config: ModelConfig) -> float:
 
 
 # Sites of a block, where it drops; attention weights, block by block of queries, from the last on.
-_ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, _ATTENTION_WEIGHTS = range(3)
+_ATTENTION_OUTPUT, _FEED_FORWARD_OUTPUT, ATTENTION_WEIGHTS = range(3)
 
 
 class Attention(nn.Module):
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             q_BTHC, k_BTKC = attn.apply_rope(q_BTHC, *rope), attn.apply_rope(k_BTKC, *rope)
 
         def drop(first_query: int, weights: jax.Array) -> jax.Array:
-            site = _ATTENTION_WEIGHTS + first_query
+            site = ATTENTION_WEIGHTS + first_query
             return dropout(weights, cfg.attention_dropout, dropout_keys_B, site)
 
         if layer_cache is not None:

@@ -215,6 +215,31 @@ def test_what_the_first_process_refuses_all_refuse(two, whole):
         assert "Traceback" not in process.stderr
 
 
+def test_a_save_is_done_for_none_before_it_is_committed(two, tmp_path):
+    """Else the others would be at the end, waiting for the first, which may still be hashing."""
+    slow = """
+import time
+from sheepop_jax.training.checkpoint import Checkpoints
+publish = Checkpoints._publish
+Checkpoints._publish = lambda *args: (time.sleep(3), publish(*args))
+"""
+    looks = """
+import sys
+from sheepop_jax.training.checkpoint import Checkpoints
+wait = Checkpoints.wait
+def look(self):
+    busy = self._pending is not None
+    wait(self)
+    if busy:
+        print("found", self.steps(), file=sys.stderr)
+Checkpoints.wait = look
+"""
+    runner = Runner(two.directory, {**FIELDS, "train.num_steps": 2}, devices=2)
+    ended = together(runner, tmp_path / "run", patches=(slow, looks))
+    assert [process.code for process in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert "found [2]" in ended[1].stderr and "found []" not in ended[1].stderr
+
+
 def test_an_error_in_one_process_ends_both(two, tmp_path):
     """The other waits in the middle of a step; the first must not wait for it in turn."""
     fails = """

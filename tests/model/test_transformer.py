@@ -13,6 +13,8 @@ from flax import linen as nn
 
 from sheepop_jax.model import attention as attn
 from sheepop_jax.model import transformer as tf
+from sheepop_jax.model.dropout import dropout
+from sheepop_jax.model.transformer import ATTENTION_WEIGHTS
 from tests import reference
 
 VOCAB = 131  # padded to 256
@@ -571,6 +573,30 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
     assert abs(kept_BH.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / kept_BH.size)
     expected_BD = normalized(kept_BHC.reshape(rows, 60) / (1 - rate), eps)
     np.testing.assert_allclose(hidden_BD, expected_BD, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model, random_params):
+    """Queries that see the same keys, in two blocks: one mask for both would keep the same."""
+    model = make_model({"model.dropout": 0.0, "model.attention_dropout": 0.5})
+    drawn = []
+
+    def drop(first_query):
+        keys_B = jax.random.split(jax.random.key(0), 2)
+        ones = jnp.ones((2, 3, 2, 4, 4))
+        return np.asarray(dropout(ones, 0.5, keys_B, ATTENTION_WEIGHTS + first_query))
+
+    def record(weights, rate, keys_B, site):
+        drawn.append((weights.ndim, site))
+        return weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attn, "CAUSAL_BLOCK", 4)
+        patch.setattr(tf, "dropout", record)
+        keys_B = jax.random.split(jax.random.key(0), B)
+        model.apply({"params": random_params(model)}, token_ids(), dropout_keys_B=keys_B)
+    sites = [site for ndim, site in drawn if ndim == 5]
+    assert len(set(sites)) > 1 and len(sites) == len(set(sites)) * model.config.num_layers
+    assert (drop(0) != drop(4)).any()
 
 
 # --- memory and precision ---
