@@ -578,7 +578,7 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
 def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model, random_params):
     """Queries that see the same keys, in two blocks: one mask for both would keep the same."""
     model = make_model({"model.dropout": 0.0, "model.attention_dropout": 0.5})
-    drawn = []
+    params, drawn = random_params(model), []
 
     def drop(first_query):
         keys_B = jax.random.split(jax.random.key(0), 2)
@@ -593,7 +593,7 @@ def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model, rando
         patch.setattr(attn, "CAUSAL_BLOCK", 4)
         patch.setattr(tf, "dropout", record)
         keys_B = jax.random.split(jax.random.key(0), B)
-        model.apply({"params": random_params(model)}, token_ids(), dropout_keys_B=keys_B)
+        model.apply({"params": params}, token_ids(), dropout_keys_B=keys_B)
     sites = [site for ndim, site in drawn if ndim == 5]
     assert len(set(sites)) > 1 and len(sites) == len(set(sites)) * model.config.num_layers
     assert (drop(0) != drop(4)).any()
