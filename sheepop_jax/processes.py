@@ -1,7 +1,8 @@
 """Several processes that train as one: how they find each other, decide, agree and leave.
 
-The one place that knows of the others. A process alone pays for none of it. jax is imported only
-where it is used, since what it starts with is settled before (`runtime`).
+The one place that knows of the others. A process alone pays for none of it. jax and numpy are
+imported only where they are used: what jax starts with is settled before (`runtime`), and a Python
+without them has to get as far as the message that says so (`cli`).
 """
 
 import contextlib
@@ -15,8 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
 
 from sheepop_jax.errors import InputError, RunFailed
 
@@ -181,6 +180,7 @@ def decided(work: Callable[[], T]) -> T:
 
 
 def _from_first(content: bytes) -> bytes:
+    import numpy as np
     from jax.experimental import multihost_utils
 
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
@@ -209,6 +209,7 @@ class Agreement:
         if _count == 1:
             return yes
         import jax
+        import numpy as np
 
         mine = np.full(jax.local_device_count(), yes)
         said = jax.make_array_from_process_local_data(self._everywhere, mine)

@@ -416,7 +416,7 @@ def run_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[Any, str, str]]:
     """Exit code, stdout and stderr of a program that runs in this process, and spares its state."""
-    monkeypatch.setattr(runtime, "prepare", lambda platform: MACHINE)
+    monkeypatch.setattr(runtime, "prepare", lambda *asked: MACHINE)
     monkeypatch.setattr(StopSignal, "install", lambda self: self)
 
     def run(command: str, words: list[str]) -> tuple[Any, str, str]:

@@ -174,7 +174,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         return {}
 
     monkeypatch.setattr(pipeline, "train", note)
-    monkeypatch.setattr(runtime, "prepare", lambda platform: None)
+    monkeypatch.setattr(runtime, "prepare", lambda *asked: None)
     monkeypatch.setattr("sheepop_jax.training.stop.StopSignal.install", lambda self: self)
     return trained
 

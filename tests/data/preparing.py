@@ -48,8 +48,9 @@ share = options.get("share", [0, 1])
 data = prepare.prepare(config, *share)
 if "steps" in options:
     layout = Layout.of(config, data.tokenizer.end_of_text)
+    rows = range(8)[share[0] * 8 // share[1] : (share[0] + 1) * 8 // share[1]]
     batches = TrainBatches(data.train, layout, seed=3, accum=2, batch_size=8, weights=data.weights,
-                           process_index=share[0], process_count=share[1])
+                           rows=rows)
     for batch in batches.iterate(0, options["steps"]):
         print("batch", json.dumps([array.tolist() for array in batch[:3]]))
 """

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import pytest
 
 from sheepop_jax import processes
 from sheepop_jax.training.stop import EXIT_STOPPED
-from tests.faults.harness import KILLED, Runner, log_of, outcome
+from tests.faults.harness import KILLED, Runner, digests, log_of, outcome
+from tests.test_train_cli import environment
 
 pytestmark = pytest.mark.slow
 
@@ -146,6 +148,66 @@ def test_a_tensor_axis_goes_across_processes(shared, alone, tmp_path):
     assert narrow.run(tmp_path / "narrow").code == 0
     found, expected = log_of(tmp_path / "wide"), log_of(tmp_path / "narrow")
     assert largest_difference(found, expected) < TOLERANCE
+
+
+# Restores the newest checkpoint of a run over all devices that there are, and saves it again.
+MOVE = """
+import sys
+from pathlib import Path
+from sheepop_jax import processes, runtime
+source, target, *member = sys.argv[1:]
+if member:
+    member = [member[0], 2, int(member[1])]
+runtime.prepare("cpu", processes.Membership(*member))
+import jax
+from sheepop_jax.config import MeshConfig
+from sheepop_jax.model.partitioning import make_mesh
+from sheepop_jax.run import open_run
+from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.training.optimizer import make_optimizer, make_schedule
+from sheepop_jax.training.resume import first_state
+run = open_run(source)
+optimizer = make_optimizer(run.config.optimizer, make_schedule(run.config.optimizer, 9))
+mesh = make_mesh(MeshConfig(1, -1, 1), jax.devices())
+state, _, _ = first_state(run.model(), optimizer, 0, mesh, run.checkpoints)
+[kernel] = {x.addressable_shards[0].data.shape for x in [state.params["embedding"]]}
+moved = Checkpoints(Path(target) / "checkpoints")
+moved.save(state, {})
+moved.wait()
+print(jax.device_count(), kernel)
+"""
+
+
+def move(devices, source, target, count=1):
+    """In one process or in two; returns what each printed last."""
+    member = [f"127.0.0.1:{free_port()}"] if count > 1 else []
+    flags = f"--xla_force_host_platform_device_count={devices // count}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", MOVE, source, target, *member, *([str(i)] if member else [])],
+            env={**environment(), "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    said = [process.communicate(timeout=200)[0].splitlines()[-1] for process in running]
+    assert [process.returncode for process in running] == [0] * count
+    return said
+
+
+def test_a_checkpoint_of_eight_devices_goes_to_two_processes_and_back(shared, tmp_path):
+    fields = {"model.d_model": 32, "train.batch_size": 8, "train.num_steps": 2, "mesh.fsdp": 8}
+    eight, two, again = (tmp_path / name for name in ("eight", "two", "again"))
+    assert Runner(shared, fields, devices=8).run(eight).code == 0
+    assert move(4, eight, two, count=2) == ["4 (128, 8)"] * 2
+    for name in ("config.json", "tokenizer.json"):
+        (two / name).write_bytes((eight / name).read_bytes())
+    assert move(8, two, again) == ["8 (128, 4)"]
+    expected = digests(eight)
+    assert len(expected) > 40
+    assert digests(two) == expected
+    assert digests(again) == expected
 
 
 @pytest.mark.parametrize("dying", [0, 1])
