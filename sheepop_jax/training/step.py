@@ -119,9 +119,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys_AB = dropout_keys(state.step, *batch.inputs.shape[:2]) if drops else None
-        microbatches = batch, keys_AB
-        sums = summed_over("data", gradient_sums, state.params, microbatches, row_axis=1)
-        loss_sum, grad_sums = sums
+        loss_sum, grad_sums = summed_over(
+            "data", gradient_sums, state.params, (batch, keys_AB), row_axis=1
+        )
         tokens = jnp.sum(batch.weights)
         weight = jnp.maximum(tokens, 1.0)  # a batch without targets has zero gradients
         grads = jax.tree.map(lambda g: g / weight, grad_sums)
