@@ -154,21 +154,31 @@ def imagine(device_kind: str, count: int) -> Runtime:
     return Runtime(platform, device_kind, count, peak * count, memory)
 
 
-def cpu_xla_flags(jaxlib: str) -> str:
-    """The XLA flags that a version of jaxlib needs on the CPU; "" where nothing is known.
+# The autotuner compiles every fusion a second time, by Triton, to see which is faster. Where a
+# fusion draws random numbers that takes minutes: more than two and a half for GPT-2's initial
+# weights on an H200.
+_NO_FUSION_AUTOTUNER = "--xla_gpu_experimental_enable_fusion_autotuner=false"
 
-    jaxlib 0.10 fuses reductions by a library that computes wrong sums: the fusion is turned off.
-    0.12 is right, and fusing matrix products alone makes a training step a quarter faster; products
-    of int8 without widening them first, as `individual_dot` says, are what makes `--quantize int8`
-    fast. A flag that a version does not know would end the process: none beyond those tried.
+
+def xla_flags(jaxlib: str) -> list[str]:
+    """The XLA flags that a version of jaxlib needs; none where nothing is known.
+
+    On the CPU, jaxlib 0.10 fuses reductions by a library that computes wrong sums: the fusion is
+    turned off. 0.12 is right, and fusing matrix products alone makes a training step a quarter
+    faster; products of int8 without widening them first, as `individual_dot` says, are what makes
+    `--quantize int8` fast. On GPUs, see `_NO_FUSION_AUTOTUNER`. Each version knows the flags of all
+    platforms. A flag that it does not know would end the process: none beyond those tried.
     """
     major_minor = tuple(int(part) for part in jaxlib.split(".")[:2])
     match major_minor:
         case (0, 10):
-            return "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+            return ["--xla_cpu_experimental_ynn_fusion_type=-reduce", _NO_FUSION_AUTOTUNER]
+        case (0, 11):
+            return [_NO_FUSION_AUTOTUNER]
         case (0, 12):
-            return "--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot"
-    return ""
+            dots = "--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot"
+            return [dots, _NO_FUSION_AUTOTUNER]
+    return []
 
 
 def check_numbers() -> None:
@@ -198,10 +208,10 @@ def cache_directory() -> Path:
 
 
 def _set_xla_flags() -> None:
-    ours = cpu_xla_flags(version("jaxlib"))
     users = os.environ.get("XLA_FLAGS", "")
-    if ours and ours.split("=")[0] not in users:  # the user's own value wins
-        os.environ["XLA_FLAGS"] = f"{users} {ours}".strip()
+    ours = [flag for flag in xla_flags(version("jaxlib")) if flag.split("=")[0] not in users]
+    if ours:  # the user's own values win
+        os.environ["XLA_FLAGS"] = " ".join([users, *ours]).strip()
 
 
 def _keep_freed_memory() -> None:

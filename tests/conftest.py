@@ -10,11 +10,11 @@ import pytest
 
 from configs import base
 from sheepop_jax.config import Config
-from sheepop_jax.runtime import cpu_xla_flags
+from sheepop_jax.runtime import xla_flags
 
 # None of these imports brings jax. Flags stand before the user's own, so that the user's win.
 _OUTSIDE = dict(os.environ)
-_FLAGS = f"{cpu_xla_flags(version('jaxlib'))} --xla_force_host_platform_device_count=8"
+_FLAGS = " ".join([*xla_flags(version("jaxlib")), "--xla_force_host_platform_device_count=8"])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 

@@ -9,6 +9,8 @@ import pytest
 
 from sheepop_jax import runtime
 
+NO_AUTOTUNER = "--xla_gpu_experimental_enable_fusion_autotuner=false"
+
 
 def run_fresh(code, **environment):
     """Runs code in a new process without the flags that the tests set for themselves."""
@@ -49,15 +51,15 @@ def test_wrong_numbers_are_noticed(monkeypatch):
 @pytest.mark.parametrize(
     ("jaxlib", "flags"),
     [
-        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=-reduce"),
-        ("0.11.1", ""),
-        ("0.12.0.1", "--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot"),
-        ("0.13.0", ""),
-        ("1.0", ""),
+        ("0.10.2", ["--xla_cpu_experimental_ynn_fusion_type=-reduce", NO_AUTOTUNER]),
+        ("0.11.1", [NO_AUTOTUNER]),
+        ("0.12.0.1", ["--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot", NO_AUTOTUNER]),
+        ("0.13.0", []),
+        ("1.0", []),
     ],
 )
 def test_flags_by_version(jaxlib, flags):
-    assert runtime.cpu_xla_flags(jaxlib) == flags
+    assert runtime.xla_flags(jaxlib) == flags
 
 
 def test_the_users_flags_are_kept_and_win(monkeypatch):
@@ -65,10 +67,10 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
     monkeypatch.setattr(runtime, "version", lambda name: "0.12.0.1")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     runtime._set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {ours}=dot,individual_dot"
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {ours}=dot,individual_dot {NO_AUTOTUNER}"
     monkeypatch.setenv("XLA_FLAGS", f"{ours}=none")
     runtime._set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == f"{ours}=none"
+    assert os.environ["XLA_FLAGS"] == f"{ours}=none {NO_AUTOTUNER}"
 
 
 def test_what_prepare_settles_in_a_fresh_process(tmp_path):
