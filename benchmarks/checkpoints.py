@@ -38,11 +38,11 @@ def main() -> None:
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.checkpoint import Checkpoints
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import init_state
+    from sheepop_jax.training.step import init_state, jit_init
 
     model = Transformer(config.model, config.data.vocab_size, jnp.float32)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
-    state = jax.block_until_ready(jax.jit(lambda: init_state(model, optimizer, 0))())
+    state = jax.block_until_ready(jit_init(lambda: init_state(model, optimizer, 0))())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
 

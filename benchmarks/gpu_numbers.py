@@ -37,13 +37,13 @@ def main() -> None:
     from sheepop_jax.model.attention import choose_implementation
     from sheepop_jax.model.transformer import Transformer, output_embedding
     from sheepop_jax.training.loss import chunk_length, cross_entropy_sum
-    from sheepop_jax.training.step import init_params
+    from sheepop_jax.training.step import init_params, jit_init
 
     shape = dataclasses.replace(SHAPES[flags.shape], batch=2)
     config = model_config(shape)
     dtypes = {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")}
     plain = Transformer(config, shape.vocab)
-    params = jax.jit(lambda: nn.meta.unbox(init_params(plain, 0)))()
+    params = jit_init(lambda: nn.meta.unbox(init_params(plain, 0)))()
     ids = np.random.default_rng(0).integers(0, shape.vocab, (shape.batch, shape.time + 1))
     rows, norms = [], {}
     for name, dtype in dtypes.items():
@@ -53,12 +53,15 @@ def main() -> None:
         def loss(params, model=model):
             hidden, _ = model.apply({"params": params}, ids[:, :-1])
             table, weights = output_embedding(params), jnp.ones(ids[:, 1:].shape)
-            chunk = chunk_length(weights.shape, table.shape[0])
+            chunk = chunk_length(weights.size, table.shape[0])
             total = cross_entropy_sum(hidden, table, ids[:, 1:], weights, shape.vocab, chunk)
             return total / weights.size
 
+        # Timing every way to multiply takes minutes in fp32, and changes no number that counts.
+        options = {"xla_gpu_autotune_level": 0} if machine.platform == "cuda" else None
         with jax.default_matmul_precision("highest" if name == "float32" else "default"):
-            value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+            step = jax.jit(jax.value_and_grad(loss), compiler_options=options)
+            value, gradient = step(params)
         norms[name] = gradient
         leaves = zip(*map(jax.tree.leaves, (gradient, norms["float32"])), strict=True)
         off = max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in leaves)

@@ -106,12 +106,12 @@ def bare(path: str, steps: int) -> float:
     import jax
 
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import init_state, make_train_step
+    from sheepop_jax.training.step import init_state, jit_init, make_train_step
 
     job = make_job(path, steps, "")
     schedule = make_schedule(job.config.optimizer, steps)
     optimizer = make_optimizer(job.config.optimizer, schedule)
-    state = jax.jit(lambda: init_state(job.model, optimizer, job.config.seed))()
+    state = jit_init(lambda: init_state(job.model, optimizer, job.config.seed))()
     function = make_train_step(job.model, optimizer, schedule, job.config.seed)
     batches = [jax.device_put(batch) for batch in job.batches.iterate(0, 8)]
     step = jax.jit(function, donate_argnums=0).lower(state, batches[0]).compile()

@@ -39,14 +39,14 @@ def main() -> None:
     from sheepop_jax.generation.bench import _cached
     from sheepop_jax.model.quantize import quantized
     from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.step import init_params
+    from sheepop_jax.training.step import init_params, jit_init
 
     config = Config.from_dict(base.get_config()).model
     models = {
         name: Transformer(config, VOCAB, machine.compute_dtype(name))
         for name in ("float32", "bfloat16")
     }
-    params = jax.jit(lambda: nn.meta.unbox(init_params(models["float32"], 0)))()
+    params = jit_init(lambda: nn.meta.unbox(init_params(models["float32"], 0)))()
     weights = {"": params, " + int8": quantized(params)}
     print(f"{machine.device_kind}, jax {jax.__version__}")
     print("| batch | way | tokens/s, median | best | peak, MB |\n|--:|:--|--:|--:|--:|")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.batches import EvaluationBatches, Layout
 from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.model.partitioning import summed_over
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import EvaluationSums, chunk_length, evaluation_sums
 
@@ -49,11 +50,19 @@ class Figures:
 def _batch_sums(model: Transformer, params: Any, batch: Batch) -> EvaluationSums:
     inputs_BT, targets_BT, weights_BT, segments_BT = jax.tree.map(jnp.asarray, batch)
     hidden_BTD, _ = model.apply({"params": params}, inputs_BT, segments_BT=segments_BT)
-    embedding_VD = output_embedding(params)
-    chunk = chunk_length(inputs_BT.shape, embedding_VD.shape[0])
-    return evaluation_sums(
-        hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, chunk
-    )
+
+    def sums(embedding_VD: Any, rows: tuple[jax.Array, ...]) -> EvaluationSums:
+        hidden_BTD, targets_BT, weights_BT = rows
+        chunk = chunk_length(targets_BT.size, embedding_VD.shape[0])
+        return evaluation_sums(
+            hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, chunk
+        )
+
+    def over_fsdp(embedding_VD: Any, rows: tuple[jax.Array, ...]) -> EvaluationSums:
+        return summed_over("fsdp", sums, embedding_VD, rows, row_axis=0)
+
+    rows = hidden_BTD, targets_BT, weights_BT
+    return summed_over("data", over_fsdp, output_embedding(params), rows, row_axis=0)
 
 
 def evaluate(

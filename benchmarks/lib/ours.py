@@ -70,7 +70,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.loss import chunk_elements
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import init_params, init_state, make_train_step
+    from sheepop_jax.training.step import init_params, init_state, jit_init, make_train_step
 
     config = model_config(shape)
     dtype = machine.compute_dtype(flags.dtype)
@@ -86,7 +86,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 
     boxed = jax.eval_shape(lambda: init_params(model, 0))
     shardings = state_shardings(boxed, jax.eval_shape(new), mesh)
-    state = jax.jit(new, out_shardings=shardings)()
+    state = jit_init(new, shardings)()
     batches = []
     for seed in range(4):
         ids = np.random.default_rng(seed).integers(
@@ -119,16 +119,15 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 def decode(shape: Shape, flags: argparse.Namespace) -> Work:
     """Greedy decoding of random prompts; a turn is one call, prompt included."""
     machine = runtime.prepare(flags.platform)
-    import jax
     from flax import linen as nn
 
     from sheepop_jax.generation.decode import NO_END, generate
     from sheepop_jax.generation.request import SamplingConfig
     from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.step import init_params
+    from sheepop_jax.training.step import init_params, jit_init
 
     model = Transformer(model_config(shape, 1024), shape.vocab, machine.compute_dtype(flags.dtype))
-    params = jax.jit(lambda: nn.meta.unbox(init_params(model, 0)))()
+    params = jit_init(lambda: nn.meta.unbox(init_params(model, 0)))()
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (flags.rows, flags.prompt))
 
     def write(new_tokens: int) -> Any:
@@ -192,7 +191,7 @@ def loss(shape: Shape, flags: argparse.Namespace) -> Work:
     weights = jnp.ones(targets.shape)
 
     def chunked(hidden: Any, table: Any) -> Any:
-        chunk = chunk_length(targets.shape, rows, chunk_elements(machine.platform))
+        chunk = chunk_length(targets.size, rows, chunk_elements(machine.platform))
         return cross_entropy_sum(hidden, table, targets, weights, shape.vocab, chunk)
 
     def whole(hidden: Any, table: Any) -> Any:

@@ -1,11 +1,13 @@
-"""Cross-entropy over the vocabulary, in chunks along time, so that the logits never exist whole.
+"""Cross-entropy over the vocabulary, in chunks of tokens, so that the logits never exist whole.
 
-Alphabet: B batch, T time, D model width, V vocabulary (padded), Tc the time of one chunk.
+Alphabet: B batch, T time, M = B·T tokens, D model width, V vocabulary (padded), Mc those of a
+chunk. Devices that split the rows each go through their own (`partitioning.summed_over`).
 
 Everything is a weighted sum; whoever holds all the sums divides once, so that microbatches, devices
 and padded rows all give the same number.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,12 +30,14 @@ def chunk_elements(platform: str) -> int:
     return CHUNK_ELEMENTS if platform == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
 
 
-def chunk_length(shape: tuple[int, ...], vocab: int, elements: int = CHUNK_ELEMENTS) -> int:
-    """Tc for targets [B, T]: the longest chunk of at most so many logits, evened out."""
-    batch, time = shape
-    longest = max(1, min(time, elements // (batch * vocab)))
-    chunks = -(-time // longest)
-    return -(-time // chunks)
+def chunk_length(tokens: int, vocab: int, elements: int = CHUNK_ELEMENTS) -> int:
+    """Mc: the largest chunk of at most so many logits, evened out.
+
+    Up to twice as many chunks as needed are made where so many divide the tokens without a rest.
+    """
+    needed = -(-tokens // max(1, min(tokens, elements // vocab)))
+    even = (chunks for chunks in range(needed, 2 * needed) if tokens % chunks == 0)
+    return -(-tokens // next(even, needed))
 
 
 class EvaluationSums(NamedTuple):
@@ -44,38 +48,59 @@ class EvaluationSums(NamedTuple):
     weight: jax.Array
 
 
-def _terms(hidden_BtD, embedding_VD, targets_Bt, vocab_size):
+def _logsumexp_in_one_pass(x_MV):
+    """log Σ exp x along V; of two parts, the one with the smaller maximum is scaled down."""
+
+    def join(one, other):
+        (x, total), (y, other_total) = one, other
+        scale = jnp.where(x == y, 1.0, jnp.exp(-jnp.abs(x - y)))  # both may be -inf
+        joined = jnp.where(x > y, total + scale * other_total, scale * total + other_total)
+        return jnp.maximum(x, y), joined
+
+    none = jnp.finfo(jnp.float32).min, jnp.zeros((), jnp.float32)
+    largest_M, total_M = jax.lax.reduce((x_MV, jnp.ones_like(x_MV)), none, join, (1,))
+    return largest_M + jnp.log(total_M)
+
+
+def _terms(hidden_MD, embedding_VD, targets_M, vocab_size):
     """Logits, log-partition and negative log-likelihood of one chunk; all fp32."""
-    logits_BtV = unembed(hidden_BtD, embedding_VD, vocab_size)
+    logits_MV = unembed(hidden_MD, embedding_VD, vocab_size)
     # A comparison rather than an index: with the vocabulary split over devices it stays local.
-    is_target_BtV = jnp.arange(logits_BtV.shape[-1]) == targets_Bt[..., None]
-    log_partition_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
-    nll_Bt = log_partition_Bt - jnp.where(is_target_BtV, logits_BtV, 0).sum(-1)
-    return logits_BtV, is_target_BtV, log_partition_Bt, nll_Bt
+    is_target_MV = jnp.arange(logits_MV.shape[-1]) == targets_M[:, None]
+    # A GPU waits for memory here; a CPU for the exponentials, of which one pass takes two a logit.
+    log_partition_M = jax.lax.platform_dependent(
+        logits_MV, cuda=_logsumexp_in_one_pass, default=partial(jax.nn.logsumexp, axis=-1)
+    )
+    nll_M = log_partition_M - jnp.where(is_target_MV, logits_MV, 0).sum(-1)
+    return logits_MV, is_target_MV, log_partition_M, nll_M
 
 
 def _over_chunks(
     body: Callable[..., tuple[Any, Any]], carry: Any, arrays: tuple[jax.Array, ...], chunk: int
 ) -> tuple[Any, Any]:
-    """`lax.scan` of `body(carry, *chunks)` over axis 1 of [B, T, …] arrays.
+    """`lax.scan` of `body(carry, *chunks)` over the tokens of [B, T, …] arrays.
 
-    Stacked outputs [B, Tc, …] come back joined to [B, T, …]. T is padded with zeros, hence weight
+    Stacked outputs [Mc, …] come back joined to [B, T, …]. M is padded with zeros, hence weight
     zero, to a multiple of the chunk.
     """
-    time = arrays[0].shape[1]
-    if chunk >= time:
-        return body(carry, *arrays)
-    n = -(-time // chunk)
+    rows = arrays[-1].shape
+    tokens = math.prod(rows)
+    n = -(-tokens // chunk)
 
     def split(x):
-        x = jnp.pad(x, [(0, 0), (0, n * chunk - time)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
+        x = x.reshape(tokens, *x.shape[2:])
+        x = jnp.pad(x, [(0, n * chunk - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(n, chunk, *x.shape[1:])
 
     def join(y):
-        y = jnp.moveaxis(y, 0, 1)
-        return y.reshape(y.shape[0], n * chunk, *y.shape[3:])[:, :time]
+        return y.reshape(n * chunk, *y.shape[2:])[:tokens].reshape(*rows, *y.shape[2:])
 
-    carry, ys = jax.lax.scan(lambda c, xs: body(c, *xs), carry, tuple(map(split, arrays)))
+    xs = tuple(map(split, arrays))
+    if n == 1:
+        carry, ys = body(carry, *(x[0] for x in xs))
+        ys = jax.tree.map(lambda y: y[None], ys)
+    else:
+        carry, ys = jax.lax.scan(lambda c, xs: body(c, *xs), carry, xs)
     return carry, jax.tree.map(join, ys)
 
 
@@ -100,7 +125,7 @@ def cross_entropy_sum(
         targets_BT: int32 below `vocab_size`.
         weights_BT: fp32; 0 where a target does not count.
         vocab_size: the true vocabulary size.
-        chunk: Tc, from `chunk_length`.
+        chunk: Mc, from `chunk_length`.
     """
     return evaluation_sums(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk).loss
 
@@ -115,12 +140,10 @@ def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk
         logits, is_target, log_partition, nll = _terms(
             hidden, embedding_in_dtype, targets, vocab_size
         )
-        probabilities = jnp.exp(logits - log_partition[..., None])
-        d_logits = ((probabilities - is_target) * weights[..., None]).astype(dtype)
-        d_logits_MV = d_logits.reshape(-1, d_logits.shape[-1])
-        hidden_MD = hidden.reshape(-1, hidden.shape[-1])
-        d_hidden = (d_logits_MV @ embedding_in_dtype).reshape(hidden.shape)
-        d_embedding += jnp.matmul(d_logits_MV.T, hidden_MD, preferred_element_type=jnp.float32)
+        probabilities = jnp.exp(logits - log_partition[:, None])
+        d_logits = ((probabilities - is_target) * weights[:, None]).astype(dtype)
+        d_hidden = d_logits @ embedding_in_dtype
+        d_embedding += jnp.matmul(d_logits.T, hidden, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(weights * nll), d_embedding), d_hidden
 
     carry = jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape, jnp.float32)

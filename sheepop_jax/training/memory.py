@@ -146,7 +146,7 @@ def estimate_memory(
     matrices *= 2  # the optimizer has one moment of each, and two of what is no matrix
     updating = _ADAM_UPDATE * (own - matrices) + _MUON_UPDATE[platform] * matrices
     sizes = _Sizes.of(config, model, mesh, platform)
-    first_block = sizes.kept + sizes.head + sizes.recomputed + sizes.backward
+    first_block = sizes.kept + sizes.head + sizes.backward
     moments_of_update: tuple[tuple[float, list[float], list[float]], ...] = (
         (gathered + accumulated, sizes.kept + sizes.head, sizes.loss),
         (gathered + accumulated, first_block, sizes.loss_grads),
@@ -206,9 +206,8 @@ class _Sizes(NamedTuple):
         tokens: M.
         block: what the backward pass of one block reads.
         kept: of all blocks, from the forward pass to the backward pass.
-        recomputed: with remat, one block's.
         head: the embeddings looked up, and the final norm.
-        backward: gradients of one block's activations.
+        backward: gradients of activations of one sublayer, and with remat what it computes again.
         loss: of a chunk.
         loss_grads: what the loss hands on.
     """
@@ -216,7 +215,6 @@ class _Sizes(NamedTuple):
     tokens: float
     block: list[float]
     kept: list[float]
-    recomputed: list[float]
     head: list[float]
     backward: list[float]
     loss: list[float]
@@ -239,8 +237,8 @@ class _Sizes(NamedTuple):
         # Dropout keeps the two random words that each element's decision came from.
         words = [2 * _FP32 * tokens * m.d_model] if m.dropout else []
         # Two norms' outputs, what each sublayer adds; q and the attention's output; k and v; the
-        # feed-forward layer before its activation, after it, and what its derivative needs.
-        block = 4 * [stream] + 2 * [heads] + 2 * [kv_heads] + 3 * [wide]
+        # feed-forward layer before its activation and after it.
+        block = 4 * [stream] + 2 * [heads] + 2 * [kv_heads] + 2 * [wide]
         pairs = rows * m.num_heads / tensor * time**2
         match model.implementation:
             case "xla":  # exponentials and weights of the pairs of positions that are formed
@@ -255,14 +253,14 @@ class _Sizes(NamedTuple):
         block += scores
         padded = padded_vocab_size(model.vocab_size)
         most = chunk_elements(platform)
-        chunk = chunk_length((int(rows), time), padded, most)
+        chunk = chunk_length(int(tokens), padded, most)
         table = _FP32 * padded * m.d_model / tensor  # its gradient, before it is split by fsdp
-        logits = rows * chunk * padded / tensor
+        logits = chunk * padded / tensor
         # Logits, their exponentials, and, where the vocabulary is padded, the masked ones.
         loss = (3 if padded > model.vocab_size else 2) * [_FP32 * logits]
         if platform != "cpu":  # logits and their gradients: the rest is fused
             loss = [_FP32 * logits, size * logits]
-        if chunk < time:  # carried, and stacked
+        if chunk < tokens:  # carried, and stacked
             loss += [table, stream]
         kept = {
             "none": block + 2 * words,  # random words that are drawn again are used at once
@@ -270,18 +268,16 @@ class _Sizes(NamedTuple):
             "dots": 2 * [stream] + [heads] + 2 * [kv_heads] + [wide],
             "full": [stream],
         }
-        recomputed = {
-            "none": [],
-            "dots": 3 * [stream] + [heads] + 2 * [wide] + scores,  # without what is kept
-            "full": block,
-        }
+        # The larger sublayer's: by the time of attention's, the feed-forward layer's are gone.
+        again = m.remat != "none"
+        feed_forward = 3 * [stream] + [wide] + again * (2 * [stream] + [wide])
+        attention = 3 * [stream] + scores[:1] + again * ([stream] + [heads] + scores)
         return cls(
             tokens=tokens,
-            block=block,
+            block=kept[m.remat] if again else block,
             kept=m.num_layers * kept[m.remat],
-            recomputed=recomputed[m.remat],
             head=2 * [stream] + words,
-            backward=3 * [stream] + 2 * [wide] + scores[:1],
+            backward=max(feed_forward, attention, key=sum),
             loss=loss,
             loss_grads=[table, stream],
         )

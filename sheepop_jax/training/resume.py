@@ -12,7 +12,7 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
-from sheepop_jax.training.step import TrainState, init_params, init_state
+from sheepop_jax.training.step import TrainState, init_params, init_state, jit_init
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def first_state(
     newest = processes.decided(lambda: _newest_whole(checkpoints))
     if newest is None:
         log.info("no checkpoint yet: beginning at step 0")
-        return jax.jit(fresh, out_shardings=shardings)(), shardings, {}
+        return jit_init(fresh, shardings)(), shardings, {}
     state = checkpoints.restore(newest["step"], target)
     log.info("going on from step %d", newest["step"])
     if processes.first():

@@ -173,7 +173,7 @@ def test_the_formula_by_hand(make_config):
     found = estimate_memory(config, model, mesh, "cuda", shapes)
     tokens = rows * time
     one = 4 * tokens * width
-    block = 4 * one + 2 * one / 2 + 2 * (4 * tokens * 20) / 2 + 3 * (4 * tokens * wide) / 2
+    block = 4 * one + 2 * one / 2 + 2 * (4 * tokens * 20) / 2 + 2 * (4 * tokens * wide) / 2
     block += 2 * (4 * rows * 3 * time**2) + 2 * (2 * one)  # scores of three heads; random words
     assert found.activations == layers * block + 2 * one + 2 * one
     assert found.loss == 2 * 4 * rows * time * vocab / 2  # logits and their gradients, fp32

@@ -15,7 +15,7 @@ from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shar
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training import optimizer as optimizer_module
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import init_params, init_state, make_train_step
+from sheepop_jax.training.step import init_params, init_state, jit_init, make_train_step
 
 VOCAB = 101
 
@@ -270,3 +270,23 @@ def test_an_outlier_is_left_out_by_choice(small_config, monkeypatch):
     np.testing.assert_array_equal(
         np.asarray(later.opt_state[0].norms), [float(metrics.grad_norm), *norms[1:]]
     )
+
+
+def test_a_gpu_draws_each_array_by_itself_to_the_same_numbers(monkeypatch):
+    """What keeps the compiler from minutes over one kernel (BENCHMARKS.md, On a GPU)."""
+    options, jit = [], jax.jit
+
+    def recorded(function, **named):
+        options.append(named["compiler_options"])
+        return jit(function, **named)
+
+    def draw():
+        return [jax.random.normal(jax.random.key(i), (8, 8)) for i in range(3)]
+
+    monkeypatch.setattr(jax, "jit", recorded)
+    plain = jit_init(draw)()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    separate = jit_init(draw)()
+    assert options == [None, {"xla_disable_hlo_passes": "multi_output_fusion"}]
+    for one, other in zip(plain, separate, strict=True):
+        np.testing.assert_array_equal(one, other)
