@@ -20,20 +20,20 @@ step "right numbers: the model in bf16 with cuDNN attention against fp32 without
 
 step "GPT-2 124M, T 1024, bf16: beside PyTorch, compiled"
 timeout 240 "$PYTHON" benchmarks/train_step.py --shape gpt2 --platform cuda --dtype bfloat16 \
-  --batch "${BATCH:-32}" --turns 5 --steps 10 --out "$OUT/gpt2" \
+  --batch "${BATCH:-64}" --turns 5 --steps 8 --out "$OUT/gpt2" \
   --peers "torch, plain, compiled" || echo "gpt2: not finished" >&2
 
 step "base, T 512, bf16"
-timeout 90 "$PYTHON" benchmarks/train_step.py --shape base --platform cuda --dtype bfloat16 \
+timeout 150 "$PYTHON" benchmarks/train_step.py --shape base --platform cuda --dtype bfloat16 \
   --batch 64 --turns 5 --steps 10 --out "$OUT/base" --peers "torch, plain, compiled" ||
   echo "base: not finished" >&2
 
 step "a context of 8192 with cuDNN attention"
-timeout 90 "$PYTHON" benchmarks/train_step.py --shape long --platform cuda --dtype bfloat16 \
+timeout 120 "$PYTHON" benchmarks/train_step.py --shape long --platform cuda --dtype bfloat16 \
   --turns 3 --steps 5 --out "$OUT/long" --peers || echo "long: not finished" >&2
 
 step "decoding, batch 1 and 64"
-timeout 120 "$PYTHON" benchmarks/decode.py --platform cuda --dtype bfloat16 --batch 1 64 \
+timeout 180 "$PYTHON" benchmarks/decode.py --platform cuda --dtype bfloat16 --batch 1 64 \
   --turns 3 --out "$OUT" || echo "decode: not finished" >&2
 
 step "done; tables above, JSON in $OUT"

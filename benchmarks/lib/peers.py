@@ -46,11 +46,12 @@ class PlainBlock(nn.Module):
 
 
 class Plain(nn.Module):
-    """Learned positions, blocks, tied output."""
+    """Learned positions, blocks, tied output; on a GPU with as many rows as its products like."""
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.tokens = nn.Embedding(shape.vocab, shape.width)
+        rows = -(-shape.vocab // 128) * 128 if DEVICE == "cuda" else shape.vocab
+        self.tokens = nn.Embedding(rows, shape.width)
         self.positions = nn.Embedding(shape.time, shape.width)
         self.blocks = nn.Sequential(
             *(PlainBlock(shape.width, shape.heads, shape.feed_forward) for _ in range(shape.layers))
@@ -122,7 +123,6 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     """Forward, loss, backward, clip, AdamW; a turn is `flags.steps` of them."""
     model = make(flags.kind, shape, shape.time)
     started = time.perf_counter()
-    run = torch.compile(model) if flags.compile else model
     optimizer = adamw(model, 3e-4, 0.999, 0.01)
     half = torch.autocast(DEVICE, torch.bfloat16, enabled=flags.dtype == "bfloat16")
     batches = []
@@ -130,11 +130,16 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
         ids = np.random.default_rng(seed).integers(0, shape.vocab, (shape.batch, shape.time + 1))
         batches.append(torch.from_numpy(ids).to(DEVICE))
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with half:
-            out = run(ids[:, :-1])
+            out = model(ids[:, :-1])
             logits = getattr(out, "logits", out)
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    run = torch.compile(loss_of) if flags.compile else loss_of  # the loss with the model
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        loss = run(ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
