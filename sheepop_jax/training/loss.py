@@ -48,17 +48,18 @@ class EvaluationSums(NamedTuple):
     weight: jax.Array
 
 
+def _join(one, other):
+    """(max, Σ exp(x - max)) of two parts together: that of the smaller maximum is scaled down."""
+    (x, total), (y, other_total) = one, other
+    scale = jnp.where(x == y, 1.0, jnp.exp(-jnp.abs(x - y)))  # both may be -inf
+    joined = jnp.where(x > y, total + scale * other_total, scale * total + other_total)
+    return jnp.maximum(x, y), joined
+
+
 def _logsumexp_in_one_pass(x_MV):
-    """log Σ exp x along V; of two parts, the one with the smaller maximum is scaled down."""
-
-    def join(one, other):
-        (x, total), (y, other_total) = one, other
-        scale = jnp.where(x == y, 1.0, jnp.exp(-jnp.abs(x - y)))  # both may be -inf
-        joined = jnp.where(x > y, total + scale * other_total, scale * total + other_total)
-        return jnp.maximum(x, y), joined
-
+    """log Σ exp x along V, reading each x once."""
     none = jnp.finfo(jnp.float32).min, jnp.zeros((), jnp.float32)
-    largest_M, total_M = jax.lax.reduce((x_MV, jnp.ones_like(x_MV)), none, join, (1,))
+    largest_M, total_M = jax.lax.reduce((x_MV, jnp.ones_like(x_MV)), none, _join, (1,))
     return largest_M + jnp.log(total_M)
 
 

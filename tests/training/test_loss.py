@@ -86,6 +86,10 @@ def test_the_sum_of_exponentials_in_one_pass():
     largest = wide.max(1)
     expected = largest + np.log(np.exp(wide - largest[:, None]).sum(1))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # Which parts XLA joins is its own affair: two of padding alone are nothing more.
+    padding = (jnp.float32(-jnp.inf), jnp.float32(1))
+    joined = loss._join(loss._join(padding, padding), (jnp.float32(2), jnp.float32(3)))
+    assert tuple(map(float, joined)) == (2, 3)
 
 
 @pytest.mark.parametrize("chunk", [2, 7])
