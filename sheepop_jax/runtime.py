@@ -105,8 +105,7 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_threefry_partitionable", True)  # random numbers independent of layout
-    if not jax.config.jax_compilation_cache_dir:
-        _use_compile_cache(jax)
+    _use_compile_cache(jax)
     processes.join(member)
     try:
         device = jax.local_devices()[0]
@@ -255,6 +254,8 @@ def settle_memory(flops: float, temporaries: int) -> None:
 
 
 def _use_compile_cache(jax: Any) -> None:
+    if jax.config.jax_compilation_cache_dir:  # the user's own
+        return
     directory = cache_directory() / "xla"
     try:
         directory.mkdir(parents=True, exist_ok=True)
