@@ -139,11 +139,16 @@ def train(
 def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transformer:
     """The model to train, with the dtype and the attention for the machine."""
     dtype = machine.compute_dtype(config.train.dtype)
-    attention = config.model.head_dim, config.model.attention_dropout
-    implementation = choose_implementation(
-        machine.platform, dtype, *attention, document_mask=config.data.document_mask
+    choose = partial(
+        choose_implementation,
+        machine.platform,
+        dtype,
+        config.model.head_dim,
+        config.model.attention_dropout,
+        flash_attention=machine.flash_attention,
     )
-    if implementation != choose_implementation(machine.platform, dtype, *attention):
+    implementation = choose(document_mask=config.data.document_mask)
+    if implementation != choose():
         log.info(
             "data.document_mask: attention by XLA rather than cuDNN, which has no segment "
             "argument: slower, and memory grows with the square of the window"

@@ -48,6 +48,10 @@ DEVICES = (
     ("TPU v2", 22.5e12, 8e9),
 )
 
+# Of those, NVIDIA's from before Ampere, for which cuDNN has no flash attention.
+BEFORE_AMPERE = ("V100", "T4")
+_AMPERE = 8.0  # compute capability
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -59,6 +63,7 @@ class Runtime:
         device_count: devices over all processes.
         peak_flops: bf16 peak of all devices together, FLOP/s; 0 where unknown.
         device_memory: bytes of one device; 0 where unknown.
+        flash_attention: on "cuda", whether cuDNN has it for the device.
     """
 
     platform: str
@@ -66,6 +71,7 @@ class Runtime:
     device_count: int
     peak_flops: float
     device_memory: float = 0.0
+    flash_attention: bool = True
 
     def with_devices(self, count: int) -> "Runtime":
         """The same kind of machine with so many devices."""
@@ -127,7 +133,8 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
         check_numbers()
     count = jax.device_count()
     peak, memory = known_figures(device.device_kind)
-    runtime = Runtime(found, device.device_kind, count, peak * count, memory)
+    flash = found != "cuda" or float(device.compute_capability) >= _AMPERE
+    runtime = Runtime(found, device.device_kind, count, peak * count, memory, flash)
     of = f", process 0 of {processes.count()}" if processes.count() > 1 else ""
     log.info("jax %s on %d x %s (%s%s)", jax.__version__, count, device.device_kind, found, of)
     return runtime
@@ -150,7 +157,8 @@ def imagine(device_kind: str, count: int) -> Runtime:
         names = ", ".join(name for name, _, _ in DEVICES)
         raise InputError("--device", device_kind, f"cpu or one of {names}")
     platform = "cpu" if not peak else "tpu" if "TPU" in device_kind else "cuda"
-    return Runtime(platform, device_kind, count, peak * count, memory)
+    flash = device_kind not in BEFORE_AMPERE
+    return Runtime(platform, device_kind, count, peak * count, memory, flash)
 
 
 # The autotuner compiles every fusion a second time, by Triton, to see which is faster. Where a

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -123,6 +125,24 @@ def test_dtypes_by_platform(caplog):
             assert all(machine.compute_dtype(name) for name in names)
     (said,) = caplog.messages  # by the CPU, once
     assert "bfloat16 on a CPU: no faster than float32" in said
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "has"),
+    [("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "12.0", True), ("tpu", None, True)],
+)
+def test_flash_attention_by_compute_capability(monkeypatch, platform, capability, has):
+    device = SimpleNamespace(platform=platform, device_kind="a card")
+    if capability:
+        device.compute_capability = capability
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert runtime.prepare().flash_attention is has
+
+
+def test_flash_attention_of_cards_that_are_not_here():
+    kinds = [name for name, _, _ in runtime.DEVICES]
+    without = [kind for kind in kinds if not runtime.imagine(kind, 1).flash_attention]
+    assert without == ["V100", "T4"]
 
 
 def test_an_nvidia_card_that_jax_cannot_use_is_said_loudly(tmp_path):

@@ -25,15 +25,18 @@ def choose_implementation(
     head_dim: int,
     attention_dropout: float,
     document_mask: bool = False,
+    flash_attention: bool = True,
 ) -> Implementation:
     """Decides which attention a training step uses; decoding always uses XLA's.
 
-    cuDNN's flash attention takes bf16 on NVIDIA, heads of a multiple of 8 up to 128 wide, and
-    neither dropout on the weights nor a mask other than causal, so no borders of documents.
+    cuDNN's flash attention takes bf16 on NVIDIA (cards from Ampere on), heads of a multiple of 8 up
+    to 128 wide, and neither dropout on the weights nor a mask other than causal, so no borders of
+    documents.
     """
     fits = dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
     causal_alone = attention_dropout == 0 and not document_mask
-    return "cudnn" if platform == "cuda" and fits and causal_alone else "xla"
+    there = platform == "cuda" and flash_attention
+    return "cudnn" if there and fits and causal_alone else "xla"
 
 
 def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -38,6 +38,7 @@ def test_choose_implementation(platform, dtype, head_dim, attention_dropout, exp
     assert attn.choose_implementation(*conditions) == expected
     assert attn.choose_implementation(*conditions, document_mask=False) == expected
     assert attn.choose_implementation(*conditions, document_mask=True) == "xla"
+    assert attn.choose_implementation(*conditions, flash_attention=False) == "xla"
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])

@@ -89,7 +89,8 @@ def test_as_a_person_reads_it(capsys):
         assert words in said
     assert tools.main([*GPT2, "--device", "T4"]) == 0
     said = capsys.readouterr().out
-    assert "DOES NOT FIT" in said and "--config.train.batch_size=16 --config.train.grad_acc" in said
+    assert "attention by xla" in said  # cuDNN has none for a T4
+    assert "DOES NOT FIT" in said and "--config.train.batch_size=8 --config.train.grad_acc" in said
     assert tools.main([*GPT2, "--device", "cpu"]) == 0
     assert "time unknown" in capsys.readouterr().out
 
