@@ -53,7 +53,7 @@ WITH_JAX = tuple(
         "run",
         "runtime",
         "training",
-    )  # fmt: skip
+    )
 )
 
 # Libraries that only some rooms may import; any other library is free to all.
