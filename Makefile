@@ -31,7 +31,8 @@ soak: setup  ## kill a training run at 200 random times, and compare what comes 
 TEXT ?=
 bench: setup  ## time training, decoding, loss and start beside PyTorch (half an hour on two cores)
 	$(PYTHON_IN_VENV) -m pip install --quiet -r requirements/bench.txt
-	$(PYTHON_IN_VENV) benchmarks/train_step.py
+	$(PYTHON_IN_VENV) benchmarks/train_step.py --shape small
+	$(PYTHON_IN_VENV) benchmarks/train_step.py --shape base --remat full none
 	$(PYTHON_IN_VENV) benchmarks/decode.py
 	$(PYTHON_IN_VENV) benchmarks/loss.py
 	$(PYTHON_IN_VENV) benchmarks/loop.py

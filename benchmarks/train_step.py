@@ -1,6 +1,6 @@
 """Training steps per second beside PyTorch's, on the same model, batch and tokens.
 
-    python benchmarks/train_step.py --shape small base [--dtype float32] [--turns 9]
+    python benchmarks/train_step.py --shape small base [--remat full none] [--dtype float32]
 
 A step is forward, loss, backward, clipping and AdamW. The contenders are processes that take turns;
 "share" is the part of the device's bf16 peak (where that is not known, of the matrix rate measured
@@ -35,6 +35,8 @@ def main() -> None:
     made.add_argument("--shape", nargs="+", choices=SHAPES, default=["small", "base"])
     made.add_argument("--steps", type=int, default=0, help="in a turn (default: about 1 s of them)")
     made.add_argument("--batch", type=int, default=0, help="instead of the shape's own")
+    kinds = ("none", "dots", "full")
+    made.add_argument("--remat", nargs="+", choices=kinds, default=["none"], help="ours with each")
     made.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     flags = made.parse_args()
     limits = machine.measure(flags.dtype)
@@ -46,14 +48,18 @@ def main() -> None:
 
 
 def contest(name: str, flags: Any, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """Rows of one shape, ours first."""
+    """Rows of one shape; ratios to the first, which is ours."""
     shape = SHAPES[name]
     steps = flags.steps or (20 if name == "small" else 1)
     words = [
         *("train_step", name, "--steps", str(steps), "--dtype", flags.dtype),
         *("--batch", str(flags.batch)),
     ]
-    contenders = [Contender("sheepop_jax", "ours", [*words, "--platform", flags.platform])]
+    contenders = []
+    for remat in flags.remat:
+        about = "sheepop_jax" if remat == "none" else f"sheepop_jax, remat={remat}"
+        own = ["--platform", flags.platform, "--remat", remat]
+        contenders.append(Contender(about, "ours", [*words, *own]))
     for peer in flags.peers:
         kind, *more = PEERS[peer]
         python = absolute(flags.peer_python)

@@ -166,6 +166,10 @@ def imagine(device_kind: str, count: int) -> Runtime:
 # weights on an H200.
 _NO_FUSION_AUTOTUNER = "--xla_gpu_experimental_enable_fusion_autotuner=false"
 
+# Without it XLA's CPU backend copies the optimizer's moments at the beginning of each step: it does
+# not see that the new parameters are made before the new moments take the old ones' place.
+_MOMENTS_IN_PLACE = "--xla_cpu_copy_insertion_use_region_analysis=true"
+
 
 def xla_flags(jaxlib: str) -> list[str]:
     """The XLA flags that a version of jaxlib needs; none where nothing is known.
@@ -173,18 +177,20 @@ def xla_flags(jaxlib: str) -> list[str]:
     On the CPU, jaxlib 0.10 fuses reductions by a library that computes wrong sums: the fusion is
     turned off. 0.12 is right, and fusing matrix products alone makes a training step a quarter
     faster; products of int8 without widening them first, as `individual_dot` says, are what makes
-    `--quantize int8` fast. On GPUs, see `_NO_FUSION_AUTOTUNER`. Each version knows the flags of all
-    platforms. A flag that it does not know would end the process: none beyond those tried.
+    `--quantize int8` fast. The other flags have their reasons beside them. Each version knows the
+    flags of all platforms. A flag that it does not know would end the process: none beyond those
+    tried.
     """
     major_minor = tuple(int(part) for part in jaxlib.split(".")[:2])
+    fusions = "--xla_cpu_experimental_ynn_fusion_type="
+    all_versions = [_MOMENTS_IN_PLACE, _NO_FUSION_AUTOTUNER]
     match major_minor:
         case (0, 10):
-            return ["--xla_cpu_experimental_ynn_fusion_type=-reduce", _NO_FUSION_AUTOTUNER]
+            return [f"{fusions}-reduce", *all_versions]
         case (0, 11):
-            return [_NO_FUSION_AUTOTUNER]
+            return all_versions
         case (0, 12):
-            dots = "--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot"
-            return [dots, _NO_FUSION_AUTOTUNER]
+            return [f"{fusions}dot,individual_dot", *all_versions]
     return []
 
 

@@ -11,7 +11,11 @@ import pytest
 
 from sheepop_jax import runtime
 
-NO_AUTOTUNER = "--xla_gpu_experimental_enable_fusion_autotuner=false"
+FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
+ALL_VERSIONS = [
+    "--xla_cpu_copy_insertion_use_region_analysis=true",
+    "--xla_gpu_experimental_enable_fusion_autotuner=false",
+]
 
 
 def run_fresh(code, **environment):
@@ -53,9 +57,9 @@ def test_wrong_numbers_are_noticed(monkeypatch):
 @pytest.mark.parametrize(
     ("jaxlib", "flags"),
     [
-        ("0.10.2", ["--xla_cpu_experimental_ynn_fusion_type=-reduce", NO_AUTOTUNER]),
-        ("0.11.1", [NO_AUTOTUNER]),
-        ("0.12.0.1", ["--xla_cpu_experimental_ynn_fusion_type=dot,individual_dot", NO_AUTOTUNER]),
+        ("0.10.2", [f"{FUSIONS}=-reduce", *ALL_VERSIONS]),
+        ("0.11.1", ALL_VERSIONS),
+        ("0.12.0.1", [f"{FUSIONS}=dot,individual_dot", *ALL_VERSIONS]),
         ("0.13.0", []),
         ("1.0", []),
     ],
@@ -65,14 +69,14 @@ def test_flags_by_version(jaxlib, flags):
 
 
 def test_the_users_flags_are_kept_and_win(monkeypatch):
-    ours = "--xla_cpu_experimental_ynn_fusion_type"
+    others = " ".join(ALL_VERSIONS)
     monkeypatch.setattr(runtime, "version", lambda name: "0.12.0.1")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     runtime._set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {ours}=dot,individual_dot {NO_AUTOTUNER}"
-    monkeypatch.setenv("XLA_FLAGS", f"{ours}=none")
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {FUSIONS}=dot,individual_dot {others}"
+    monkeypatch.setenv("XLA_FLAGS", f"{FUSIONS}=none")
     runtime._set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == f"{ours}=none {NO_AUTOTUNER}"
+    assert os.environ["XLA_FLAGS"] == f"{FUSIONS}=none {others}"
 
 
 def test_what_prepare_settles_in_a_fresh_process(tmp_path):

@@ -19,9 +19,9 @@ from sheepop_jax.model.partitioning import constrain
 from sheepop_jax.model.transformer import unembed
 
 # Logits of one chunk, in fp32 elements. Each chunk reads and writes the embedding's gradient once,
-# beside three products of as many tokens: with 64 MB of logits that is little on a CPU. A GPU,
+# beside three products of as many tokens: with 128 MB of logits that is little on a CPU. A GPU,
 # whose products are fast beside its memory, wants 1 GB.
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 25
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
 
 
@@ -56,24 +56,27 @@ def _join(one, other):
     return jnp.maximum(x, y), joined
 
 
-def _logsumexp_in_one_pass(x_MV):
-    """log Σ exp x along V, reading each x once."""
+def _partition_in_one_pass(x_MV):
+    """`_partition`, reading each x once."""
     none = jnp.finfo(jnp.float32).min, jnp.zeros((), jnp.float32)
-    largest_M, total_M = jax.lax.reduce((x_MV, jnp.ones_like(x_MV)), none, _join, (1,))
-    return largest_M + jnp.log(total_M)
+    return jax.lax.reduce((x_MV, jnp.ones_like(x_MV)), none, _join, (1,))
+
+
+def _partition(x_MV):
+    """max x and Σ exp(x - max x) along V."""
+    largest_M = x_MV.max(-1)
+    return largest_M, jnp.exp(x_MV - largest_M[:, None]).sum(-1)
 
 
 def _terms(hidden_MD, embedding_VD, targets_M, vocab_size):
-    """Logits, log-partition and negative log-likelihood of one chunk; all fp32."""
+    """Of one chunk: logits, their maximum, Σ exp(logit - maximum), -log p(target); all fp32."""
     logits_MV = unembed(hidden_MD, embedding_VD, vocab_size)
-    # A comparison rather than an index: with the vocabulary split over devices it stays local.
-    is_target_MV = jnp.arange(logits_MV.shape[-1]) == targets_M[:, None]
     # A GPU waits for memory here. On a CPU two passes of plain sums were faster than one (by hand).
-    log_partition_M = jax.lax.platform_dependent(
-        logits_MV, cuda=_logsumexp_in_one_pass, default=partial(jax.nn.logsumexp, axis=-1)
+    largest_M, total_M = jax.lax.platform_dependent(
+        logits_MV, cuda=_partition_in_one_pass, default=_partition
     )
-    nll_M = log_partition_M - jnp.where(is_target_MV, logits_MV, 0).sum(-1)
-    return logits_MV, is_target_MV, log_partition_M, nll_M
+    target_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
+    return logits_MV, largest_M, total_M, largest_M + jnp.log(total_M) - target_M
 
 
 def _over_chunks(
@@ -138,10 +141,10 @@ def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk
 
     def body(carry, hidden, targets, weights):
         loss, d_embedding = carry
-        logits, is_target, log_partition, nll = _terms(
-            hidden, embedding_in_dtype, targets, vocab_size
-        )
-        probabilities = jnp.exp(logits - log_partition[:, None])
+        logits, largest, total, nll = _terms(hidden, embedding_in_dtype, targets, vocab_size)
+        # A comparison and no index: part of the same loop over the logits.
+        is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
+        probabilities = jnp.exp(logits - largest[:, None]) * (1 / total)[:, None]
         d_logits = ((probabilities - is_target) * weights[:, None]).astype(dtype)
         d_hidden = d_logits @ embedding_in_dtype
         d_embedding += jnp.matmul(d_logits.T, hidden, preferred_element_type=jnp.float32)
@@ -172,7 +175,7 @@ def evaluation_sums(
     """The same loss, with the count of right predictions and without any gradient."""
 
     def body(sums, hidden, targets, weights):
-        logits, _, _, nll = _terms(hidden, embedding_VD, targets, vocab_size)
+        logits, *_, nll = _terms(hidden, embedding_VD, targets, vocab_size)
         correct = jnp.argmax(logits, axis=-1) == targets
         added = EvaluationSums(jnp.sum(weights * nll), jnp.sum(weights * correct), jnp.sum(weights))
         return jax.tree.map(jnp.add, sums, added), None

@@ -7,8 +7,6 @@ width, N layers, H query heads, K key/value heads, C head width, F feed-forward 
 how near it is.
 """
 
-import bisect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,10 +27,10 @@ GB = 1e9
 _FP32 = 4  # bytes
 
 # What there is while the optimizer runs, in sizes of the parameters that it updates: the gradients'
-# sums and their means, of which a fifth finds place in buffers that are free by then; for Muon's
-# matrices its iterates too, of all matrices at once (the CPU's XLA keeps those of each iteration).
-_ADAM_UPDATE = 1.8
-_MUON_UPDATE = {"cpu": 4.8, "cuda": 2.7, "tpu": 2.7}
+# sums, and the clipped gradients; for Muon's matrices its iterates too, of all at once (the
+# CPU's XLA keeps those of each iteration).
+_ADAM_UPDATE = 2.0
+_MUON_UPDATE = {"cpu": 6.2, "cuda": 2.7, "tpu": 2.7}
 
 
 class OutOfMemory(RunFailed):
@@ -46,8 +44,6 @@ class MemoryEstimate:
     Attributes:
         parameters: fp32.
         optimizer: its state, fp32.
-        copies: of the optimizer's state, which XLA makes on the CPU: the new parameters are made
-            from the old moments when the new moments have taken their place.
         gradients: those that exist then, with the sums over microbatches, and the parameters that
             fsdp has gathered.
         activations: what the backward pass of one microbatch keeps, and works on.
@@ -57,7 +53,6 @@ class MemoryEstimate:
 
     parameters: float
     optimizer: float
-    copies: float
     gradients: float
     activations: float
     loss: float
@@ -66,11 +61,11 @@ class MemoryEstimate:
     @property
     def total(self) -> float:
         """All of them."""
-        state = self.parameters + self.optimizer + self.copies + self.gradients
+        state = self.parameters + self.optimizer + self.gradients
         return state + self.activations + self.loss + self.batch
 
     def __str__(self) -> str:
-        state = self.parameters + self.optimizer + self.copies + self.gradients
+        state = self.parameters + self.optimizer + self.gradients
         return (
             f"about {readable_bytes(self.total)}: {readable_bytes(state)} of parameters, gradients "
             f"and optimizer, {readable_bytes(self.total - state)} of activations and logits"
@@ -114,7 +109,7 @@ def estimate_memory(
         config: of the run.
         model: with its vocabulary, dtype and attention.
         mesh: the devices, here or imagined.
-        platform: "cpu", "cuda" or "tpu"; `copies` are the CPU's alone.
+        platform: "cpu", "cuda" or "tpu".
         shapes: from `abstract_state`.
     """
     parameters, moments, table = held(shapes, mesh)
@@ -156,14 +151,8 @@ def estimate_memory(
     batch = 3.0 * _FP32 * config.train.grad_accum_steps * sizes.tokens
 
     def at(gradients: float, activations: list[float], loss: list[float]) -> MemoryEstimate:
-        copies = sum(moments)
-        # The moments' own buffers are free from when they are copied to when the new moments are
-        # written: whatever fits into one of them takes no memory of its own.
-        copies -= _sheltered(activations + loss, moments)
-        if platform != "cpu":
-            copies = 0.0
         rest = sum(activations), sum(loss), batch
-        return MemoryEstimate(own, sum(moments), copies, gradients, *rest)
+        return MemoryEstimate(own, sum(moments), gradients, *rest)
 
     return max((at(*moment) for moment in moments_of_update), key=lambda found: found.total)
 
@@ -186,17 +175,6 @@ def held(shapes: Shapes, mesh: Mesh | AbstractMesh) -> Held:
     found = jax.tree.map(bytes_of, shapes.state, places)
     parameters, optimizer = map(jax.tree.leaves, (found.params, found.opt_state))
     return Held(parameters, optimizer, found.params["embedding"])
-
-
-def _sheltered(values: Iterable[float], buffers: Iterable[float]) -> float:
-    """Bytes of the values that find a buffer of their own which is large enough; largest first."""
-    free, found = sorted(buffers), 0.0
-    for value in sorted(values, reverse=True):
-        place = bisect.bisect_left(free, value)
-        if place < len(free):
-            free.pop(place)
-            found += value
-    return found
 
 
 class _Sizes(NamedTuple):
@@ -256,12 +234,14 @@ class _Sizes(NamedTuple):
         chunk = chunk_length(int(tokens), padded, most)
         table = _FP32 * padded * m.d_model / tensor  # its gradient, before it is split by fsdp
         logits = chunk * padded / tensor
-        # Logits, their exponentials, and, where the vocabulary is padded, the masked ones.
-        loss = (3 if padded > model.vocab_size else 2) * [_FP32 * logits]
-        if platform != "cpu":  # logits and their gradients: the rest is fused
-            loss = [_FP32 * logits, size * logits]
-        if chunk < tokens:  # carried, and stacked
-            loss += [table, stream]
+        # Logits and their exponentials; elsewhere logits and their gradients: the rest is fused.
+        loss = [_FP32 * logits, (_FP32 if platform == "cpu" else size) * logits]
+        if platform == "cpu" and mesh.size > 1:  # a copy, of which the targets' logits are taken
+            loss.append(_FP32 * logits)
+        if chunk < tokens:
+            if platform == "cpu":  # gradients of the logits, and what they add to the table's
+                loss[1] = max(loss[1], table)
+            loss += [table, stream]  # carried, and stacked
         kept = {
             "none": block + 2 * words,  # random words that are drawn again are used at once
             # Its input, q, k, v, what attention adds, and the feed-forward layer before activation.

@@ -11,7 +11,6 @@ from sheepop_jax.training.plan import Plan
 PARTS = {
     "parameters": "parameters, fp32",
     "optimizer": "optimizer state, fp32",
-    "copies": "the CPU's copies of it",
     "gradients": "gradients, and what fsdp gathers, fp32",
     "activations": "activations kept for the backward pass",
     "loss": "one chunk of logits, and the loss's gradients",

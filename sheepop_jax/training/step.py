@@ -135,7 +135,9 @@ def make_train_step(
         )
         tokens = jnp.sum(batch.weights)
         weight = jnp.maximum(tokens, 1.0)  # a batch without targets has zero gradients
-        grads = jax.tree.map(lambda g: g / weight, grad_sums)
+        # A product with the reciprocal: XLA repeats it in each loop that reads a gradient, where it
+        # would write the quotients of all gradients to memory once.
+        grads = jax.tree.map(lambda g: g * (1 / weight), grad_sums)
         grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(grad_norm) & jnp.isfinite(loss_sum)
         if max_grad_zscore:

@@ -81,7 +81,8 @@ def test_the_sum_of_exponentials_in_one_pass():
     logits[:, 900:] = -np.inf
     logits[1] *= 100
     logits[2, 5], logits[3, :900], logits[4, 1:] = 3e38, -3e38, -np.inf
-    found = jax.jit(loss._logsumexp_in_one_pass)(logits)
+    in_one_pass, total = jax.jit(loss._partition_in_one_pass)(logits)
+    found = in_one_pass + np.log(total)
     wide = logits.astype(np.float64)
     largest = wide.max(1)
     expected = largest + np.log(np.exp(wide - largest[:, None]).sum(1))
@@ -127,7 +128,7 @@ def test_no_array_of_all_logits_exists():
         compiled = jax.jit(gradient, static_argnums=(4, 5)).lower(*shapes, vocab, chunk).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(2 * time) > 4 * elements  # whole logits: the measure sees them
+    assert temporary_bytes(2 * time) >= 4 * elements  # whole logits: the measure sees them
     assert temporary_bytes(4) < elements
 
 

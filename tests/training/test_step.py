@@ -160,6 +160,22 @@ def test_second_step_compiles_nothing_and_the_state_is_donated(small_config):
     assert old.is_deleted()
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_moments_are_updated_in_place(small_config, microbatches):
+    """Of what is updated XLA copies nothing, on a CPU by a flag of `runtime.xla_flags`."""
+    setup = Setup(small_config)
+    batch = random_batch(microbatches, 3, 5)
+
+    def copied(**options):
+        step = jax.jit(setup.step, donate_argnums=0).lower(setup.state(), batch)
+        text = step.compile(compiler_options=options).as_text()
+        rows, width = setup.state().params["embedding"].shape
+        return text.count(f"= f32[{rows},{width}]{{1,0}} copy(")
+
+    assert copied() == 0
+    assert copied(xla_cpu_copy_insertion_use_region_analysis=False) > 0  # they can be seen
+
+
 def test_dropout_is_a_function_of_seed_and_step(small_config):
     setup = Setup(small_config, dropout=0.3)
     step = jax.jit(setup.step)
