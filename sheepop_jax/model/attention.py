@@ -109,6 +109,35 @@ def segment_mask(segments_BT: jax.Array) -> jax.Array:
     return same_BTS & causal_mask(segments_BT.shape[1])
 
 
+# Scores are the large array. XLA multiplies batches of matrices as [M, K] x [K, N], and transposes
+# what lies otherwise: on a CPU that takes longer than the product. So no product here, and none of
+# its derivatives, asks for scores with queries and keys exchanged: hence the order of factors, and
+# this derivative written out.
+@jax.custom_vjp
+def _scores(q_BKGTC, k_BSKC):
+    """Q Kᵀ, fp32 [B, K, G, T, S]."""
+    contracted, batch = ((4,), (3,)), ((0, 1), (0, 2))
+    return jax.lax.dot_general(
+        q_BKGTC, k_BSKC, (contracted, batch), preferred_element_type=jnp.float32
+    )
+
+
+def _scores_forward(q_BKGTC, k_BSKC):
+    return _scores(q_BKGTC, k_BSKC), (q_BKGTC, k_BSKC)
+
+
+def _scores_backward(factors, d_BKGTS):
+    q_BKGTC, k_BSKC = factors
+    d_BKGTS = d_BKGTS.astype(q_BKGTC.dtype)
+    dq_BKGTC = jax.lax.dot_general(d_BKGTS, k_BSKC, (((4,), (1,)), ((0, 1), (0, 2))))
+    # (Qᵀ dS)ᵀ, where autodiff takes dSᵀ Q.
+    dk_BKCS = jax.lax.dot_general(q_BKGTC, d_BKGTS, (((2, 3), (2, 3)), ((0, 1), (0, 1))))
+    return dq_BKGTC, dk_BKCS.transpose(0, 3, 1, 2)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
 def attend(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
@@ -133,14 +162,13 @@ def attend(
     """
     b, t, h, c = q_BTHC.shape
     k = k_BSKC.shape[2]
-    q_BTKGC = q_BTHC.reshape(b, t, k, h // k, c)
-    scores_BKGTS = jnp.einsum(
-        "btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
-    )
+    q_BKGTC = q_BTHC.reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4)
+    scores_BKGTS = _scores(q_BKGTC, k_BSKC)
     mask = mask_BTS[:, None, None]
     scores_BKGTS = jnp.where(mask, scores_BKGTS * c**-0.5, jnp.finfo(jnp.float32).min)
     weights_BKGTS = dropout(jax.nn.softmax(scores_BKGTS, axis=-1)).astype(v_BSKC.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", weights_BKGTS, v_BSKC).reshape(b, t, h, c)
+    out_BKGTC = jax.lax.dot_general(weights_BKGTS, v_BSKC, (((4,), (1,)), ((0, 1), (0, 2))))
+    return out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
 def attend_causal(

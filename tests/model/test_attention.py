@@ -187,6 +187,58 @@ def test_attend_is_the_formula_in_float64(mask, kv_heads):
     np.testing.assert_allclose(out_BTHC, expected_BTHC, rtol=1e-5, atol=2e-6)
 
 
+def gradients_in_float64(q_BTHC, k_BSKC, v_BSKC, mask_BTS, d_BTHC):
+    """Of Σ d · attend, in queries, keys and values: one query of one head at a time."""
+    q_BTHC, k_BSKC, v_BSKC = (np.asarray(x, np.float64) for x in (q_BTHC, k_BSKC, v_BSKC))
+    dq_BTHC, dk_BSKC, dv_BSKC = map(np.zeros_like, (q_BTHC, k_BSKC, v_BSKC))
+    b, t, h, c = q_BTHC.shape
+    group = h // k_BSKC.shape[2]
+    mask_BTS = np.broadcast_to(np.asarray(mask_BTS, bool), (b, t, k_BSKC.shape[1]))
+    for row, query, head in np.ndindex(b, t, h):
+        seen = row, mask_BTS[row, query], head // group
+        q_C, d_C = q_BTHC[row, query, head], np.asarray(d_BTHC, np.float64)[row, query, head]
+        weights_S = reference.softmax(k_BSKC[seen] @ q_C / math.sqrt(c))
+        d_weights_S = v_BSKC[seen] @ d_C
+        d_scores_S = weights_S * (d_weights_S - weights_S @ d_weights_S) / math.sqrt(c)
+        dq_BTHC[row, query, head] = d_scores_S @ k_BSKC[seen]
+        dk_BSKC[seen] += np.outer(d_scores_S, q_C)
+        dv_BSKC[seen] += np.outer(weights_S, d_C)
+    return dq_BTHC, dk_BSKC, dv_BSKC
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_gradients_are_the_formula_in_float64(kv_heads, dtype, tolerance):
+    shapes = (B, T, H, C), (B, S, kv_heads, C), (B, S, kv_heads, C), (B, T, H, C)
+    q, k, v, d = (normal(*shape, seed=i).astype(dtype) for i, shape in enumerate(shapes))
+
+    def total(q_BTHC, k_BSKC, v_BSKC):
+        out_BTHC = attn.attend(q_BTHC, k_BSKC, v_BSKC, jnp.array(MASK_PER_ROW, bool))
+        return jnp.sum(out_BTHC.astype(jnp.float32) * d)
+
+    found = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
+    expected = gradients_in_float64(q, k, v, MASK_PER_ROW, d)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(
+            gradient.astype(jnp.float32), wanted, rtol=0, atol=tolerance * np.abs(wanted).max()
+        )
+
+
+def test_scores_are_multiplied_and_differentiated_as_they_lie():
+    """No transposition of [T, S] scores: on a CPU those took most of a long context's time."""
+    t, c = 256, 16
+    q, k, v = (normal(1, t, 2, c, seed=i) for i in range(3))
+
+    def total(q_BTHC, k_BSKC, v_BSKC):
+        return jnp.sum(attn.attend(q_BTHC, k_BSKC, v_BSKC, attn.causal_mask(t)) ** 2)
+
+    program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+    lines = program.splitlines()
+    transposed = [line for line in lines if f"{t},{t}" in line and " transpose(" in line]
+    assert not transposed
+
+
 @pytest.mark.parametrize(("length", "blocks"), [(2, 1), (3, 1), (4, 2), (11, 4), (12, 4), (29, 4)])
 @pytest.mark.parametrize("segments", [False, True])
 def test_causal_blocks_are_the_whole_without_hidden_scores(monkeypatch, length, blocks, segments):
