@@ -11,7 +11,7 @@ PACKAGE = "sheepop_jax"
 LIBRARY = {
     "config", "data", "evaluation", "generation", "model", "processes", "run", "runtime",
     "training",
-}  # fmt: skip
+}  # fmt: skip  # a list of words
 
 # For each room: the rooms of our own package that it may import besides `errors`, which all may.
 # A file belongs to the longest room that its dotted name starts with.
@@ -185,7 +185,7 @@ MODULES = {
     "sheepop_jax.training.loss", "sheepop_jax.training.trainer", "sheepop_jax.generation",
     "sheepop_jax.generation.decode", "sheepop_jax.evaluation", "sheepop_jax.run",
     "sheepop_jax.pipeline", "sheepop_jax.cli", "sheepop_jax.__main__",
-}  # fmt: skip
+}  # fmt: skip  # a list of words
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ SAMPLING = [
     asked("--truncate right", r"argument --truncate: invalid choice: 'right'"),
     asked("--temp 1", r"unrecognized arguments: --temp 1; try --help$"),
     asked(["--a\nb"], r"unrecognized arguments: --a b; try --help$"),
-]  # fmt: skip
+]  # fmt: skip  # a case a row
 
 TOOLS = [
     Row(
@@ -533,8 +533,9 @@ class TestWhatIsGoodBesideIt:
         words = ["--prompt", SAYS, "--truncate", "left", "--max_new_tokens", "3"]
         [text], said = texts(run_program, root / "run", *words, "--temperature", "0")
         assert "dropped the first 11 of 40 tokens\n" in said
-        kept = texts(run_program, root / "run", "--prompt", SAYS[11:], *words[4:],
-                     "--temperature", "0")  # fmt: skip
+        kept = texts(
+            run_program, root / "run", "--prompt", SAYS[11:], *words[4:], "--temperature", "0"
+        )
         assert kept[0] == [text]
 
     def test_a_text_of_one_character_is_evaluated(
@@ -556,9 +557,13 @@ class TestWhatIsGoodBesideIt:
     ],
 )
 def test_a_closed_pipe_ends_quietly(
-    command: str, words: str, root: Path, tmp_path: Path, run_program: Any,
+    command: str,
+    words: str,
+    root: Path,
+    tmp_path: Path,
+    run_program: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """`… | head -0`: also where so little is written that only leaving flushes it."""
     run = shutil.copytree(root / "run", tmp_path / "run")
     typed = words.format(root=root, run=run).split()

@@ -61,7 +61,7 @@ FLOATS = st.one_of(
 STRANGE: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.just("nan"), st.just(""), st.just(True), st.just(1.5), st.just(7), st.just([1]),
     st.just({}), st.just({"a": 1}), st.just(10**400), st.text(max_size=4),
-)  # fmt: skip
+)  # fmt: skip  # a list of values
 
 
 def values(name: str) -> st.SearchStrategy[Any]:
@@ -106,9 +106,11 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
 
 def names_a_field(message: str) -> bool:
     named = re.match(r"(--config\.)?([\w.]+): got .+; expected .+", message)
-    return named is not None and "\n" not in message and (
-        named[2] in FIELDS or named[2].startswith("data.mixture.")
-    )  # fmt: skip
+    return (
+        named is not None
+        and "\n" not in message
+        and (named[2] in FIELDS or named[2].startswith("data.mixture."))
+    )
 
 
 def trace_a_step(config: Config) -> None:
@@ -182,9 +184,11 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 @FUZZ
 @given(TYPED, st.lists(UNKNOWN, max_size=1))
 def test_a_command_line_is_taken_or_refused_by_name(
-    no_training: list[Config], capsys: pytest.CaptureFixture[str], typed: tuple[str, ...],
+    no_training: list[Config],
+    capsys: pytest.CaptureFixture[str],
+    typed: tuple[str, ...],
     unknown: list[str],
-) -> None:  # fmt: skip
+) -> None:
     small = [f"--config.{name}={value}" for name, value in SMALL.items()]
     no_training.clear()
     capsys.readouterr()

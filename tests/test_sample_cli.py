@@ -60,9 +60,11 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[-40:])
 def test_refused_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """In this process, where a look at the run would be an error of another name."""
     monkeypatch.setitem(sys.modules, "sheepop_jax.run", None)
     monkeypatch.setitem(sys.modules, "sheepop_jax.runtime", None)
@@ -93,8 +95,11 @@ def test_without_jax_and_at_once() -> None:
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, "--ckpt", "x", "--top_k", "-1"],
-        cwd=ROOT, capture_output=True, check=False, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr == b"error: --top_k: got -1; expected at least 0; try 0 to turn it off\n"
     assert time.monotonic() - begin < 5  # 0.2 s on a quiet machine
@@ -143,8 +148,11 @@ def test_interrupt_is_quiet_and_at_once(arguments: list[str]) -> None:
     """Ctrl-C ends it with 130 and not a word, also where Python's own handler would wait."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdin and process.stdout and process.stderr
     if arguments[0] == "-c":
         assert process.stdout.readline() == b"computing\n"

@@ -26,7 +26,7 @@ class Machine:
         self.bin.mkdir()
         self.venv = folder / "venv"
         for tool in ("bash", "cat", "dirname", "basename", "sed", "tail", "grep", "mkdir", "ls",
-                     "mv", "rm", "chmod"):  # fmt: skip
+                     "mv", "rm", "chmod"):  # fmt: skip  # a list of words
             real = shutil.which(tool)
             assert real, tool
             (self.bin / tool).symlink_to(real)
@@ -57,8 +57,12 @@ class Machine:
         }
         return subprocess.run(
             [str(BASH), str(script), *arguments],
-            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
 
 @pytest.fixture

@@ -19,17 +19,19 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 def test_a_run_compiles_nothing_after_its_first_evaluation_sample_and_save(make_config, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} says {i * i}\n" for i in range(120)))
-    config = make_config({
-        "data.path": str(text),
-        "data.cache_dir": str(tmp_path / "cache"),
-        "data.tokenizer": "char",
-        "train.batch_size": 8,
-        "train.num_steps": 12,
-        "train.log_every": 1,
-        "train.eval_every": 3,
-        "train.sample_tokens": 4,
-        "checkpoint.save_every": 2,
-    })  # fmt: skip
+    config = make_config(
+        {
+            "data.path": str(text),
+            "data.cache_dir": str(tmp_path / "cache"),
+            "data.tokenizer": "char",
+            "train.batch_size": 8,
+            "train.num_steps": 12,
+            "train.log_every": 1,
+            "train.eval_every": 3,
+            "train.sample_tokens": 4,
+            "checkpoint.save_every": 2,
+        }
+    )
     compiled: list[int] = []
 
     def listen(event, duration, **labels):

@@ -205,8 +205,12 @@ class TestDuplicates:
         split = choose_split(spool, "source", 0.1)
         (second,) = np.flatnonzero((spool.documents["source"] == 1) & (split.side == HELD_OUT))[:1]
         assert split.side.tolist() == [TRAIN, LEFT_OUT, LEFT_OUT, TRAIN] + [
-            HELD_OUT, LEFT_OUT, HELD_OUT, LEFT_OUT, TRAIN
-        ]  # fmt: skip
+            HELD_OUT,
+            LEFT_OUT,
+            HELD_OUT,
+            LEFT_OUT,
+            TRAIN,
+        ]
         assert split.duplicates == 4
         assert second == 4
 
@@ -254,8 +258,10 @@ def test_segments_of_any_partition_are_those_of_the_whole(spool_of, texts, rule,
             else:
                 last = joined[-1]
                 assert (last.document, last.held_out, last.stop) == (
-                    segment.document, segment.held_out, segment.start
-                )  # fmt: skip
+                    segment.document,
+                    segment.held_out,
+                    segment.start,
+                )
                 joined[-1] = last._replace(stop=segment.stop)
     assert joined == whole
 

@@ -77,9 +77,14 @@ def test_beyond_the_trained_length(build: Build) -> None:
     """RoPE's positions are computed, so that the context can be raised."""
     model, params = build()
     got = generate(
-        model, params, PROMPTS[:2], sampling=GREEDY, end_of_text=NO_END, context=53,
+        model,
+        params,
+        PROMPTS[:2],
+        sampling=GREEDY,
+        end_of_text=NO_END,
+        context=53,
         max_new_tokens=50,
-    )  # fmt: skip
+    )
     for prompt, completion in zip(PROMPTS, got, strict=False):
         assert completion.tokens == uncached(model, params, prompt, 50, slots=53)
 
@@ -91,10 +96,16 @@ def test_neither_batch_nor_padding_changes_a_text(build: Build) -> None:
     def texts(prompts: list[list[int]], num_samples: int = 2, count: int = 9) -> list[list[int]]:
         return tokens_of(
             generate(
-                model, params, prompts, sampling=HOT, end_of_text=NO_END,
-                max_new_tokens=count, num_samples=num_samples, seed=11,
+                model,
+                params,
+                prompts,
+                sampling=HOT,
+                end_of_text=NO_END,
+                max_new_tokens=count,
+                num_samples=num_samples,
+                seed=11,
             )
-        )  # fmt: skip
+        )
 
     alone = texts(PROMPTS[:1])
     assert texts(PROMPTS)[:2] == alone
@@ -112,10 +123,16 @@ def test_samples_and_seeds(build: Build) -> None:
     def texts(prompts: list[list[int]], seed: int) -> list[list[int]]:
         return tokens_of(
             generate(
-                model, params, prompts, sampling=HOT, end_of_text=NO_END, max_new_tokens=9,
-                num_samples=5, seed=seed,
+                model,
+                params,
+                prompts,
+                sampling=HOT,
+                end_of_text=NO_END,
+                max_new_tokens=9,
+                num_samples=5,
+                seed=seed,
             )
-        )  # fmt: skip
+        )
 
     first = texts(PROMPTS, 2**32 - 1)
     assert len({tuple(text) for text in first}) == len(first) == 20
@@ -130,18 +147,25 @@ def test_every_draw_is_fresh(build: Build) -> None:
     params = jax.tree.map(jnp.zeros_like, params)
     got = tokens_of(
         generate(
-            model, params, [[1], [2]], sampling=SamplingConfig(1.0), end_of_text=NO_END,
-            max_new_tokens=28, num_samples=200,
+            model,
+            params,
+            [[1], [2]],
+            sampling=SamplingConfig(1.0),
+            end_of_text=NO_END,
+            max_new_tokens=28,
+            num_samples=200,
         )
-    )  # fmt: skip
+    )
     counts = np.bincount(np.ravel(got), minlength=VOCAB)
     assert len(counts) == VOCAB  # padding is never drawn
     assert stats.chisquare(counts).pvalue > 1e-3
     # A position, a sample or a prompt that is not folded in shows as columns or rows alike.
     table = np.array(got)
     for a, b in [
-        (table[:, :-1], table[:, 1:]), (table[:-1], table[1:]), (table[:200], table[200:])
-    ]:  # fmt: skip
+        (table[:, :-1], table[:, 1:]),
+        (table[:-1], table[1:]),
+        (table[:200], table[200:]),
+    ]:
         assert np.mean(a == b) < 3 / VOCAB
 
 
@@ -152,9 +176,14 @@ def test_first_token_has_the_models_distribution(build: Build) -> None:
     logits = unembed(hidden_BTD[0, -1], output_embedding(params), VOCAB)
     expected = 1500 * np.asarray(jax.nn.softmax(logits), np.float64)[:VOCAB]
     got = generate(
-        model, params, PROMPTS[:1], sampling=SamplingConfig(1.0), end_of_text=NO_END,
-        max_new_tokens=1, num_samples=1500,
-    )  # fmt: skip
+        model,
+        params,
+        PROMPTS[:1],
+        sampling=SamplingConfig(1.0),
+        end_of_text=NO_END,
+        max_new_tokens=1,
+        num_samples=1500,
+    )
     observed = np.bincount(np.ravel(tokens_of(got)), minlength=VOCAB)
     common = expected >= 5
     seen = np.append(observed[common], observed[~common].sum())
@@ -219,15 +248,27 @@ def test_second_call_compiles_nothing(build: Build, compilations: list[str]) -> 
     model, params = build()
     samples = 7  # as no other test here asks for
     generate(
-        model, params, PROMPTS[:2], sampling=HOT, end_of_text=0, max_new_tokens=9,
+        model,
+        params,
+        PROMPTS[:2],
+        sampling=HOT,
+        end_of_text=0,
+        max_new_tokens=9,
         num_samples=samples,
-    )  # fmt: skip
+    )
     assert len(compilations) == 1  # the listener hears, and all of it is one program
     again = Transformer(model.config, VOCAB, jnp.float32)  # an equal model, not the same one
     generate(
-        again, params, [PROMPTS[3], PROMPTS[2]], sampling=SamplingConfig(0.3, 7, 0.5),
-        end_of_text=4, max_new_tokens=13, num_samples=samples, seed=5, context=27,
-    )  # fmt: skip
+        again,
+        params,
+        [PROMPTS[3], PROMPTS[2]],
+        sampling=SamplingConfig(0.3, 7, 0.5),
+        end_of_text=4,
+        max_new_tokens=13,
+        num_samples=samples,
+        seed=5,
+        context=27,
+    )
     assert len(compilations) == 1
 
 

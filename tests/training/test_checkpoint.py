@@ -403,8 +403,10 @@ def test_the_inventory_knows_sizes_figures_and_damage(tmp_path):
     (tmp_path / "00000003" / MANIFEST).unlink()
     quick, full = inventory(checkpoints), inventory(checkpoints, verify=True)
     assert [(i.step, i.is_latest, i.is_best) for i in quick] == [
-        (1, False, False), (2, False, True), (3, True, False)
-    ]  # fmt: skip
+        (1, False, False),
+        (2, False, True),
+        (3, True, False),
+    ]
     assert [bool(i.damage) for i in quick] == [False, False, True]
     assert [bool(i.damage) for i in full] == [True, False, True]
     assert quick[1].figures == {"val_loss": 1.5, "train_seconds": 2.0} and quick[2].figures == {}

@@ -136,17 +136,19 @@ def test_as_an_error_says_it():
 def test_the_formula_by_hand(make_config):
     """The moment of the loss, on a mesh: docs/scaling.md, term by term."""
     rows, time, width, layers, wide, vocab = 32, 13, 60, 5, 80, 3072
-    config = make_config({
-        "model.num_layers": layers,
-        "model.num_kv_heads": 2,
-        "model.d_ff": wide,
-        "model.dropout": 0.1,
-        "train.batch_size": 4 * rows,
-        "train.grad_accum_steps": 3,
-        "mesh.data": 2,
-        "mesh.fsdp": 2,
-        "mesh.tensor": 2,
-    })  # fmt: skip
+    config = make_config(
+        {
+            "model.num_layers": layers,
+            "model.num_kv_heads": 2,
+            "model.d_ff": wide,
+            "model.dropout": 0.1,
+            "train.batch_size": 4 * rows,
+            "train.grad_accum_steps": 3,
+            "mesh.data": 2,
+            "mesh.fsdp": 2,
+            "mesh.tensor": 2,
+        }
+    )
     model = Transformer(config.model, 3000)
     mesh = imagined_mesh(config.mesh, 8)
     shapes = abstract_state(config, model)

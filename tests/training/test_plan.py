@@ -33,9 +33,11 @@ def test_closed_forms_on_one_device(capsys):
     assert found["tokens"] == 32 * 16 * 1024
     assert found["flops"] == found["tokens"] * (6 * COUNT + 12 * 12 * 1024 * 768)
     assert found["seconds"] == pytest.approx(found["flops"] / (0.5 * 989e12), rel=1e-12)
-    assert found["devices"] == 1 and found["fits"] and found["sent"] == {
-        "data": 0, "fsdp": 0, "tensor": 0
-    }  # fmt: skip
+    assert (
+        found["devices"] == 1
+        and found["fits"]
+        and found["sent"] == {"data": 0, "fsdp": 0, "tensor": 0}
+    )
     parts = ("parameters", "optimizer", "gradients", "activations", "loss", "batch")
     total = sum(found["memory"][part] for part in parts)
     assert found["memory"]["total"] == pytest.approx(total, rel=1e-12)

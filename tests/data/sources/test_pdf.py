@@ -17,8 +17,10 @@ from sheepop_jax.data.sources.pdf import open_pdfs
 from sheepop_jax.errors import InputError
 
 PDFS = Walk({".pdf"})
-TWO_PAGES = ["BT /F1 12 Tf 72 700 Td (The first page.) Tj 0 -14 Td (Its second line) Tj ET",
-             "BT /F1 12 Tf 72 700 Td (The second page) Tj ET"]  # fmt: skip
+TWO_PAGES = [
+    "BT /F1 12 Tf 72 700 Td (The first page.) Tj 0 -14 Td (Its second line) Tj ET",
+    "BT /F1 12 Tf 72 700 Td (The second page) Tj ET",
+]
 TEXT = "The first page.\nIts second line\nThe second page"
 # Codes 1 to 4 mean a high half alone, an emoji in its two halves, and a letter.
 HALVES = """/CIDInit /ProcSet findresource begin 12 dict begin begincmap

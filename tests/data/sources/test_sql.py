@@ -134,7 +134,7 @@ def test_the_query_goes_to_the_database_as_it_stands(database):
         ("SELECT CAST(x'61ff' AS TEXT) AS t", "t", "Could not decode to UTF-8"),
         ("SELECT CAST(x'eda080' AS TEXT) AS t", "t", "Could not decode to UTF-8"),
     ],
-)  # fmt: skip
+)  # fmt: skip  # a case a row
 def test_bad_queries_and_columns(database, query, column, message):
     assert message in refusal(database, query, column)
 
@@ -290,9 +290,15 @@ def server():
 
     def run(*command: str) -> None:
         subprocess.run(
-            command, cwd=root, env={"PATH": os.environ["PATH"], "LC_ALL": "C"}, check=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60, **account,
-        )  # fmt: skip
+            command,
+            cwd=root,
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            timeout=60,
+            **account,
+        )
 
     try:
         if account:
@@ -304,8 +310,11 @@ def server():
         run(pg_ctl, "-D", str(data), "-w", "-l", str(root / "log"), "-o", options, "start")
         url = f"postgresql://me@/postgres?host={root}"
         execute(url, "CREATE TABLE notes (id integer, body text)")
-        execute(url, "INSERT INTO notes SELECT * FROM unnest(%s::int[], %s::text[])",
-                [list(column) for column in zip(*ROWS, strict=True)])  # fmt: skip
+        execute(
+            url,
+            "INSERT INTO notes SELECT * FROM unnest(%s::int[], %s::text[])",
+            [list(column) for column in zip(*ROWS, strict=True)],
+        )
         yield url
     finally:
         if (data / "postmaster.pid").exists():
@@ -361,7 +370,7 @@ def test_a_server_is_read_and_never_written(server):
          "text; try convert_from(b, 'UTF8') AS b"),
         ("SELECT '{\"a\": 1}'::jsonb AS j", "j", "row 1 holds dict"),
     ],
-)  # fmt: skip
+)  # fmt: skip  # a case a row
 def test_bad_queries_of_a_server(server, query, column, message):
     assert message in refusal(server, query, column)
 
