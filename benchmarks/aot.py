@@ -103,7 +103,7 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     from sheepop_jax.training.loss import chunk_elements
     from sheepop_jax.training.memory import abstract_state, estimate_memory
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import make_train_step
+    from sheepop_jax.training.step import jit_step, make_train_step
 
     mesh = make_mesh(MeshConfig(*mesh_sizes), devices[: np.prod(mesh_sizes)])
     check_mesh(config, mesh)
@@ -122,8 +122,7 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     step = make_train_step(model, optimizer, schedule, *options)
     started = time.perf_counter()
     with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        compiled = jitted.lower(state, batch).compile()
+        compiled = jit_step(step, places, mesh).lower(state, batch).compile()
     seconds = time.perf_counter() - started
     said = compiled.memory_analysis()
     results = said.output_size_in_bytes - said.alias_size_in_bytes

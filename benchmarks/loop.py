@@ -106,7 +106,7 @@ def bare(path: str, steps: int) -> float:
     import jax
 
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import init_state, jit_init, make_train_step
+    from sheepop_jax.training.step import init_state, jit_init, jit_step, make_train_step
 
     job = make_job(path, steps, "")
     schedule = make_schedule(job.config.optimizer, steps)
@@ -114,7 +114,7 @@ def bare(path: str, steps: int) -> float:
     state = jit_init(lambda: init_state(job.model, optimizer, job.config.seed))()
     function = make_train_step(job.model, optimizer, schedule, job.config.seed)
     batches = [jax.device_put(batch) for batch in job.batches.iterate(0, 8)]
-    step = jax.jit(function, donate_argnums=0).lower(state, batches[0]).compile()
+    step = jit_step(function, None, job.mesh).lower(state, batches[0]).compile()
     log_every = job.config.train.log_every
     for i in range(log_every):
         state, metrics = step(state, batches[i % 8])

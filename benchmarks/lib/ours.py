@@ -70,7 +70,13 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.loss import chunk_elements
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import init_params, init_state, jit_init, make_train_step
+    from sheepop_jax.training.step import (
+        init_params,
+        init_state,
+        jit_init,
+        jit_step,
+        make_train_step,
+    )
 
     config = model_config(shape)
     dtype = machine.compute_dtype(flags.dtype)
@@ -98,8 +104,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     started = time.perf_counter()
     elements = chunk_elements(machine.platform)
     function = make_train_step(model, optimizer, schedule, 0, chunk_elements=elements)
-    jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
-    step = jitted.lower(state, batches[0]).compile()
+    step = jit_step(function, shardings, mesh).lower(state, batches[0]).compile()
     compile_seconds = time.perf_counter() - started
 
     def work() -> float:

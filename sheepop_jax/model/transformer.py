@@ -9,7 +9,6 @@ Parameters are fp32; `dtype` is that of the activations. Linear layers see their
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -118,16 +117,18 @@ class FeedForward(nn.Module):
         b, t, d = x_BTD.shape
         up = _linear(cfg, cfg.d_ff, ("embed", "mlp"), "up", self.dtype, INIT_STDDEV)
         down = _linear(cfg, d, ("mlp", "embed"), "down", self.dtype, _residual_stddev(cfg))
-        return down(activate(up(x_BTD.reshape(b * t, d)), cfg.activation)).reshape(b, t, d)
+        # The backward pass finds the derivative from its input: keeping Φ(x) for it would cost
+        # another array as large, and its way to memory and back. Not so in a block that is computed
+        # again as a whole: it would be once more for the gradient of `down`, which XLA's GPU
+        # backend then puts off until the end, and keeps the inputs of all blocks for it.
+        alone = cfg.remat == "none"
+        act = jax.checkpoint(activate, static_argnums=1) if alone else activate
+        hidden = act(up(x_BTD.reshape(b * t, d)), cfg.activation)
+        return down(hidden).reshape(b, t, d)
 
 
-@partial(jax.checkpoint, static_argnums=1)
 def activate(x: jax.Array, activation: str) -> jax.Array:
-    """GELU x Φ(x) (Hendrycks & Gimpel 2016), exact or by its tanh approximation, or ReLU.
-
-    The backward pass finds the derivative from x: keeping Φ(x) for it would cost another array as
-    large, and its way to memory and back.
-    """
+    """GELU x Φ(x) (Hendrycks & Gimpel 2016), exact or by its tanh approximation, or ReLU."""
     match activation:
         case "gelu":
             # By erf, not by erfc as in jax.nn.gelu: a third of the time on a CPU, and more on GPUs.

@@ -26,10 +26,8 @@ from sheepop_jax.training.step import init_params, init_state
 GB = 1e9
 _FP32 = 4  # bytes
 
-# What there is while the optimizer runs, in sizes of the parameters that it updates: the gradients'
-# sums, and the clipped gradients; for Muon's matrices its iterates too, of all at once (the
-# CPU's XLA keeps those of each iteration).
-_ADAM_UPDATE = 2.0
+# What there is while Muon runs, in sizes of the matrices that it updates: their gradients, and its
+# iterates of all at once (the CPU's XLA keeps those of each iteration).
 _MUON_UPDATE = {"cpu": 6.2, "cuda": 2.7, "tpu": 2.7}
 
 
@@ -136,10 +134,16 @@ def estimate_memory(
     # sums one by one, unless the devices first exchange them, all in one.
     alone = mesh.size == mesh.shape["tensor"]
     others = tables + narrow * (whole - tables - of_a_block)
-    fresh = (0.0 if alone else others) if accumulated else own - of_a_block / fsdp
+    last = narrow * of_a_block if alone else of_a_block / fsdp
+    made = others + last if alone else own
+    fresh = made - last
+    if accumulated:
+        fresh = 0.0 if alone else others
     matrices = own - sum(moments) / 2 if config.optimizer.name == "muon" else 0.0
     matrices *= 2  # the optimizer has one moment of each, and two of what is no matrix
-    updating = _ADAM_UPDATE * (own - matrices) + _MUON_UPDATE[platform] * matrices
+    # AdamW's are the gradients; on the CPU XLA writes them once more, divided to clip them.
+    adam = 2.0 if platform == "cpu" else (accumulated or made) / own
+    updating = adam * (own - matrices) + _MUON_UPDATE[platform] * matrices
     sizes = _Sizes.of(config, model, mesh, platform)
     first_block = sizes.kept + sizes.head + sizes.backward
     moments_of_update: tuple[tuple[float, list[float], list[float]], ...] = (

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.partitioning import summed_over
@@ -75,6 +76,22 @@ def jit_init(init: Callable[[], Any], shardings: Any = None) -> Callable[[], Any
     return jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
+def jit_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]], shardings: Any, mesh: Mesh
+) -> Any:
+    """`jax.jit` of a train step: the state is donated, the next one laid out by `shardings`.
+
+    On one GPU in the order that holds least. Left alone, XLA orders a step so that it hides what
+    devices send one another: with microbatches and remat=full it then puts off the gradients of
+    matrices until the end of the backward pass, and keeps what they come from, of all blocks.
+    """
+    lone_gpu = mesh.size == 1 and mesh.devices.item().platform == "gpu"
+    options = {"xla_gpu_enable_latency_hiding_scheduler": False} if lone_gpu else None
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )
+
+
 def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
@@ -83,7 +100,7 @@ def make_train_step(
     max_grad_zscore: float = 0.0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Builds the step; the caller jits it, donating the state.
+    """Builds the step, for `jit_step`.
 
     A batch [A, B, T] gives the gradient of Σ weight · loss / Σ weight over all its tokens, whatever
     their distribution over microbatches and devices. Each replica of the mesh's `data` axis sums

@@ -29,7 +29,7 @@ from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.profile import Profile
 from sheepop_jax.training.progress import Progress, readable_seconds
 from sheepop_jax.training.resume import first_state
-from sheepop_jax.training.step import StepMetrics, TrainState, make_train_step
+from sheepop_jax.training.step import StepMetrics, TrainState, jit_step, make_train_step
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
 from sheepop_jax.training.watchdog import Watchdog
@@ -200,9 +200,8 @@ class _Loop:
             job.model, self.optimizer, self.schedule, config.seed, zscore, elements
         )
         log.info("compiling the train step")
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         started = time.perf_counter()
-        compiled = jitted.lower(self.state, batch).compile()
+        compiled = jit_step(step, self.shardings, job.mesh).lower(self.state, batch).compile()
         log.info("train step compiled in %.1f s", time.perf_counter() - started)
         if memory := compiled.memory_analysis():  # not every backend has one
             job.on_compiled(self.throughput.flops_per_step, memory.temp_size_in_bytes)

@@ -1,6 +1,7 @@
 """One update: what it computes, what it leaves alone, and what it never does twice."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,13 @@ from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shar
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training import optimizer as optimizer_module
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import init_params, init_state, jit_init, make_train_step
+from sheepop_jax.training.step import (
+    init_params,
+    init_state,
+    jit_init,
+    jit_step,
+    make_train_step,
+)
 
 VOCAB = 101
 
@@ -306,3 +313,23 @@ def test_a_gpu_draws_each_array_by_itself_to_the_same_numbers(monkeypatch):
     assert options == [None, {"xla_disable_hlo_passes": "multi_output_fusion"}]
     for one, other in zip(plain, separate, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("devices, platform", [(1, "gpu"), (2, "gpu"), (1, "cpu")])
+def test_one_gpu_runs_a_step_in_the_order_that_holds_least(monkeypatch, devices, platform):
+    """And XLA knows the option by its name: it refuses those that it does not."""
+    found, jit = {}, jax.jit
+
+    def recorded(function, **named):
+        found.update(named)
+        return jit(function, **named)
+
+    places = np.array([SimpleNamespace(platform=platform)] * devices)
+    monkeypatch.setattr(jax, "jit", recorded)
+    mesh = SimpleNamespace(size=devices, devices=places)
+    step = jit_step(lambda state, batch: (state + batch, batch), None, mesh)
+    state = jnp.ones(3)
+    step(state, jnp.ones(3))
+    assert state.is_deleted()
+    alone = {"xla_gpu_enable_latency_hiding_scheduler": False}
+    assert found["compiler_options"] == (alone if (devices, platform) == (1, "gpu") else None)
