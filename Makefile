@@ -34,6 +34,7 @@ bench: setup  ## time training, decoding, loss and start beside PyTorch (half an
 	$(PYTHON_IN_VENV) benchmarks/train_step.py --shape small
 	$(PYTHON_IN_VENV) benchmarks/train_step.py --shape base --remat full none
 	$(PYTHON_IN_VENV) benchmarks/decode.py
+	$(PYTHON_IN_VENV) benchmarks/quantize.py
 	$(PYTHON_IN_VENV) benchmarks/loss.py
 	$(PYTHON_IN_VENV) benchmarks/loop.py
 	$(PYTHON_IN_VENV) benchmarks/start.py

@@ -6,7 +6,6 @@ The base model with random weights, prompts of 16 tokens, 128 new ones. A turn i
 prompt included; the ways take turns, so that what else the machine does meets all of them.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -15,28 +14,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # After the path is set, so that it runs from anywhere: hence E402.
+from benchmarks.lib.flags import parser  # noqa: E402
+from benchmarks.lib.report import publish  # noqa: E402
 from configs import base  # noqa: E402
 from sheepop_jax import runtime  # noqa: E402
 from sheepop_jax.config import Config  # noqa: E402
 
 VOCAB, PROMPT, NEW = 50257, 16, 128
+INT8 = " + int8"
 
 
 def main() -> None:
     """A row for each batch size and way."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--platform", default="auto")
-    flags = parser.parse_args()
+    made = parser(__doc__, turns=9)
+    made.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    flags = made.parse_args()
     machine = runtime.prepare(flags.platform)
-    import jax
     import numpy as np
     from flax import linen as nn
 
-    from sheepop_jax.generation.bench import _cached
+    from sheepop_jax.generation.bench import cached_program
     from sheepop_jax.model.quantize import quantized
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.step import init_params, jit_init
@@ -47,13 +44,12 @@ def main() -> None:
         for name in ("float32", "bfloat16")
     }
     params = jit_init(lambda: nn.meta.unbox(init_params(models["float32"], 0)))()
-    weights = {"": params, " + int8": quantized(params)}
-    print(f"{machine.device_kind}, jax {jax.__version__}")
-    print("| batch | way | tokens/s, median | best | peak, MB |\n|--:|:--|--:|--:|--:|")
+    weights = {"": params, INT8: quantized(params)}
+    rows = []
     for size in flags.batch:
         prompts = np.random.default_rng(0).integers(0, VOCAB, (size, PROMPT), np.int32)
         programs = {
-            name + how: _cached(models[name], weights[how], prompts, NEW, config.max_seq_len)
+            name + how: cached_program(models[name], weights[how], prompts, NEW, config.max_seq_len)
             for name in models
             for how in weights
         }
@@ -63,10 +59,20 @@ def main() -> None:
                 begin = time.perf_counter()
                 program.write(False).block_until_ready()
                 seconds[way] += [time.perf_counter() - begin] if turn else []
-        for way, program in programs.items():
-            median, best = statistics.median(seconds[way]), min(seconds[way])
-            rates = f"{size * NEW / median:.0f} | {size * NEW / best:.0f}"
-            print(f"| {size} | {way} | {rates} | {program.peak_bytes / 1e6:.0f} |")
+        rates = {way: [size * NEW / t for t in taken] for way, taken in seconds.items()}
+        medians = {way: statistics.median(found) for way, found in rates.items()}
+        rows += [
+            {
+                "batch": size,
+                "way": way,
+                "tokens/s": medians[way],
+                "min–max": f"{min(rates[way]):.0f}–{max(rates[way]):.0f}",
+                "of that without int8": medians[way] / medians[way.removesuffix(INT8)],
+                "peak, MB": round(program.peak_bytes / 1e6),
+            }
+            for way, program in programs.items()
+        ]
+    publish("quantize", rows, {"device": machine.device_kind}, flags.out)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,11 @@ def benchmark(
     for length in prompt_lengths:
         for size in batch_sizes:
             prompts_BT = generator.integers(0, model.vocab_size, (size, length), np.int32)
-            measured = [
-                (True, *_measure(_cached(model, params, prompts_BT, new_tokens, context), repeats)),
-                (False, *_measure(_uncached(model, params, prompts_BT, new_tokens), repeats)),
-            ]
+            programs = {
+                True: cached_program(model, params, prompts_BT, new_tokens, context),
+                False: _uncached(model, params, prompts_BT, new_tokens),
+            }
+            measured = [(way, *_measure(program, repeats)) for way, program in programs.items()]
             agreement = float(np.mean(measured[0][-1] == measured[1][-1]))
             for cached, first, seconds, peak_bytes, _ in measured:
                 row = Row(
@@ -125,7 +126,7 @@ def benchmark(
 
 
 @dataclass(frozen=True)
-class _Program:
+class Program:
     """A compiled program that writes tokens."""
 
     write: Callable[[bool], jax.Array]  # whether to stop after the first token → tokens [B, ≥ N]
@@ -133,7 +134,7 @@ class _Program:
     peak_bytes: int
 
 
-def _measure(program: _Program, repeats: int) -> tuple[float, float, int, np.ndarray]:
+def _measure(program: Program, repeats: int) -> tuple[float, float, int, np.ndarray]:
     """Median seconds to the first token and to all, peak bytes, and the tokens [B, N]."""
     tokens = np.asarray(program.write(False))[:, : program.new_tokens]
     medians = []
@@ -148,9 +149,10 @@ def _measure(program: _Program, repeats: int) -> tuple[float, float, int, np.nda
     return medians[0], medians[1], program.peak_bytes, tokens
 
 
-def _cached(
+def cached_program(
     model: Transformer, params: Any, prompts_BT: np.ndarray, new_tokens: int, context: int
-) -> _Program:
+) -> Program:
+    """Greedy decoding as `decode` does it, compiled for these prompts [B, T]."""
     greedy = SamplingConfig(temperature=0)
 
     def request(limit: int) -> Any:
@@ -173,14 +175,14 @@ def _cached(
         num_samples=1,
         new_slots=bucket(new_tokens, context),
     ).compile()
-    return _Program(
+    return Program(
         lambda first_only: program(params, one if first_only else all_)[0],
         new_tokens,
         _peak_bytes(program),
     )
 
 
-def _uncached(model: Transformer, params: Any, prompts_BT: np.ndarray, new_tokens: int) -> _Program:
+def _uncached(model: Transformer, params: Any, prompts_BT: np.ndarray, new_tokens: int) -> Program:
     length = prompts_BT.shape[1]
     slots = np.pad(prompts_BT, ((0, 0), (0, new_tokens)))
     tokens_BT = jax.device_put(slots)
@@ -190,7 +192,7 @@ def _uncached(model: Transformer, params: Any, prompts_BT: np.ndarray, new_token
         .lower(model, params, tokens_BT, length, all_)
         .compile()
     )
-    return _Program(
+    return Program(
         lambda first_only: program(params, tokens_BT, one if first_only else all_),
         new_tokens,
         _peak_bytes(program),
