@@ -117,14 +117,8 @@ class FeedForward(nn.Module):
         b, t, d = x_BTD.shape
         up = _linear(cfg, cfg.d_ff, ("embed", "mlp"), "up", self.dtype, INIT_STDDEV)
         down = _linear(cfg, d, ("mlp", "embed"), "down", self.dtype, _residual_stddev(cfg))
-        # The backward pass finds the derivative from its input: keeping Φ(x) for it would cost
-        # another array as large, and its way to memory and back. Not so in a block that is computed
-        # again as a whole: it would be once more for the gradient of `down`, which XLA's GPU
-        # backend then puts off until the end, and keeps the inputs of all blocks for it.
-        alone = cfg.remat == "none"
-        act = jax.checkpoint(activate, static_argnums=1) if alone else activate
-        hidden = act(up(x_BTD.reshape(b * t, d)), cfg.activation)
-        return down(hidden).reshape(b, t, d)
+        act = activate if cfg.remat != "none" else _activate_again
+        return down(act(up(x_BTD.reshape(b * t, d)), cfg.activation)).reshape(b, t, d)
 
 
 def activate(x: jax.Array, activation: str) -> jax.Array:
@@ -140,6 +134,13 @@ def activate(x: jax.Array, activation: str) -> jax.Array:
         case "relu":
             return jax.nn.relu(x)
     raise ValueError(f"unknown activation {activation!r}")
+
+
+# The backward pass finds the derivative from its input: keeping Φ(x) for it would cost another
+# array as large, and its way to memory and back. Not for a block that is computed again as a whole:
+# the gradient of `down` would want it once more, and XLA's GPU backend puts that off until the end,
+# for all blocks, with what it comes from.
+_activate_again = jax.checkpoint(activate, static_argnums=1)
 
 
 class Block(nn.Module):
