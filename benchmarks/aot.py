@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.collectives import sent_over  # noqa: E402
-from benchmarks.lib.report import default_out, publish  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.collectives import sent_over
+from benchmarks.lib.report import default_out, publish
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Read by libtpu: it asks no metadata server what machine this is.
 ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}

@@ -14,12 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from sheepop_jax import runtime  # noqa: E402
-from sheepop_jax.cli import load_config  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from sheepop_jax import runtime
+from sheepop_jax.cli import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.contest import Contender, take_turns  # noqa: E402
-from benchmarks.lib.flags import absolute, parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.contest import Contender, take_turns
+from benchmarks.lib.flags import absolute, parser
+from benchmarks.lib.report import publish
 
 PEERS = {"transformers GPT-2": "gpt2", "transformers Starcoder2": "starcoder2"}
 

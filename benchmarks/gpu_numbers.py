@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.flags import parser  # noqa: E402
-from benchmarks.lib.ours import model_config  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
-from benchmarks.lib.shapes import SHAPES  # noqa: E402
-from sheepop_jax import runtime  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.flags import parser
+from benchmarks.lib.ours import model_config
+from benchmarks.lib.report import publish
+from benchmarks.lib.shapes import SHAPES
+from sheepop_jax import runtime
 
 LOSS, GRADIENT = 2e-3, 3e-2  # relative: a few of bf16's steps of 2^-8
 

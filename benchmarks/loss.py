@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.contest import Contender, take_turns  # noqa: E402
-from benchmarks.lib.flags import parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.contest import Contender, take_turns
+from benchmarks.lib.flags import parser
+from benchmarks.lib.report import publish
 
 
 def main() -> None:

@@ -12,16 +12,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from sheepop_jax import runtime  # noqa: E402
-from sheepop_jax.cli import load_config  # noqa: E402
-from sheepop_jax.model.attention import choose_implementation  # noqa: E402
-from sheepop_jax.model.partitioning import check_mesh, imagined_mesh  # noqa: E402
-from sheepop_jax.model.transformer import Transformer  # noqa: E402
-from sheepop_jax.training.plan import Plan, make_plan  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from sheepop_jax import runtime
+from sheepop_jax.cli import load_config
+from sheepop_jax.model.attention import choose_implementation
+from sheepop_jax.model.partitioning import check_mesh, imagined_mesh
+from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training.plan import Plan, make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = "configs/gpt2_124m.py"
 PEAK_SHARE = 0.4  # while a device computes

@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.flags import parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
-from configs import base  # noqa: E402
-from sheepop_jax import runtime  # noqa: E402
-from sheepop_jax.config import Config  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.flags import parser
+from benchmarks.lib.report import publish
+from configs import base
+from sheepop_jax import runtime
+from sheepop_jax.config import Config
 
 VOCAB, PROMPT, NEW = 50257, 16, 128
 INT8 = " + int8"

@@ -14,11 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.contest import Contender, take_turns  # noqa: E402
-from benchmarks.lib.flags import parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
-from benchmarks.lib.shapes import Shape  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.contest import Contender, take_turns
+from benchmarks.lib.flags import parser
+from benchmarks.lib.report import publish
+from benchmarks.lib.shapes import Shape
 
 START = Shape(layers=4, width=256, heads=4, feed_forward=1024, vocab=2048, batch=8, time=128)
 SWEEPS: dict[str, list[dict[str, int]]] = {

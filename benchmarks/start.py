@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.flags import parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.flags import parser
+from benchmarks.lib.report import publish
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:

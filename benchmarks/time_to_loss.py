@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib.contest import say  # noqa: E402
-from benchmarks.lib.flags import absolute, parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib.contest import say
+from benchmarks.lib.flags import absolute, parser
+from benchmarks.lib.report import publish
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TARGET = 1.8857
 ADAM_BETAS = ["--config.optimizer.b1=0.9", "--config.optimizer.b2=0.99"]

@@ -14,12 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere: hence E402.
-from benchmarks.lib import machine  # noqa: E402
-from benchmarks.lib.contest import Contender, say, take_turns  # noqa: E402
-from benchmarks.lib.flags import absolute, parser  # noqa: E402
-from benchmarks.lib.report import publish  # noqa: E402
-from benchmarks.lib.shapes import SHAPES  # noqa: E402
+# After the path is set, so that it runs from anywhere.
+from benchmarks.lib import machine
+from benchmarks.lib.contest import Contender, say, take_turns
+from benchmarks.lib.flags import absolute, parser
+from benchmarks.lib.report import publish
+from benchmarks.lib.shapes import SHAPES
 
 PEERS = {
     "torch, plain modules": ("plain",),

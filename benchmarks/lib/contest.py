@@ -88,7 +88,7 @@ def take_turns(contenders: Sequence[Contender], turns: int) -> list[Contender]:
                     contender.seconds.append(heard["seconds"])
             say(f"turn {turn} of {turns}")
         for contender, process in able:
-            process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+            process.stdin.close()
             contender.about |= _hear(process) or {}
     finally:
         for process in running:
@@ -96,7 +96,7 @@ def take_turns(contenders: Sequence[Contender], turns: int) -> list[Contender]:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(BrokenPipeError):  # what it was told and did not read
-                    pipe.close()  # type: ignore[union-attr]  # it is a pipe
+                    pipe.close()
     return [contender for contender, _ in able if contender.seconds]
 
 
@@ -146,5 +146,5 @@ def _peak_megabytes() -> float:
 
 
 def _hear(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    line = process.stdout.readline()  # type: ignore[union-attr]  # it is a pipe
+    line = process.stdout.readline()
     return json.loads(line) if line else None

@@ -290,7 +290,7 @@ class TestNetwork:
         stop = threading.Event()
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):  # noqa: N802  the name that http.server calls
+            def do_GET(self):
                 if "silent" in self.path:
                     stop.wait(30)
                     return

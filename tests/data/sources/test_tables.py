@@ -260,7 +260,7 @@ class TestWeb:
         stop = threading.Event()
 
         class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self):  # noqa: N802  the name that http.server calls
+            def do_GET(self):
                 if "silent" in self.path:
                     stop.wait(30)
                 elif "cut" in self.path:
