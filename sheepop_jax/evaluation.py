@@ -117,7 +117,7 @@ def evaluate_stream(
     max_batches: int = 0,
     rows: Sequence[int] | None = None,
     show: bool = True,
-    put: Callable[[Any], Any] = lambda array: array,
+    put: Callable[[Batch], Batch] = lambda batch: batch,
     check: Callable[[], None] = lambda: None,
 ) -> Figures:
     """Evaluates over a token stream, showing how far it is.
@@ -132,7 +132,7 @@ def evaluate_stream(
         max_batches: 0 = all.
         rows: of each batch, those of this process; None is all.
         show: whether to show a bar.
-        put: moves an array [rows, T] to the device.
+        put: moves a batch [rows, T] to the devices.
         check: called before each batch; may raise to leave.
     """
     batches = EvaluationBatches(
@@ -147,7 +147,7 @@ def evaluate_stream(
     def on_device() -> Iterator[Batch]:
         for batch in batches:
             check()
-            yield jax.tree.map(put, batch)
+            yield put(batch)
 
     # On a terminal a bar, gone when done; elsewhere nothing.
     shown = tqdm(

@@ -100,9 +100,17 @@ def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
     )
 
 
-def global_batch(mesh: Mesh, batch_size: int, leading: int, rows: Any) -> jax.Array:
-    """The array over all devices, from this process's `own_rows` on axis `leading`."""
-    shape = (*rows.shape[:leading], batch_size, *rows.shape[leading + 1 :])
+def global_batch(mesh: Mesh, batch_size: int, leading: int, rows: Any) -> Any:
+    """Arrays over all devices, from this process's `own_rows` on axis `leading`.
+
+    Args:
+        mesh: the devices.
+        batch_size: B, over all processes.
+        leading: axes before the batch's.
+        rows: any tree of NumPy arrays of one shape.
+    """
+    shape = jax.tree.leaves(rows)[0].shape
+    shape = (*shape[:leading], batch_size, *shape[leading + 1 :])
     return jax.make_array_from_process_local_data(batch_sharding(mesh, leading), rows, shape)
 
 

@@ -188,7 +188,7 @@ class _Loop:
         put = partial(global_batch, self.job.mesh, self.job.config.train.batch_size, 1)
         queue: deque[Batch] = deque()
         for batch in self.job.batches.iterate(self.step, self.job.num_steps):
-            queue.append(jax.tree.map(put, batch))
+            queue.append(put(batch))
             if len(queue) == BATCHES_AHEAD:
                 yield queue.popleft()
         yield from queue
@@ -211,10 +211,10 @@ class _Loop:
         """Waits for the numbers of the step in flight, looks at them, and reports."""
         if self.in_flight is None:
             return
-        metrics, self.in_flight = jax.device_get(self.in_flight), None
+        metrics, self.in_flight = self.in_flight, None
+        self.health.look(self.step, metrics)  # fetches what it needs: the wait is here
         self.progress.advance()
         self.watchdog.step(self.step)
-        self.health.look(self.step, metrics)
         if self.step == self.first_step + 1:
             self.throughput.warmed_up(self.step)
         per_step = self.throughput.seconds_per_step(self.step)
@@ -226,6 +226,7 @@ class _Loop:
             self._report(metrics, left)
 
     def _report(self, metrics: StepMetrics, seconds_left: float) -> None:
+        metrics = jax.device_get(metrics)
         values = {
             "loss": float(metrics.loss),
             "learning_rate": float(metrics.learning_rate),

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 _TIMES = 10.0  # the median of the steps before
 _AT_LEAST_SECONDS = 10.0  # short steps are late for many reasons
 _STEPS = 50  # that the median is over
+_LOOK_SECONDS = 1.0  # between looks: a thread woken at every step would cost each of them
 
 
 class Watchdog:
@@ -31,7 +32,6 @@ class Watchdog:
         """A step begins."""
         with self._lock:
             self._since = time.monotonic()
-            self._lock.notify()
 
     def pause(self) -> None:
         """No step is under way: evaluation and saving take what they take."""
@@ -46,7 +46,6 @@ class Watchdog:
                 self._seconds.append(now - self._since)
                 self._since = now
             self._step = step
-            self._lock.notify()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -65,13 +64,9 @@ class Watchdog:
         warned: float | None = None
         with self._lock:
             while not self._closed:
-                since, limit = self._since, self.limit()
-                if since is None or since == warned or limit == float("inf"):
-                    self._lock.wait()
-                    continue
-                left = since + limit - time.monotonic()
-                if left > 0:
-                    self._lock.wait(left)
+                since = self._since
+                if since is None or since == warned or time.monotonic() < since + self.limit():
+                    self._lock.wait(_LOOK_SECONDS)
                     continue
                 warned = since
                 median = statistics.median(self._seconds)

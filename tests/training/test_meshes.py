@@ -96,7 +96,7 @@ class Training:
             batch_size=size,
             rows=own_rows(self.mesh, size),
         )
-        return jax.tree.map(lambda x: global_batch(self.mesh, size, 1, x), batches.batch_at(step))
+        return global_batch(self.mesh, size, 1, batches.batch_at(step))
 
     def curve(self):
         """Loss and gradient norm of each step, the tokens seen, and the last state."""
