@@ -72,9 +72,21 @@ def draw(logits: np.ndarray, config: SamplingConfig, row_keys: jax.Array) -> np.
     return np.asarray(draw_jit(row_keys, logits, *scalars, kind=config.kind))
 
 
+@pytest.fixture(params=["cpu", "default"])
+def compiled_for(request, monkeypatch):
+    """A jit of a filter, with the branches of a CPU or those of everything else."""
+
+    def branch(*arrays, **branches):
+        return branches[request.param](*arrays)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", branch)
+    return lambda keep: jax.jit(lambda logits, x: keep(logits, x))  # a trace of its own
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 17, VOCAB - 5, VOCAB, 10 * VOCAB])
-def test_top_k_is_brute_force(k: int, ties: bool) -> None:
+def test_top_k_is_brute_force(k: int, ties: bool, compiled_for) -> None:
+    top_k = compiled_for(keep_top_k)
     for seed in range(5):
         logits = random_logits(seed, ties=ties)
         np.testing.assert_array_equal(top_k(logits, k), brute_top_k(logits, k))
@@ -82,7 +94,8 @@ def test_top_k_is_brute_force(k: int, ties: bool) -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.83, 0.999])
-def test_top_p_is_brute_force(p: float, ties: bool) -> None:
+def test_top_p_is_brute_force(p: float, ties: bool, compiled_for) -> None:
+    top_p = compiled_for(keep_top_p)
     for seed in range(5):
         logits = random_logits(seed, ties=ties)
         np.testing.assert_array_equal(top_p(logits, p), brute_top_p(logits, p))
