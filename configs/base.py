@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     c.data.gitignore = True  # in a directory, pass over what its .gitignore files name
     c.data.max_file_bytes = 0  # in a directory, pass over larger files; 0 = no limit
     c.data.max_bytes = 0  # stop reading a source after so much text to train on; 0 = no limit
-    c.data.tokenizer = "bpe"  # bpe | char (trained on the training split) | path to tokenizer.json
+    c.data.tokenizer = "bpe"  # bpe (trained on the training split) | char | path to tokenizer.json
     c.data.vocab_size = 50257  # at most this many tokens when training a bpe
     c.data.tokenizer_sample_bytes = (
         200_000_000  # training text, evenly spread, that a bpe learns from

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sheepop_jax.data.documents import Corpus
 from sheepop_jax.data.encode import encode_units
 from sheepop_jax.data.progress import Progress
 from sheepop_jax.data.shards import FORMAT, PreparedData, make_manifest, open_shards
-from sheepop_jax.data.split import Split, choose_split
+from sheepop_jax.data.split import Segment, Split, choose_split
 from sheepop_jax.data.spool import Spool, write_spool
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
 from sheepop_jax.data_config import SOURCE_FIELDS, DataConfig, Part
@@ -238,28 +238,30 @@ class _Preparation:
         return tokenizer
 
     def _train_tokenizer(self, spool: Spool, split: Split) -> Tokenizer:
-        """A BPE learns from a sample, evenly spread over the training text; characters from all."""
+        """A BPE learns from a sample, evenly spread over the training text.
+
+        Characters are those of all text, or one that only held-out text has would stop the run.
+        """
         config = self._config
-        share = 1.0
-        if config.tokenizer == "bpe":
-            sizes = (s.stop - s.start for s in split.segments(spool) if not s.held_out)
-            share = min(1.0, config.tokenizer_sample_bytes / sum(sizes))
-        part = "" if share == 1.0 else f" ({share:.1%} of it)"
-        logger.info("data: training a %s tokenizer on the training split%s", config.tokenizer, part)
         with Progress("data: reading for the tokenizer", spool.num_bytes, self._check) as progress:
-            pieces = _training_pieces(spool, split, share, progress)
             if config.tokenizer == "char":
-                return train_char(pieces)
-            return train_bpe(pieces, config.vocab_size)
+                logger.info("data: collecting the characters of the text")
+                return train_char(_pieces(spool, split.segments(spool), 1.0, progress))
+            size = sum(s.stop - s.start for s in split.segments(spool) if not s.held_out)
+            training = (s for s in split.segments(spool) if not s.held_out)
+            share = min(1.0, config.tokenizer_sample_bytes / size)
+            part = "" if share == 1.0 else f" ({share:.1%} of it)"
+            logger.info("data: training a bpe tokenizer on the training split%s", part)
+            progress.update(spool.num_bytes - size)
+            return train_bpe(_pieces(spool, training, share, progress), config.vocab_size)
 
 
-def _training_pieces(spool: Spool, split: Split, share: float, progress: Progress) -> Iterator[str]:
-    """Training text; a piece is passed over while more than `share` of the text was given."""
+def _pieces(
+    spool: Spool, segments: Iterable[Segment], share: float, progress: Progress
+) -> Iterator[str]:
+    """Their text; a piece is passed over while more than `share` of the text was given."""
     seen = given = 0
-    for segment in split.segments(spool):
-        if segment.held_out:
-            progress.update(segment.stop - segment.start)
-            continue
+    for segment in segments:
         for piece in split_text(spool.text(segment.start, segment.stop)):
             progress.update(len(piece.encode()))
             if given <= share * seen:

@@ -59,7 +59,7 @@ class Tokenizer:
 
     @property
     def has_fixed_characters(self) -> bool:
-        """Whether it knows the characters of its training text only."""
+        """Whether it knows the characters of the text that it was made from only."""
         return self._characters is not None
 
     def encode(self, text: str) -> list[int]:
@@ -104,8 +104,8 @@ class Tokenizer:
             raise InputError(
                 name,
                 f"character {character!a} (U+{ord(character):04X}) at position {offset + position}",
-                f"one of the {len(self._characters)} characters of the training text",
-                "data.tokenizer=bpe, which knows every character",
+                f"one of the {len(self._characters)} characters that the tokenizer knows",
+                "leaving it out, or training with data.tokenizer=bpe, which knows them all",
             )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from sheepop_jax.data import prepare as module
 from sheepop_jax.data.prepare import prepare
-from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.data.tokenizer import Tokenizer, train_char
 from sheepop_jax.errors import InputError
 from tests.data.preparing import names_in
 
@@ -18,13 +18,15 @@ def test_bad_input_leaves_nothing(config, tmp_path, there):
     text.write_text("ab" * 900 + "\u2603" * 20, encoding="utf-8")
     short = tmp_path / "short.txt"
     short.write_text("abcdefghij" * 2)
+    unknown = tmp_path / "tokenizer.json"
+    unknown.write_text(train_char(["ab"]).to_json(), encoding="utf-8")
     kept = []
     if there:
         kept = [prepare(config()).directory.name]
     before = sorted((tmp_path / "cache").rglob("*")) if there else []
     one = dict(path=str(text), tokenizer="char", val_split="tail")
     for fields, said in (
-        (dict(one, val_fraction=0.05), r"one\.txt.*U\+2603"),
+        (dict(one, val_fraction=0.05, tokenizer=str(unknown)), r"one\.txt.*U\+2603"),
         (dict(one, val_fraction=1 - 1e-9), r"data\.val_fraction"),
         (dict(one, val_fraction=0.5, path=str(short)), r"data\.seq_len: got 13.* at most 11"),
         (dict(path=str(text), val_split="source"), r"data\.val_split"),
@@ -64,7 +66,7 @@ def test_each_source_of_a_mixture_must_fill_a_window(config, tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["tail", "later piece", "later unit", "own document"])
-def test_a_character_that_training_did_not_show_is_named_with_its_place(
+def test_a_character_that_a_tokenizer_does_not_know_is_named_with_its_place(
     config, tmp_path, cut, monkeypatch
 ):
     monkeypatch.setattr("sheepop_jax.data.tokenizer._PIECE_CHARS", 40)
@@ -72,7 +74,9 @@ def test_a_character_that_training_did_not_show_is_named_with_its_place(
     directory.mkdir()
     training = "\u00e9b" * 900
     (directory / "a.txt").write_text("ab" * 30, encoding="utf-8")
-    fields = dict(path=str(directory), tokenizer="char", val_split="tail")
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(train_char(["\u00e9ab"]).to_json(), encoding="utf-8")
+    fields = dict(path=str(directory), tokenizer=str(tokenizer), val_split="tail")
     match cut:
         case "tail":
             text, fraction = training + "b" * 3 + "\u2603" * 20, 22 / (1823 + 60)
@@ -95,7 +99,15 @@ def test_a_character_that_training_did_not_show_is_named_with_its_place(
         prepare(config(**fields, val_fraction=fraction))
 
 
-def test_the_tokenizer_never_sees_the_held_out_text(config, tmp_path):
+def test_characters_are_those_of_the_held_out_text_too(config, tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("ab cd " * 300 + "\u2603", encoding="utf-8")
+    data = prepare(config(path=str(path), tokenizer="char", val_split="tail", val_fraction=0.01))
+    assert data.tokenizer.decode(data.validation.read(0, len(data.validation))).endswith("\u2603")
+    assert data.tokenizer.vocab_size == 1 + len("abcd \u2603")
+
+
+def test_a_bpe_never_sees_the_held_out_text(config, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("ab cd " * 300 + "xyzzy " * 60, encoding="utf-8")
     data = prepare(config(path=str(path), val_split="tail", val_fraction=360 / 2160))
