@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # auto (path by its suffix, else name, else stdlib) | files | json | csv | parquet | hub | pdf
     # | sql | stdlib
     c.data.source = "auto"
-    c.data.path = ""  # a file, a directory, a glob, a URL, or several of them separated by commas
+    c.data.path = ""  # a file, a directory, a glob, a URL of a table, or several, by commas
     c.data.val_path = ""  # held-out text, read as path is; "" = a share of the text is held out
     c.data.name = ""  # a dataset on the Hugging Face hub, or a directory with a copy of one
     c.data.subset = ""  # its configuration, e.g. "wikitext-103-raw-v1"

@@ -28,6 +28,7 @@ SOURCE_FIELDS = (
 TABLE_SUFFIXES = {
     ".jsonl": "json",
     ".ndjson": "json",
+    ".json": "json",  # of rows: in a directory it is text
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",

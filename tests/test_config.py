@@ -277,7 +277,7 @@ def test_a_configuration_cannot_be_changed():
         ({"data.path": "x.jsonl"}, "json"),
         ({"data.path": "x.ndjson.gz"}, "json"),
         ({"data.path": "x.JSONL.GZ"}, "json"),
-        ({"data.path": "x.json"}, "files"),
+        ({"data.path": "x.json"}, "json"),
         ({"data.path": "x.csv"}, "csv"),
         ({"data.path": "x.tsv.zst"}, "csv"),
         ({"data.path": "d/*.parquet"}, "parquet"),

@@ -13,6 +13,7 @@ import train as program
 from sheepop_jax import __main__ as tools
 from sheepop_jax import pipeline
 from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.tokenizer import train_char
 from sheepop_jax.run import open_run
 from sheepop_jax.runtime import Runtime
 from tests.data.sources.test_pdf import pdf
@@ -193,7 +194,8 @@ def file(name, content):
 
 def unseen(root):
     (root / "a.txt").write_text("ab" * 200 + "\u2603")
-    return {"path": root / "a.txt", "val_split": "tail"}
+    (root / "tokenizer.json").write_text(train_char(["ab"]).to_json())
+    return {"path": root / "a.txt", "tokenizer": root / "tokenizer.json"}
 
 
 BAD = [
@@ -210,7 +212,8 @@ BAD = [
     (other_column, r"data\.text_column: got 'text'; expected one of the columns body, title"),
     (fifo, r"data\.path: .*a pipe, socket or device"),
     (loop, r"data\.path: .*loop \(.*symbolic links"),
-    (unseen, r"a\.txt: got .*U\+2603\) at position 400\"; .* try data\.tokenizer=bpe"),
+    (unseen, r"a\.txt: got .*U\+2603\) at position 400\"; .*data\.tokenizer=bpe"),
+    (lambda root: {"path": "http://h/a.txt"}, r"data\.path: got 'http://h/a\.txt'; .*downloading"),
     (lambda root: {"name": "nobody/nothing-of-the-kind"}, r"data\.name: got 'nobody/nothing"),
     (lambda root: {"path": "http://127.0.0.1:9/a.jsonl"}, r"data\.path: .*refused.*network"),
     (lambda root: {"path": "postgresql://me:secret@h/d", "query": "q"}, r"data\.path: .*password"),

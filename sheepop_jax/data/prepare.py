@@ -63,6 +63,11 @@ def prepare(
             if work.built:
                 delete(data.directory)
             raise
+    for source in data.manifest["sources"]:
+        if source["skipped"]:
+            of = f"{source['name']}: " if source["name"] else ""
+            reasons = ", ".join(f"{n} {reason}" for reason, n in source["skipped"].items())
+            logger.info("data: %spassed over: %s", of, reasons)
     logger.info(
         "data: %d training and %d held-out tokens, vocabulary %d; gzip -9: %.3f bits per byte",
         data.train_tokens,

@@ -159,9 +159,8 @@ def write_spool(
                     if record.last:
                         break
             if end == first:
-                expected = "text (what was found is empty or only white space"
-                expected += f"; skipped: {dict(skipped)})" if skipped else ")"
-                raise InputError(corpus.field, corpus.value, expected)
+                found = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "nothing"
+                raise InputError(corpus.field, corpus.value, f"text (what was found: {found})")
             about.append({"name": part.name, "weight": part.weight, "skipped": dict(skipped)})
         for file in (text, index, names):
             file.flush()

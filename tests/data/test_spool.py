@@ -164,10 +164,10 @@ class TestLeftOut:
     @pytest.mark.parametrize(
         "corpora, said",
         [
-            ([Memory()], r"empty or only white space\)$"),
-            ([Memory("", " ")], r"white space; skipped: {'empty or only white space': 2}\)$"),
-            ([Memory([SkipDocument("x")], skipped={"y": 3})], r"skipped: {'y': 3, 'x': 1}\)$"),
-            ([Memory("one"), Memory()], r"empty or only white space\)$"),
+            ([Memory()], r"\(what was found: nothing\)$"),
+            ([Memory("", " ")], r"\(what was found: 2 empty or only white space\)$"),
+            ([Memory([SkipDocument("x")], skipped={"y": 3})], r"\(what was found: 3 y, 1 x\)$"),
+            ([Memory("one"), Memory()], r"\(what was found: nothing\)$"),
         ],
     )
     def test_no_text_is_an_error(self, spool_of, tmp_path, corpora, said):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pathspec
 
+from sheepop_jax.data_config import FILE_SUFFIXES
 from sheepop_jax.errors import InputError
 
 # Fetched or generated, not written by the owner of the directory.
@@ -73,6 +74,9 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
     whole = os.path.lexists(Path(spec).expanduser())
     found = Found()
     for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
+        if "://" in item:
+            hint = "downloading it and giving its path"
+            raise InputError(name, item, "a path: by URL only tables are read", hint)
         path = Path(item).expanduser()
         if glob.has_magic(item) and not os.path.lexists(path):
             found.files += _expand_glob(name, item)
@@ -132,7 +136,7 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
             elif _ignored(rules, path, ""):
                 found.skipped["files that .gitignore names"] += 1
             elif not walk.wants(path):
-                found.skipped["files of other kinds"] += 1
+                found.skipped[_kind(path)] += 1
             elif 0 < walk.max_file_bytes < size:
                 found.skipped["files larger than data.max_file_bytes"] += 1
             else:
@@ -167,6 +171,16 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _kind(path: Path) -> str:
+    """What a file is that is not taken, and how it would be."""
+    match FILE_SUFFIXES.get(inner_suffix(path)):
+        case "json" | "csv" | "parquet":
+            return "tables (data.source=json, csv or parquet reads them)"
+        case "pdf":
+            return "PDFs (data.source=pdf reads them)"
+    return "files of other kinds"
 
 
 def _regular_size(name: str, path: Path) -> int | None:
