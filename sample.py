@@ -10,7 +10,16 @@ import sys
 import threading
 from pathlib import Path
 
-from sheepop_jax.cli import EXIT_INTERRUPTED, Parser, checked_step, command
+from sheepop_jax.cli import (
+    DTYPE_HELP,
+    DTYPES,
+    EXIT_INTERRUPTED,
+    PLATFORM_HELP,
+    PLATFORMS,
+    Parser,
+    checked_step,
+    command,
+)
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.request import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -73,8 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="one object a line for each sample")
     add("--context", type=int, metavar="N", help="default: model.max_seq_len of the run")
     add("--truncate", choices=("left",), help="drop the beginning of a prompt that does not fit")
-    add("--platform", choices=("auto", "cpu", "cuda", "tpu"), default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
+    add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     add("--quantize", choices=("int8",), help="weights as int8 (default: as they were trained)")
     add("--debug", action="store_true", help="show tracebacks and debug logs")
     return parser.parse_args(argv)
@@ -151,15 +160,17 @@ def sample(flags: argparse.Namespace) -> None:
             "--top_k %d is above the vocabulary: %d it is", sampling.top_k, tokenizer.vocab_size
         )
     prompts = []
-    for text in texts:
-        tokenizer.check(text, "--prompt")
+    names = ["--prompt"] * len(flags.prompt) + ["--prompt_file"]
+    for name, text in zip(names, texts, strict=False):
+        tokenizer.check(text, name)
         ids = tokenizer.encode(text)
         kept = ids
         if flags.truncate == "left":
             kept = truncate_left(ids, flags.max_new_tokens, context)
         if len(kept) < len(ids):
             log.warning("dropped the first %d of %d tokens", len(ids) - len(kept), len(ids))
-        new_token_limit(max(len(kept), 1), flags.max_new_tokens, context)  # before the parameters
+        # Before the parameters are read.
+        new_token_limit(max(len(kept), 1), flags.max_new_tokens, context, name)
         prompts.append(kept)
     params, step = run.params(flags.step, flags.quantize)
     log.info("step %d of %s", step, run.directory)

@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
         try:
             figures = train(config, workdir, machine, stop)
         except StopRequested:
+            if processes.first():
+                print("stopped; the same command goes on from there", file=sys.stderr)
             return EXIT_STOPPED
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         if processes.first():

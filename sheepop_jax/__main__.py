@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from sheepop_jax import commands
-from sheepop_jax.cli import Parser, command
+from sheepop_jax.cli import DTYPE_HELP, DTYPES, PLATFORM_HELP, PLATFORMS, Parser, command
 
 EPILOG = """\
 examples:
@@ -40,7 +40,7 @@ devices that are here. The formula is in docs/scaling.md.
 
 examples:
   python -m sheepop_jax plan --config configs/base.py
-  python -m sheepop_jax plan --config configs/gpt2_124m.py --devices 64 --device "TPU v5p"
+  python -m sheepop_jax plan --config configs/gpt2_124m.py --devices 32 --device "TPU v5p"
   python -m sheepop_jax plan --config configs/base.py --device H100 --json"""
 
 
@@ -91,8 +91,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--ckpt", required=True, metavar="RUN", help="a run directory")
         sub.add_argument("--step", default="latest", help="latest (default), best or a number")
-        sub.add_argument("--platform", choices=("auto", "cpu", "cuda", "tpu"), default="auto")
-        sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+        sub.add_argument("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
+        sub.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
         sub.add_argument(
             "--quantize", choices=("int8",), help="weights as int8 (default: as they were trained)"
         )

@@ -16,6 +16,11 @@ from sheepop_jax.errors import InputError, RunFailed
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+PLATFORM_HELP = "where to run (default auto: the GPU or TPU that is here, or the CPU)"
+DTYPES = ("auto", "float32", "bfloat16")
+DTYPE_HELP = "of activations (default auto: float32 on a CPU, bfloat16 elsewhere)"
+_KINDS = {bool: "True or False", int: "a whole number, in digits", float: "a number"}
 MAX_STEP_DIGITS = 18  # Python refuses to read numbers of thousands
 
 
@@ -155,12 +160,16 @@ def load_config(path: str, overrides: list[str]) -> Config:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"--config.{near[0]}" if near else "one of those in configs/base.py"
+            inside = [field for field in known if field.startswith(f"{name}.")]
+            if inside:
+                hint = f"one of those in it, such as --config.{inside[0]}"
             raise InputError(f"--config.{name}", value, "a field of the configuration", hint)
         try:
             load([override])
         except (absl_flags.Error, ValueError, TypeError):
-            kind = type(dict(_flatten(plain))[name]).__name__
-            raise InputError(name, value, f"a value of type {kind}") from None
+            kind = type(dict(_flatten(plain))[name])
+            expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
+            raise InputError(name, value, expected) from None
     return Config.from_dict(load(overrides))
 
 

@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sheepop_jax.cli import checked_step, load_config
+from sheepop_jax.config import Config
 from sheepop_jax.errors import InputError, RunFailed
+
+_CHARACTERS = 256  # of a text, where nothing says how many
 
 
 def data(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -69,13 +72,29 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
 
     mesh = imagined_mesh(config.mesh, machine.device_count)
     check_mesh(config, mesh)
-    vocab_size = flags.vocab_size or config.data.vocab_size
+    vocab_size = flags.vocab_size or _likely_vocab_size(config)
     model = build_model(config, vocab_size, machine)
     planned = plan_run(config, model, mesh, machine)
     if flags.json:
         print(json.dumps(planned.to_dict(flags.peak_share)))
     else:
         print(describe(planned, config, model, flags.peak_share))
+
+
+def _likely_vocab_size(config: Config) -> int:
+    """Of the tokenizer, as far as it is known without reading the text."""
+    match config.data.tokenizer:
+        case "bpe":
+            return config.data.vocab_size
+        case "char":
+            print(
+                f"a vocabulary of {_CHARACTERS} characters is a guess; --vocab_size says better",
+                file=sys.stderr,
+            )
+            return _CHARACTERS
+    from sheepop_jax.data.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(config.data.tokenizer).vocab_size
 
 
 def evaluate(flags: argparse.Namespace) -> None:
@@ -207,9 +226,10 @@ def checkpoints(flags: argparse.Namespace) -> None:
     if flags.delete or flags.keep:
         with WorkdirLock(run.directory):
             if flags.delete:
-                delete(run.checkpoints, flags.delete)
+                deleted = delete(run.checkpoints, flags.delete)
             else:
-                keep_only(run.checkpoints, flags.keep)
+                deleted = keep_only(run.checkpoints, flags.keep)
+        print("deleted:", ", ".join(map(str, deleted)) or "none", file=sys.stderr)
     items = inventory(run.checkpoints, verify=flags.verify)
     if flags.json:
         for item in items:

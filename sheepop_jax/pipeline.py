@@ -22,7 +22,7 @@ from sheepop_jax.generation.request import SamplingConfig
 from sheepop_jax.model.attention import choose_implementation
 from sheepop_jax.model.partitioning import check_mesh, global_batch, make_mesh, own_rows
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.run import WorkdirLock, create_run
+from sheepop_jax.run import WorkdirLock, check_run, create_run
 from sheepop_jax.runtime import Runtime, settle_memory
 from sheepop_jax.training.loss import chunk_elements
 from sheepop_jax.training.plan import Plan, make_plan
@@ -62,6 +62,7 @@ def train(
     rows = own_rows(mesh, config.train.batch_size)
     with contextlib.ExitStack() as held:
         processes.decided(lambda: held.enter_context(WorkdirLock(directory)))
+        processes.decided(lambda: check_run(directory, config))
         data = prepare(config.data, processes.index(), processes.count(), stop.check)
         stop.check()
         if config.train.sample_tokens:

@@ -94,9 +94,9 @@ class Run:
         try:
             params = self.checkpoints.restore_params(found, target)
         except DamagedCheckpoint as damage:
-            raise InputError(
-                "--step", step, f"a whole checkpoint ({damage})", "another --step"
-            ) from None
+            others = ", ".join(str(s) for s in self.checkpoints.steps() if s != found)
+            hint = f"one of {others}" if others else "training on: it goes back as far as it must"
+            raise InputError("--step", step, f"a whole checkpoint ({damage})", hint) from None
         return quantized(params) if quantize == "int8" else params, found
 
     def held_out(self) -> PreparedData:
@@ -152,6 +152,8 @@ def open_run(path: str | Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise InputError(str(directory / "config.json"), got, "a run's configuration") from None
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError("--ckpt", str(path), "a whole run directory (tokenizer.json is missing)")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     if tokenizer.vocab_size != vocab_size:
         got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {vocab_size}"
@@ -159,40 +161,45 @@ def open_run(path: str | Path) -> Run:
     return Run(directory, config, tokenizer, identity, gzip_figure, shards)
 
 
-def create_run(directory: Path, config: Config, data: PreparedData) -> None:
-    """Writes a new run's configuration and tokenizer, or compares them with those that are there.
+def check_run(directory: Path, config: Config) -> None:
+    """Compares a configuration with that of the run in a directory, if there is one.
 
     Raises:
-        InputError: the run in the directory is another one; the message says how it differs.
+        InputError: a run cannot go on with it; the message says how they differ.
+    """
+    if not (directory / "config.json").exists():
+        return
+    saved = open_run(directory).config
+    changes = _changes(saved, config)
+    fixed = {n for n in changes if n in IDENTITY or n.split(".")[0] in IDENTITY}
+    fixed -= set(SAME_NUMBERS)
+    if config.train.sequences_per_update == saved.train.sequences_per_update:
+        fixed -= {"train.batch_size", "train.grad_accum_steps"}  # the same windows an update
+    if fixed:
+        changed = ", ".join(f"{name} {changes[name]}" for name in sorted(fixed))
+        expected = "the configuration of the run that is there"
+        raise InputError(str(directory), changed, expected, "another --workdir")
+
+
+def create_run(directory: Path, config: Config, data: PreparedData) -> None:
+    """Writes a new run's configuration and tokenizer, or goes on with one that `check_run` took.
+
+    Raises:
+        InputError: the run in the directory was trained on other data.
     """
     path = directory / "config.json"
     if path.exists():
         run = open_run(directory)
-        old, new = _flatten(run.config.to_dict()), _flatten(config.to_dict())
-        names = new.keys() | old.keys()  # a mixture's sources may come and go
-        differing = {name for name in names if new.get(name) != old.get(name)}
-        fixed = {n for n in differing if n in IDENTITY or n.split(".")[0] in IDENTITY}
-        fixed -= set(SAME_NUMBERS)
-        if config.train.sequences_per_update == run.config.train.sequences_per_update:
-            fixed -= {"train.batch_size", "train.grad_accum_steps"}  # the same windows an update
+        changes = _changes(run.config, config)
         if data.identity != run.data_identity:
-            changed = _difference(run.data_identity, data.identity)
-            raise InputError(
-                str(directory),
-                f"other data ({changed})",
-                "the data of the run that is there",
-                "another --workdir",
-            )
-        if fixed:
-            changed = ", ".join(f"{n} {old.get(n)} -> {new.get(n)}" for n in sorted(fixed))
-            raise InputError(
-                str(directory),
-                changed,
-                "the configuration of the run that is there",
-                "another --workdir",
-            )
-        for name in sorted(differing):
-            log.info("changed since the run began: %s %s -> %s", name, old.get(name), new.get(name))
+            said = [f"{name} {changes[name]}" for name in sorted(changes) if _is_source(name)]
+            why = ", ".join(said) or _difference(run.data_identity, data.identity)
+            if not said and data.identity["source"] != run.data_identity["source"]:
+                why = f"the text is not what it was when the run began: {why}"
+            expected = "the data of the run that is there"
+            raise InputError(str(directory), f"other data ({why})", expected, "another --workdir")
+        for name in sorted(changes):
+            log.info("changed since the run began: %s %s", name, changes[name])
     else:
         (directory / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
         fault_point("config-write")
@@ -242,6 +249,24 @@ class WorkdirLock:
             (self._directory / "lock").unlink()
             self._directory.rmdir()
         self._file.close()
+
+
+def _is_source(field: str) -> bool:
+    return field.startswith("data.") and field != "data.cache_dir"
+
+
+def _changes(old: Config, new: Config) -> dict[str, str]:
+    """Field → "old -> new", of those that differ; a mixture's sources may come and go."""
+    before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
+
+    def shown(value: Any) -> str:
+        return "nothing" if value in ("", None) else str(value)
+
+    return {
+        name: f"{shown(before.get(name))} -> {shown(after.get(name))}"
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name)
+    }
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

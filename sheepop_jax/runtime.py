@@ -152,6 +152,8 @@ def imagine(device_kind: str, count: int) -> Runtime:
     Raises:
         InputError: a kind that is not in it, and not "cpu".
     """
+    known = {name.lower(): name for name, _, _ in DEVICES} | {"cpu": "cpu"}
+    device_kind = known.get(device_kind.lower(), device_kind)
     peak, memory = known_figures(device_kind)
     if not peak and device_kind != "cpu":
         names = ", ".join(name for name, _, _ in DEVICES)

@@ -211,7 +211,7 @@ def test_other_data_is_refused(trained, text_file, tmp_path):
     other.write_text(text_file.read_text().replace("says", "said"))
     result = run(*train_words(other, trained[0]))
     assert result.returncode == 2
-    assert "other data" in result.stderr.splitlines()[-1]
+    assert f"other data (data.path {text_file} -> {other}" in result.stderr.splitlines()[-1]
 
 
 def test_a_second_process_is_refused_by_the_lock(trained, text_file):
@@ -228,7 +228,7 @@ def test_a_second_process_is_refused_by_the_lock(trained, text_file):
     ("words", "message"),
     [
         (["--config.model.d_modle=3"], "--config.model.d_modle: .* try --config.model.d_model"),
-        (["--config.model.d_model=wide"], "model.d_model: got 'wide'; expected .* type int"),
+        (["--config.model.d_model=wide"], "model.d_model: got 'wide'; expected a whole number"),
         (["--config.model.num_heads=7"], "model.num_heads: got 7; expected a divisor"),
         (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate: got nan"),
         (["--config.train.num_epochs=2"], "train.num_steps: got 20000; expected exactly one"),
@@ -464,5 +464,7 @@ def test_the_checkpoints_of_a_run_are_listed_verified_and_deleted(trained, tmp_p
     assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved
     assert checkpoints("--delete", str(saved[0])).returncode == 0
     assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved[1:]
-    assert checkpoints("--keep", str(saved[-1])).returncode == 0
+    result = checkpoints("--keep", str(saved[-1]))
+    gone = ", ".join(map(str, saved[1:-1])) or "none"
+    assert (result.returncode, result.stderr) == (0, f"deleted: {gone}\n")
     assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved[-1:]

@@ -89,8 +89,12 @@ def resolve_context(model: ModelConfig, requested: int | None) -> int:
     return requested
 
 
-def new_token_limit(prompt_length: int, max_new_tokens: int | None, context: int) -> int:
+def new_token_limit(
+    prompt_length: int, max_new_tokens: int | None, context: int, name: str = "--prompt"
+) -> int:
     """How many tokens may follow a prompt: `max_new_tokens`, or by default what fits, 256 at most.
+
+    `name` is what an error calls the prompt.
 
     Raises:
         InputError: the prompt fills the context, or more is asked for than the context holds.
@@ -100,7 +104,7 @@ def new_token_limit(prompt_length: int, max_new_tokens: int | None, context: int
     if prompt_length >= context:
         rule = f"fewer than the context of {context}"
         hint = "--truncate left, or a larger --context"
-        raise InputError("--prompt", f"{prompt_length} tokens", rule, hint)
+        raise InputError(name, f"{prompt_length} tokens", rule, hint)
     room = context - prompt_length
     if max_new_tokens is None:
         return min(room, DEFAULT_MAX_NEW_TOKENS)

@@ -78,7 +78,8 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
         ("model.d_ff", model.d_ff, "tensor", tensor),
     ):
         if value % size:
-            raise InputError(field, value, f"a multiple of the mesh's {axis} = {size}")
+            hint = f"--config.{field}={-(-value // size) * size}"
+            raise InputError(field, value, f"a multiple of the mesh's {axis} = {size}", hint)
     if VOCAB_MULTIPLE % tensor:
         rule = f"a divisor of {VOCAB_MULTIPLE}, of which the padded vocabulary is a multiple"
         raise InputError("mesh.tensor", tensor, rule)

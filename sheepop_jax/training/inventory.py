@@ -87,8 +87,8 @@ def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
     return items
 
 
-def delete(checkpoints: Checkpoints, steps: Collection[int]) -> None:
-    """Deletes these steps.
+def delete(checkpoints: Checkpoints, steps: Collection[int]) -> list[int]:
+    """Deletes these steps, and returns them in order.
 
     Raises:
         InputError: one of them is not there, or no whole checkpoint would be left; then none is
@@ -99,8 +99,10 @@ def delete(checkpoints: Checkpoints, steps: Collection[int]) -> None:
         if step not in present:
             raise InputError("--delete", step, f"some of {_listed(present)}")
     _require_a_whole_one(checkpoints, set(present) - set(steps), "--delete", steps)
-    for step in sorted(set(steps)):
+    doomed = sorted(set(steps))
+    for step in doomed:
         checkpoints.delete(step)
+    return doomed
 
 
 def keep_only(checkpoints: Checkpoints, steps: Collection[int]) -> list[int]:

@@ -46,7 +46,7 @@ class Profile:
         first, self._first = self._first, None
         jax.profiler.stop_trace()
         log.info(
-            "profile of steps %d to %d in %s: open its perfetto_trace.json.gz at ui.perfetto.dev, "
-            "or the folder with TensorBoard's profile plugin",
+            "profile of steps %d to %d in %s: open the newest perfetto_trace.json.gz below it at "
+            "ui.perfetto.dev, or the folder with TensorBoard's profile plugin",
             *(first, step, self._directory),
         )

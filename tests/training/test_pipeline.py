@@ -202,6 +202,21 @@ def test_every_field_is_refused_or_taken_when_a_run_goes_on(plan, small_config, 
         plan()  # and back
 
 
+def test_another_model_is_refused_before_any_text_is_read(plan, monkeypatch):
+    plan()
+    monkeypatch.setattr(pipeline, "prepare", None)
+    with pytest.raises(InputError, match=r"model\.d_ff \d+ -> 40'"):
+        plan({"model.d_ff": 40})
+
+
+def test_a_text_that_has_changed_is_said_to_have(plan):
+    job, _ = plan()
+    with Path(job.config.data.path).open("a") as text:
+        text.write("one more line\n")
+    with pytest.raises(InputError, match="other data .the text is not what it was when"):
+        plan()
+
+
 def test_the_same_batch_in_other_microbatches_is_the_same_run(plan, caplog):
     """What the error of a full device says to do can be done to a run that is under way."""
     job, _ = plan({"train.batch_size": 16, "train.grad_accum_steps": 2})

@@ -6,6 +6,7 @@ import pytest
 
 from sheepop_jax import __main__ as tools
 from sheepop_jax import runtime
+from sheepop_jax.data.tokenizer import train_char
 from sheepop_jax.training.memory import GB
 from sheepop_jax.training.plan import USABLE
 
@@ -53,9 +54,20 @@ def test_devices_that_are_not_here_share_the_state(capsys):
     assert found["memory"]["parameters"] == 4 * ((COUNT - vectors) / 8 + vectors / 4)
 
 
-def test_the_vocabulary_is_the_configurations_unless_given(capsys):
+def test_the_vocabulary_is_the_configurations_unless_given(capsys, tmp_path):
     found = planned(capsys, "--device", "H100", "--vocab_size", "1000")
     assert found["parameters"] == COUNT - (50304 - 1024) * 768
+    found = planned(capsys, "--device", "H100", "--config.data.tokenizer=char")
+    assert found["parameters"] == COUNT - (50304 - 256) * 768
+    (tmp_path / "tokenizer.json").write_text(train_char(["abc"]).to_json())
+    given = f"--config.data.tokenizer={tmp_path}/tokenizer.json"
+    found = planned(capsys, "--device", "H100", given)
+    assert found["parameters"] == COUNT - (50304 - 128) * 768
+
+
+def test_a_device_may_be_written_small(capsys):
+    large, small = (planned(capsys, "--device", kind) for kind in ("TPU v5p", "tpu V5P"))
+    assert small == large
 
 
 def test_advice_holds_when_it_is_followed(capsys):

@@ -1,5 +1,6 @@
 """How the rows of a table become documents, and how its errors are said."""
 
+import difflib
 from collections.abc import Iterable, Iterator
 
 from sheepop_jax.data.documents import Document, SkipDocument
@@ -27,7 +28,10 @@ def rows_to_documents(
 
 
 def missing_column(column: str, columns: Iterable[str], hint: str = "") -> InputError:
-    known = ", ".join(sorted(columns)) or "(there are none)"
+    names = sorted(columns)
+    known = ", ".join(names) or "(there are none)"
+    if near := difflib.get_close_matches(column, names, n=1) or names[: len(names) == 1]:
+        hint = f"--config.data.text_column={near[0]}"
     return InputError("data.text_column", column, f"one of the columns {known}", hint)
 
 
