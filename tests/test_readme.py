@@ -12,7 +12,10 @@ import pytest
 import sample
 import train
 from sheepop_jax import __main__ as tools
-from sheepop_jax import cli
+from sheepop_jax import cli, runtime
+from sheepop_jax.model.partitioning import imagined_mesh
+from sheepop_jax.pipeline import build_model, plan_run
+from sheepop_jax.training.plan_report import summary
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "GETTING_STARTED.md"]
@@ -66,6 +69,17 @@ def environment():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_plan_that_is_shown_is_the_plan(path):
+    """Of the quickstart, on one CPU, with the vocabulary that its tokenizer gets."""
+    config = cli.load_config(str(ROOT / "configs/quickstart.py"), [])
+    machine = runtime.imagine("cpu", 1)
+    model = build_model(config, config.data.vocab_size, machine)
+    plan = plan_run(config, model, imagined_mesh(config.mesh, 1), machine)
+    for line in summary(plan):
+        assert line + "\n" in path.read_text()
+
+
 def test_the_library_from_python_as_the_readme_shows_it(tmp_path):
     shown = blocks(ROOT / "README.md", "python")
     assert len(shown) == 2
