@@ -235,6 +235,18 @@ def test_a_column_that_is_not_there_or_holds_no_text(tmp_path, kind):
         assert refusal(kind, path, "id") == refusal(kind, path, "id", join_rows=True) == said
 
 
+def test_a_column_that_is_meant_is_guessed(tmp_path):
+    path = tmp_path / "a.csv"
+    for head, hint in (
+        ("id,body", "--config.data.text_column=body"),
+        ("text", "--config.data.text_column=text"),
+        ("id;bdy", "commas between the cells, or tabs in a .tsv file"),
+        ("id,text", tables._AS_TEXT),
+    ):
+        path.write_text(f"{head}\n" + ",".join("x" for _ in head.split(",")) + "\n")
+        assert refusal("csv", path, "bdy").endswith(f"; try {hint}")
+
+
 def test_the_signature_names_the_files_and_the_options(tmp_path, monkeypatch):
     path = write_json(tmp_path / "a.jsonl")
 
