@@ -31,6 +31,9 @@ from sheepop_jax.generation.request import (
 
 log = logging.getLogger("sheepop_jax.sample")
 
+TRUNCATE_HELP = """\
+of a prompt that does not fit, drop the beginning; half the context at most is left for the new
+tokens, unless --max_new_tokens says how many"""
 EPILOG = """\
 examples:
   python sample.py --ckpt runs/quickstart --prompt "def main"
@@ -81,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--step", default="latest", help="checkpoint: latest (default), best or a number")
     add("--json", action="store_true", help="one object a line for each sample")
     add("--context", type=int, metavar="N", help="default: model.max_seq_len of the run")
-    add("--truncate", choices=("left",), help="drop the beginning of a prompt that does not fit")
+    add("--truncate", choices=("left",), help=TRUNCATE_HELP)
     add("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
     add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
     add("--quantize", choices=("int8",), help="weights as int8 (default: as they were trained)")

@@ -21,7 +21,8 @@ Several processes, one a host or one a GPU, train as one: under SLURM and Open M
 on Cloud TPU with --coordinator_address auto, anywhere with its three flags. They share the workdir
 and data.cache_dir (docs/scaling.md).
 
-exit codes: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after saving (run it again)"""
+exit codes: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after saving (run it again);
+a second signal ends it at once: 130 or 143"""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -75,6 +75,8 @@ def prepare(
         data.tokenizer.vocab_size,
         data.gzip_bits_per_byte,
     )
+    if len(data.validation) <= config.seq_len:
+        logger.warning("data: held out is less than a window: its figures will say little")
     return data
 
 

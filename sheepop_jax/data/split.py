@@ -160,7 +160,9 @@ def _require_both_sides(spool: Spool, split: Split, val_split: str, val_fraction
         before = cut - int(spool.starts[document])
         train, held_out = train + before, held_out - before
     kept = int(np.count_nonzero(split.side != LEFT_OUT))
-    size = f"{kept} documents, {(train + held_out) / 1e6:.2f} MB"
+    total = train + held_out
+    size = f"{kept} document{'s' * (kept != 1)}, "
+    size += f"{total / 1e6:.2f} MB" if total >= 1e5 else f"{total:,} bytes"
     rules = ", ".join(dict.fromkeys(split.rules))
     if val_split == "source" and not held_out:
         expected = f"a source with a validation split of its own, or data.val_path ({size})"
@@ -179,7 +181,7 @@ def _require_both_sides(spool: Spool, split: Split, val_split: str, val_fraction
             got = "a source with nothing to train on"
             expected = f"text that is not all held out (by {split.rules[number]}) or in another"
             raise InputError(f"data.mixture.{source['name']}", got, expected)
-    share = held_out / (train + held_out)
-    logger.info("data: %s; held out by %s: %.1f%% of the bytes", size, rules, 100 * share)
+    share = 100 * held_out / total
+    logger.info("data: %s; held out by %s: %.1f%% of the bytes", size, rules, share)
     if split.duplicates:
         logger.info("data: %d documents left out: equal to another", split.duplicates)

@@ -269,7 +269,7 @@ def test_segments_of_any_partition_are_those_of_the_whole(spool_of, texts, rule,
 class TestRefused:
     @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
     def test_an_empty_part_by_document(self, spool_of, fraction):
-        said = r"data\.val_fraction: .*\(by document: 211 documents, 0\.01 MB\); try data\.val_spl"
+        said = r"data\.val_fraction: .*\(by document: 211 documents, 10,504 bytes\); try data\.val_"
         with pytest.raises(InputError, match=said):
             choose_split(spool_of(TEXTS), "document", fraction)
 
