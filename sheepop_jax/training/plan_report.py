@@ -92,7 +92,7 @@ def _verdict(plan: Plan) -> str:
 def _time(plan: Plan, peak_share: float) -> str:
     seconds = plan.seconds(peak_share)
     if seconds is None:
-        return "time unknown: the peak of this device is not in the table of sheepop_jax/runtime.py"
+        return "time unknown: no peak is known of this device"
     return (
         f"{seconds:.3g} s and {readable_count(plan.tokens / seconds)} tokens/s at "
         f"{peak_share:.0%} of the peak, {plan.peak_flops:.4g} FLOP/s"
