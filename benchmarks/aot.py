@@ -123,7 +123,7 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     step = make_train_step(model, optimizer, schedule, *options)
     started = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jit_step(step, places, mesh).lower(state, batch).compile()
+        compiled = jit_step(step, places, mesh, m.remat).lower(state, batch).compile()
     seconds = time.perf_counter() - started
     said = compiled.memory_analysis()
     results = said.output_size_in_bytes - said.alias_size_in_bytes

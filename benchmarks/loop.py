@@ -115,7 +115,8 @@ def bare(path: str, steps: int) -> float:
     state = jit_init(lambda: init_state(job.model, optimizer, job.config.seed))()
     function = make_train_step(job.model, optimizer, schedule, job.config.seed)
     batches = [jax.device_put(batch) for batch in job.batches.iterate(0, 8)]
-    step = jit_step(function, None, job.mesh).lower(state, batches[0]).compile()
+    jitted = jit_step(function, None, job.mesh, job.config.model.remat)
+    step = jitted.lower(state, batches[0]).compile()
     log_every = job.config.train.log_every
     for i in range(log_every):
         state, metrics = step(state, batches[i % 8])

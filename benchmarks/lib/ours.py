@@ -104,7 +104,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     started = time.perf_counter()
     elements = chunk_elements(machine.platform)
     function = make_train_step(model, optimizer, schedule, 0, chunk_elements=elements)
-    step = jit_step(function, shardings, mesh).lower(state, batches[0]).compile()
+    step = jit_step(function, shardings, mesh, config.remat).lower(state, batches[0]).compile()
     compile_seconds = time.perf_counter() - started
 
     def work() -> float:

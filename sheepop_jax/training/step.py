@@ -77,16 +77,27 @@ def jit_init(init: Callable[[], Any], shardings: Any = None) -> Callable[[], Any
 
 
 def jit_step(
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]], shardings: Any, mesh: Mesh
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    shardings: Any,
+    mesh: Mesh,
+    remat: str,
 ) -> Any:
     """`jax.jit` of a train step: the state is donated, the next one laid out by `shardings`.
 
-    On one GPU in the order that holds least. Left alone, XLA orders a step so that it hides what
-    devices send one another: with microbatches and remat=full it then puts off the gradients of
-    matrices until the end of the backward pass, and keeps what they come from, of all blocks.
+    `remat` is the model's: where it is to save memory, XLA is kept from spending that elsewhere.
     """
-    lone_gpu = mesh.size == 1 and mesh.devices.item().platform == "gpu"
-    options = {"xla_gpu_enable_latency_hiding_scheduler": False} if lone_gpu else None
+    options: dict[str, Any] | None = None
+    match mesh.devices.flat[0].platform:
+        case "gpu" if mesh.size == 1:
+            # Left alone, XLA orders a step so that it hides what devices send one another: with
+            # microbatches and remat=full it then puts off the gradients of matrices until the end
+            # of the backward pass, and keeps what they come from, of all blocks.
+            options = {"xla_gpu_enable_latency_hiding_scheduler": False}
+        case "tpu" if mesh.size > 1 and remat == "full":
+            # A product with a matrix that is sent is taken apart, to send and multiply at once (a
+            # windowed einsum), and its result set aside at the beginning: what blocks compute again
+            # is then held for all of them. Only from so many MiB on: never.
+            options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
     )

@@ -195,13 +195,12 @@ class _Loop:
 
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
         job, config = self.job, self.job.config
-        zscore, elements = config.optimizer.max_grad_zscore, job.chunk_elements
-        step = make_train_step(
-            job.model, self.optimizer, self.schedule, config.seed, zscore, elements
-        )
+        options = config.seed, config.optimizer.max_grad_zscore, job.chunk_elements
+        step = make_train_step(job.model, self.optimizer, self.schedule, *options)
         log.info("compiling the train step")
         started = time.perf_counter()
-        compiled = jit_step(step, self.shardings, job.mesh).lower(self.state, batch).compile()
+        jitted = jit_step(step, self.shardings, job.mesh, config.model.remat)
+        compiled = jitted.lower(self.state, batch).compile()
         log.info("train step compiled in %.1f s", time.perf_counter() - started)
         if memory := compiled.memory_analysis():  # not every backend has one
             job.on_compiled(self.throughput.flops_per_step, memory.temp_size_in_bytes)

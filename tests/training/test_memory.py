@@ -69,7 +69,7 @@ def compiled(config, model, mesh):
     batch = Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=place) for kind in kinds))
     step = make_train_step(model, optimizer, schedule, 0)
     with jax.set_mesh(mesh):
-        return jit_step(step, shardings, mesh).lower(state, batch).compile()
+        return jit_step(step, shardings, mesh, config.model.remat).lower(state, batch).compile()
 
 
 def said_by_the_compiler(config, model, mesh):

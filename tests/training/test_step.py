@@ -315,21 +315,39 @@ def test_a_gpu_draws_each_array_by_itself_to_the_same_numbers(monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("devices, platform", [(1, "gpu"), (2, "gpu"), (1, "cpu")])
-def test_one_gpu_runs_a_step_in_the_order_that_holds_least(monkeypatch, devices, platform):
-    """And XLA knows the option by its name: it refuses those that it does not."""
+GPU_ALONE = {"xla_gpu_enable_latency_hiding_scheduler": False}
+TPUS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+@pytest.mark.parametrize(
+    "devices, platform, remat, options",
+    [
+        (1, "gpu", "none", GPU_ALONE),
+        (1, "gpu", "full", GPU_ALONE),
+        (2, "gpu", "full", None),
+        (1, "cpu", "full", None),
+        (8, "tpu", "full", TPUS),
+        (8, "tpu", "dots", None),
+        (1, "tpu", "full", None),
+    ],
+)
+def test_the_compiler_does_not_spend_what_remat_saves(
+    monkeypatch, devices, platform, remat, options
+):
+    """And XLA knows a GPU's option by its name: it refuses those that it does not."""
     found, jit = {}, jax.jit
 
     def recorded(function, **named):
         found.update(named)
+        if platform == "tpu":  # a CPU's compiler has no options of a TPU's
+            named["compiler_options"] = None
         return jit(function, **named)
 
     places = np.array([SimpleNamespace(platform=platform)] * devices)
     monkeypatch.setattr(jax, "jit", recorded)
     mesh = SimpleNamespace(size=devices, devices=places)
-    step = jit_step(lambda state, batch: (state + batch, batch), None, mesh)
+    step = jit_step(lambda state, batch: (state + batch, batch), None, mesh, remat)
     state = jnp.ones(3)
     step(state, jnp.ones(3))
     assert state.is_deleted()
-    alone = {"xla_gpu_enable_latency_hiding_scheduler": False}
-    assert found["compiler_options"] == (alone if (devices, platform) == (1, "gpu") else None)
+    assert found["compiler_options"] == options
