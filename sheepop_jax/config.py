@@ -138,7 +138,7 @@ class TrainConfig(Section):
             (self.num_steps > 0) != (self.num_epochs > 0),
             "num_steps",
             f"exactly one of train.num_steps and train.num_epochs (= {self.num_epochs}) above 0",
-            "--config.train.num_epochs=0" if self.num_epochs else "--config.train.num_epochs=1",
+            "--config.train.num_steps=0" if self.num_epochs else "--config.train.num_epochs=1",
         )
 
     @property

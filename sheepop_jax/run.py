@@ -95,7 +95,7 @@ class Run:
             params = self.checkpoints.restore_params(found, target)
         except DamagedCheckpoint as damage:
             others = ", ".join(str(s) for s in self.checkpoints.steps() if s != found)
-            hint = f"one of {others}" if others else "training on: it goes back as far as it must"
+            hint = f"one of {others}" if others else "another run: this one has no other"
             raise InputError("--step", step, f"a whole checkpoint ({damage})", hint) from None
         return quantized(params) if quantize == "int8" else params, found
 
@@ -153,7 +153,7 @@ def open_run(path: str | Path) -> Run:
         got = f"{type(error).__name__}: {error}"
         raise InputError(str(directory / "config.json"), got, "a run's configuration") from None
     if not (directory / "tokenizer.json").is_file():
-        raise InputError("--ckpt", str(path), "a whole run directory (tokenizer.json is missing)")
+        raise InputError(str(directory / "tokenizer.json"), "no file", "the run's tokenizer")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     if tokenizer.vocab_size != vocab_size:
         got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {vocab_size}"
@@ -193,9 +193,9 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
         changes = _changes(run.config, config)
         if data.identity != run.data_identity:
             said = [f"{name} {changes[name]}" for name in sorted(changes) if _is_source(name)]
-            why = ", ".join(said) or _difference(run.data_identity, data.identity)
             if not said and data.identity["source"] != run.data_identity["source"]:
-                why = f"the text is not what it was when the run began: {why}"
+                said = ["the text is not what it was when the run began"]
+            why = ", ".join([*said, _difference(run.data_identity, data.identity)])
             expected = "the data of the run that is there"
             raise InputError(str(directory), f"other data ({why})", expected, "another --workdir")
         for name in sorted(changes):

@@ -68,7 +68,6 @@ def environment():
     return {**kept, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_the_plan_that_is_shown_is_the_plan(path):
     """Of the quickstart, on one CPU, with the vocabulary that its tokenizer gets."""
@@ -80,6 +79,7 @@ def test_the_plan_that_is_shown_is_the_plan(path):
         assert line + "\n" in path.read_text()
 
 
+@pytest.mark.slow
 def test_the_library_from_python_as_the_readme_shows_it(tmp_path):
     shown = blocks(ROOT / "README.md", "python")
     assert len(shown) == 2

@@ -213,6 +213,7 @@ BAD = [
     (fifo, r"data\.path: .*a pipe, socket or device"),
     (loop, r"data\.path: .*loop \(.*symbolic links"),
     (unseen, r"a\.txt: got .*U\+2603\) at position 400\"; .*data\.tokenizer=bpe"),
+    (lambda root: {"path": "http://me:secret@h/a"}, r"data\.path: got 'http://…'; expected a path"),
     (lambda root: {"path": "http://h/a.txt"}, r"data\.path: got 'http://h/a\.txt'; .*downloading"),
     (lambda root: {"name": "nobody/nothing-of-the-kind"}, r"data\.name: got 'nobody/nothing"),
     (lambda root: {"path": "http://127.0.0.1:9/a.jsonl"}, r"data\.path: .*refused.*network"),

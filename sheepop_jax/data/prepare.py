@@ -63,10 +63,11 @@ def prepare(
             if work.built:
                 delete(data.directory)
             raise
-    for source in data.manifest["sources"]:
-        if source["skipped"]:
-            of = f"{source['name']}: " if source["name"] else ""
-            reasons = ", ".join(f"{n} {reason}" for reason, n in source["skipped"].items())
+    for (part, corpus), made in zip(sources, data.manifest["sources"], strict=True):
+        # Shards that are reused may be of a source that passed over other files.
+        if skipped := made["skipped"] if work.built else corpus.skipped:
+            of = f"{part.name}: " if part.name else ""
+            reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
             logger.info("data: %spassed over: %s", of, reasons)
     logger.info(
         "data: %d training and %d held-out tokens, vocabulary %d; gzip -9: %.3f bits per byte",
@@ -249,18 +250,22 @@ class _Preparation:
 
         Characters are those of all text, or one that only held-out text has would stop the run.
         """
-        config = self._config
-        with Progress("data: reading for the tokenizer", spool.num_bytes, self._check) as progress:
-            if config.tokenizer == "char":
-                logger.info("data: collecting the characters of the text")
-                return train_char(_pieces(spool, split.segments(spool), 1.0, progress))
-            size = sum(s.stop - s.start for s in split.segments(spool) if not s.held_out)
-            training = (s for s in split.segments(spool) if not s.held_out)
+        config, share = self._config, 1.0
+        characters = config.tokenizer == "char"
+
+        def segments() -> Iterator[Segment]:
+            return (s for s in split.segments(spool) if characters or not s.held_out)
+
+        size = sum(segment.stop - segment.start for segment in segments())
+        if characters:
+            logger.info("data: collecting the characters of the text")
+        else:
             share = min(1.0, config.tokenizer_sample_bytes / size)
             part = "" if share == 1.0 else f" ({share:.1%} of it)"
             logger.info("data: training a bpe tokenizer on the training split%s", part)
-            progress.update(spool.num_bytes - size)
-            return train_bpe(_pieces(spool, training, share, progress), config.vocab_size)
+        with Progress("data: reading for the tokenizer", size, self._check) as progress:
+            pieces = _pieces(spool, segments(), share, progress)
+            return train_char(pieces) if characters else train_bpe(pieces, config.vocab_size)
 
 
 def _pieces(

@@ -78,7 +78,8 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
         ("model.d_ff", model.d_ff, "tensor", tensor),
     ):
         if value % size:
-            hint = f"--config.{field}={-(-value // size) * size}"
+            more = f"--config.{field}={-(-value // size) * size}"
+            hint = more if field == "train.batch_size" else ""  # a model has rules of its own
             raise InputError(field, value, f"a multiple of the mesh's {axis} = {size}", hint)
     if VOCAB_MULTIPLE % tensor:
         rule = f"a divisor of {VOCAB_MULTIPLE}, of which the padded vocabulary is a multiple"

@@ -40,6 +40,16 @@ def test_bad_input_leaves_nothing(config, tmp_path, there):
             assert not (tmp_path / "cache").exists()
 
 
+def test_what_is_passed_over_is_said_as_it_is_now(config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    prepare(config())
+    assert "passed over" not in caplog.text
+    (tmp_path / "text" / "late.csv").write_text("a,b\n")
+    prepare(config())
+    assert "token shards reused" in caplog.text
+    assert "data: passed over: 1 csv files (data.source=csv reads them)" in caplog.text
+
+
 def test_a_text_shorter_than_a_window_is_refused(config, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("abcdefghij" * 2)

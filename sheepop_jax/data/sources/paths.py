@@ -75,8 +75,10 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
     found = Found()
     for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
         if "://" in item:
+            scheme, _, rest = item.partition("://")
+            shown = f"{scheme}://…" if "@" in rest else item  # there may be a password
             hint = "downloading it and giving its path"
-            raise InputError(name, item, "a path: by URL only tables are read", hint)
+            raise InputError(name, shown, "a path: by URL only tables are read", hint)
         path = Path(item).expanduser()
         if glob.has_magic(item) and not os.path.lexists(path):
             found.files += _expand_glob(name, item)
@@ -176,10 +178,8 @@ def size_of(path: Path) -> int:
 def _kind(path: Path) -> str:
     """What a file is that is not taken, and how it would be."""
     match FILE_SUFFIXES.get(inner_suffix(path)):
-        case "json" | "csv" | "parquet":
-            return "tables (data.source=json, csv or parquet reads them)"
-        case "pdf":
-            return "PDFs (data.source=pdf reads them)"
+        case "json" | "csv" | "parquet" | "pdf" as kind:
+            return f"{kind} files (data.source={kind} reads them)"
     return "files of other kinds"
 
 

@@ -30,10 +30,14 @@ def rows_to_documents(
 def missing_column(column: str, columns: Iterable[str], hint: str = "") -> InputError:
     names = sorted(columns)
     known = ", ".join(names) or "(there are none)"
-    if len(names) == 1 and set(names[0]) & set(";|\t"):
-        hint = "commas between the cells, or tabs in a .tsv file"
-    elif near := difflib.get_close_matches(column, names, n=1) or names[: len(names) == 1]:
-        hint = f"--config.data.text_column={near[0]}"
+    near = difflib.get_close_matches(column, names, n=1) or names[: len(names) == 1]
+    if len(names) == 1 and set(names[0]) & set(";|\t,"):
+        likely = "commas between the cells, or tabs in a .tsv file"
+    elif near and near[0].isidentifier():
+        likely = f"--config.data.text_column={near[0]}"
+    else:
+        likely = ""
+    hint = ", or ".join(filter(None, (likely, hint)))
     return InputError("data.text_column", column, f"one of the columns {known}", hint)
 
 

@@ -238,13 +238,14 @@ def test_a_column_that_is_not_there_or_holds_no_text(tmp_path, kind):
 def test_a_column_that_is_meant_is_guessed(tmp_path):
     path = tmp_path / "a.csv"
     for head, hint in (
-        ("id,body", "--config.data.text_column=body"),
-        ("text", "--config.data.text_column=text"),
-        ("id;bdy", "commas between the cells, or tabs in a .tsv file"),
-        ("id,text", tables._AS_TEXT),
+        ("id,body", "--config.data.text_column=body, or "),
+        ("text", "--config.data.text_column=text, or "),
+        ("id;bdy", "commas between the cells, or tabs in a .tsv file, or "),
+        ("once upon a time", ""),
+        ("id,text", ""),
     ):
         path.write_text(f"{head}\n" + ",".join("x" for _ in head.split(",")) + "\n")
-        assert refusal("csv", path, "bdy").endswith(f"; try {hint}")
+        assert refusal("csv", path, "bdy").endswith(f"; try {hint}{tables._AS_TEXT}")
 
 
 def test_the_signature_names_the_files_and_the_options(tmp_path, monkeypatch):
