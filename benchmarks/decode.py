@@ -42,8 +42,8 @@ def contest(size: int, flags: Any) -> list[dict[str, Any]]:
     python = absolute(flags.peer_python)
     peers = [Contender(k, "peers", [*words, "--kind", v], python) for k, v in PEERS.items()]
     memory = Contender("memory alone", "ours", ["read", *words[1:], "--platform", flags.platform])
-    finished = take_turns([ours, *peers, memory], flags.turns)
-    tokens, limit = size * flags.new_tokens, finished[-1].median
+    finished = take_turns([ours, *peers, memory], flags.turns, flags.within)
+    tokens = size * flags.new_tokens
     return [
         {
             "batch": size,
@@ -52,7 +52,7 @@ def contest(size: int, flags: Any) -> list[dict[str, Any]]:
             "ms a call": 1e3 * c.median,
             "min–max": c.spread,
             "ours is faster": c.median / finished[0].median,
-            "share": f"{limit / c.median:.0%}",
+            "share": f"{memory.median / c.median:.0%}" if memory in finished else "",
             "first token: cold, s": c.about.get("first_cold_s"),
             "warm, ms": c.about.get("first_warm_ms"),
             "peak, MB": c.about["peak_MB"],

@@ -64,7 +64,7 @@ def contest(name: str, flags: Any, limits: dict[str, float]) -> list[dict[str, A
         kind, *more = PEERS[peer]
         python = absolute(flags.peer_python)
         contenders.append(Contender(peer, "peers", [*words, "--kind", kind, *more], python))
-    finished = take_turns(contenders, flags.turns)
+    finished = take_turns(contenders, flags.turns, flags.within)
     tokens = (flags.batch or shape.batch) * shape.time
     flops = shape.step_flops / shape.tokens * tokens
     return [

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,32 @@ def test_a_contest_from_command_to_table(tmp_path):
     header, line, *rows = result.stdout.split("\n\n")[0].splitlines()
     assert header.startswith("| tokens | loss | ms |") and line.startswith("| --: | :-- | --: |")
     assert len(rows) == 2 and found["about"]["jax"] in result.stdout
+
+
+def contender(tmp_path, name, ready, turn):
+    """A shell script that is ready after so many seconds, and takes so many for a turn."""
+    script = tmp_path / name
+    answer = f"sleep {turn}; echo '{{\"seconds\": {turn}}}'"
+    script.write_text(
+        f"#!/bin/sh\nsleep {ready}; echo '{{}}'\nwhile read line; do {answer}; done\n"
+        "echo '{\"peak_MB\": 1}'\n"
+    )
+    script.chmod(0o755)
+    return Contender(name, "none", python=str(script))
+
+
+def test_a_contest_ends_in_time_with_those_that_are_ready(tmp_path, capfd):
+    quick, slow = contender(tmp_path, "quick", 0, 0.2), contender(tmp_path, "slow", 60, 0)
+    started = time.monotonic()
+    assert take_turns([quick, slow], 500, within=1.0) == [quick]
+    assert time.monotonic() - started < 10
+    assert 1 <= len(quick.seconds) < 50 and quick.about == {"peak_MB": 1}
+    said = capfd.readouterr().err
+    assert "slow: left out" in said and "no time for more than" in said
+    with pytest.raises(SystemExit, match="slow could not start"):
+        take_turns([slow, quick], 1, within=0.2)
+    again = contender(tmp_path, "quick", 0, 0)
+    assert take_turns([again], 3) == [again] and len(again.seconds) == 3
 
 
 def test_a_contender_that_cannot_start(capfd):

@@ -8,6 +8,7 @@ peak memory of each is its own.
 import contextlib
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -52,12 +53,21 @@ class Contender:
         return f"{1e3 * min(self.seconds):.4g}–{1e3 * max(self.seconds):.4g}"
 
 
-def take_turns(contenders: Sequence[Contender], turns: int) -> list[Contender]:
+def take_turns(
+    contenders: Sequence[Contender], turns: int, within: float | None = None
+) -> list[Contender]:
     """Lets each do its work `turns` times in rotation, after one turn that does not count.
 
+    Args:
+        contenders: the first has to be able to start.
+        turns: that count.
+        within: seconds. Whoever is not ready by then is left out, and no turn begins later but the
+            first that counts.
+
     Returns:
-        Those that could start; why another could not is told on stderr. The first has to.
+        Those that could start; that another could not is told on stderr.
     """
+    ends = None if within is None else time.monotonic() + within
     running: list[subprocess.Popen[str]] = []
     able: list[tuple[Contender, subprocess.Popen[str]]] = []
     try:
@@ -71,7 +81,7 @@ def take_turns(contenders: Sequence[Contender], turns: int) -> list[Contender]:
                 env={**os.environ, "PYTHONPATH": str(ROOT), STARTED: str(time.time())},
             )
             running.append(process)
-            said = _hear(process)
+            said = _hear(process, ends)
             if said is not None:
                 contender.about |= said
                 able.append((contender, process))
@@ -79,8 +89,11 @@ def take_turns(contenders: Sequence[Contender], turns: int) -> list[Contender]:
             elif contender is contenders[0]:
                 raise SystemExit(f"{contender.name} could not start")
             else:
-                say(f"{contender.name}: left out, it could not start")
+                say(f"{contender.name}: left out, it could not start, or not in time")
         for turn in range(turns + 1):
+            if turn > 1 and ends is not None and time.monotonic() > ends:
+                say(f"no time for more than {turn - 1} of {turns} turns")
+                break
             for contender, process in able:
                 print("go", file=process.stdin, flush=True)
                 heard = _hear(process)
@@ -145,6 +158,9 @@ def _peak_megabytes() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def _hear(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    line = process.stdout.readline()
+def _hear(process: subprocess.Popen[str], ends: float | None = None) -> dict[str, Any] | None:
+    """The next line of what it says; None if it ends, or says nothing until then."""
+    left = None if ends is None else max(ends - time.monotonic(), 0)
+    heard, _, _ = select.select([process.stdout], [], [], left)
+    line = process.stdout.readline() if heard else ""
     return json.loads(line) if line else None

@@ -16,7 +16,7 @@ def parser(
     Args:
         doc: becomes the help.
         turns: the default of --turns; 0 for none.
-        peers: whether torch takes part.
+        peers: whether torch takes part; then there is --within too.
         dtype: whether both can be measured.
     """
     made = argparse.ArgumentParser(
@@ -31,6 +31,13 @@ def parser(
             metavar="PATH",
             help="the interpreter that has torch and transformers (default: this one; "
             "pip install -r requirements/bench.txt)",
+        )
+        made.add_argument(
+            "--within",
+            type=float,
+            metavar="S",
+            help="seconds for each contest: who is not ready by then is left out, and no further "
+            "turn begins (default: no limit)",
         )
     if dtype:
         made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
