@@ -192,7 +192,7 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
         run = open_run(directory)
         changes = _changes(run.config, config)
         if data.identity != run.data_identity:
-            said = [f"{name} {changes[name]}" for name in sorted(changes) if _is_source(name)]
+            said = [f"{name} {changes[name]}" for name in sorted(changes) if _decides_data(name)]
             if not said and data.identity["source"] != run.data_identity["source"]:
                 said = ["the text is not what it was when the run began"]
             why = ", ".join([*said, _difference(run.data_identity, data.identity)])
@@ -251,7 +251,7 @@ class WorkdirLock:
         self._file.close()
 
 
-def _is_source(field: str) -> bool:
+def _decides_data(field: str) -> bool:
     return field.startswith("data.") and field != "data.cache_dir"
 
 

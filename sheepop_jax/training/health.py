@@ -33,7 +33,7 @@ class Health:
         Raises:
             TrainingDiverged: `train.max_skipped_steps` updates in a row were skipped.
         """
-        # No more than is looked at: fetching a number takes the host as long as making a batch.
+        # No more than is looked at: each number that is fetched costs the loop time.
         loss = metrics.loss.item()
         if metrics.skipped.item():
             self._skipped_in_a_row += 1

@@ -74,7 +74,7 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
     whole = os.path.lexists(Path(spec).expanduser())
     found = Found()
     for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
-        if "://" in item:
+        if "://" in item and not whole:
             scheme, _, rest = item.partition("://")
             shown = f"{scheme}://…" if "@" in rest else item  # there may be a password
             hint = "downloading it and giving its path"

@@ -138,15 +138,15 @@ def open_sql(path: str, query: str, text_column: str) -> Sql:
         InputError: a package is missing, `path` names no such file or another kind of database, a
             URL holds a password, or `query` is empty.
     """
-    # Only whether they are there: hence F401. They are used where the rows are read.
+    # Used where the rows are read.
     try:
-        import sqlalchemy  # noqa: F401
+        import sqlalchemy  # noqa: F401  only whether it is there
     except ImportError:
         raise _missing("sqlalchemy") from None
     database = _parse(path)
     if not isinstance(database, Path):
         try:
-            import psycopg  # noqa: F401
+            import psycopg  # noqa: F401  only whether it is there
         except ImportError:
             raise _missing("psycopg") from None
     if not query.strip():

@@ -78,6 +78,13 @@ def test_a_directory_that_is_a_link_is_read(tmp_path):
     assert ids(tmp_path / "file") == ["file"]
 
 
+def test_what_looks_like_a_url_is_a_path_where_it_is_there(tmp_path):
+    write(tmp_path, "a:/b.txt")
+    assert ids(f"{tmp_path}/a://b.txt") == ["b.txt"]
+    with pytest.raises(InputError, match="by URL only tables are read"):
+        ids(f"{tmp_path}/a://c.txt")
+
+
 def test_globs_and_lists_of_paths(tmp_path):
     write(tmp_path, "a.log", "b.log", "d/c.log", "venv/d.log", "e/pyvenv.cfg", "e/lib/x.log")
     write(tmp_path, ".h/x.log", "d/.x.log", "x, y.txt", "q?[1].txt", "qa1.txt", "venv/own.txt")
