@@ -93,6 +93,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     boxed = jax.eval_shape(lambda: init_params(model, 0))
     shardings = state_shardings(boxed, jax.eval_shape(new), mesh)
     state = jit_init(new, shardings)()
+    del new  # and so its program, which the trainer does not keep either
     batches = []
     for seed in range(4):
         ids = np.random.default_rng(seed).integers(
