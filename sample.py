@@ -4,22 +4,18 @@ import argparse
 import io
 import json
 import logging
-import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 from sheepop_jax.cli import (
     DTYPE_HELP,
-    DTYPES,
-    EXIT_INTERRUPTED,
     PLATFORM_HELP,
-    PLATFORMS,
     Parser,
     checked_step,
     command,
+    leave_on_interrupt,
 )
+from sheepop_jax.config import DTYPES, PLATFORMS
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.request import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -217,24 +213,6 @@ def main(argv: list[str]) -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
     with command(flags.debug):
         sample(flags)
-
-
-def leave_on_interrupt() -> None:
-    """Makes Ctrl-C end the program at once with 130, also while XLA compiles or decodes.
-
-    A Python signal handler waits until compiled code returns; a thread on the wake-up descriptor
-    does not. There is nothing to save.
-    """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end)
-
-    def wait() -> None:
-        while os.read(read_end, 1) != bytes([signal.SIGINT]):
-            pass
-        os._exit(EXIT_INTERRUPTED)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -119,8 +119,14 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     rows = (train.grad_accum_steps, train.batch_size, config.data.seq_len), batch_sharding(mesh, 1)
     kinds = (np.int32, np.int32, np.float32)
     batch = Batch(*(jax.ShapeDtypeStruct(rows[0], kind, sharding=rows[1]) for kind in kinds))
-    options = config.seed, config.optimizer.max_grad_zscore, chunk_elements(platform)
-    step = make_train_step(model, optimizer, schedule, *options)
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        config.seed,
+        max_grad_zscore=config.optimizer.max_grad_zscore,
+        chunk_elements=chunk_elements(platform),
+    )
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = jit_step(step, places, mesh, m.remat).lower(state, batch).compile()

@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     c.train.num_epochs = 0  # passes over the training split; 0 = by num_steps
     c.train.batch_size = 8  # B, sequences in one microbatch, over all devices
     c.train.grad_accum_steps = 16  # A, microbatches in one update
-    c.train.dtype = "auto"  # of activations: auto (bfloat16 on GPU and TPU) | float32 | bfloat16
+    c.train.dtype = "auto"  # of activations: auto (by the device) | float32 | bfloat16
     c.train.log_every = 10  # updates between lines of metrics
     c.train.eval_every = 500  # updates between evaluations; 0 = only at the end
     c.train.eval_batches = 0  # held-out batches in one evaluation; 0 = the whole split
@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.save_every = 500
     c.checkpoint.keep = 2  # latest checkpoints kept; the best by validation loss always is
 
-    c.mesh = ConfigDict()  # devices = data x fsdp x tensor; one may be -1, the rest
+    c.mesh = ConfigDict()  # devices = data x fsdp x tensor; one may be -1: what is left
     c.mesh.data = -1  # copies of the model, each with its share of the batch
     c.mesh.fsdp = 1  # shards of parameters and optimizer state, each with its share of the batch
     c.mesh.tensor = 1  # shards of heads, feed-forward and vocabulary

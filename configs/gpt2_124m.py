@@ -1,4 +1,4 @@
-"""A model of GPT-2's size: 12 layers of 768, context 1024. For one GPU of 40 GB or more."""
+"""A model of GPT-2's size: 12 layers of 768, context 1024. For one GPU of 24 GB or more."""
 
 from ml_collections import ConfigDict
 
@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
 
     c.train.num_steps = 10_000
     c.train.batch_size = 32
-    c.train.grad_accum_steps = 16
     c.train.eval_batches = 50
 
     c.checkpoint.save_every = 1000

@@ -12,7 +12,6 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     """The model of quickstart."""
     c = quickstart.get_config()
-    c.data.source = "auto"
     c.data.mixture.code = ConfigDict({"weight": 0.9, "source": "stdlib"})
     c.data.mixture.prose = ConfigDict({"weight": 0.1, "path": "README.md,DESIGN.md,docs/"})
     return c

@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     c.optimizer.final_lr_fraction = 0.0
 
     c.train.num_steps = 1200
-    c.train.batch_size = 8
     c.train.grad_accum_steps = 1
     c.train.log_every = 20
     c.train.eval_every = 400

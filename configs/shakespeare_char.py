@@ -34,7 +34,4 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 12
     c.train.grad_accum_steps = 1
     c.train.log_every = 50
-    c.train.eval_every = 500
-
-    c.checkpoint.save_every = 500
     return c

@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     c.optimizer.final_lr_fraction = 0.0
 
     c.train.num_steps = 320
-    c.train.batch_size = 12
     c.train.eval_every = 0  # only at the end
     c.train.sample_tokens = 0
     c.checkpoint.save_every = 0

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from sheepop_jax import commands
-from sheepop_jax.cli import DTYPE_HELP, DTYPES, PLATFORM_HELP, PLATFORMS, Parser, command
+from sheepop_jax.cli import DTYPE_HELP, PLATFORM_HELP, Parser, command, leave_on_interrupt
+from sheepop_jax.config import DTYPES, PLATFORMS
 
 EPILOG = """\
 examples:
@@ -164,4 +165,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] != ["data"]:  # which has processes of its own to end
+        leave_on_interrupt()
     sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,9 @@ import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,10 +18,10 @@ from sheepop_jax.errors import InputError, RunFailed
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 PLATFORM_HELP = "where to run (default auto: the GPU or TPU that is here, or the CPU)"
-DTYPES = ("auto", "float32", "bfloat16")
-DTYPE_HELP = "of activations (default auto: float32 on a CPU, bfloat16 elsewhere)"
+DTYPE_HELP = (
+    "of activations (default auto: bfloat16 on TPUs and on GPUs from Ampere on, else float32)"
+)
 _KINDS = {bool: "True or False", int: "a whole number, in digits", float: "a number"}
 MAX_STEP_DIGITS = 18  # Python refuses to read numbers of thousands
 
@@ -68,7 +70,7 @@ def checked_step(step: str) -> str | int:
 
 @contextlib.contextmanager
 def command(debug: bool) -> Iterator[None]:
-    """Sets up logs on stderr, and turns what a user can mend into one line and an exit code.
+    """Sets up logs on stderr, and turns what a user can fix into one line and an exit code.
 
     With `debug` tracebacks are shown and logs are full.
     """
@@ -89,39 +91,51 @@ def command(debug: bool) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # at exit, a closed pipe would be Python's own message and code
-    except InputError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
     except BrokenPipeError:
         # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (RunFailed, OSError) as error:
+    except (InputError, RunFailed, OSError, MemoryError, ModuleNotFoundError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    except MemoryError as error:
-        if debug:
-            raise
-        print(f"error: out of memory ({error}); try smaller numbers", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    except ModuleNotFoundError as error:
-        if debug:
-            raise
-        print(
-            f"error: the Python package {error.name} is missing here; try ./setup.sh, and then "
-            "run this with .venv/bin/python",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_BAD_INPUT)
+        print(f"error: {_explained(error)}", file=sys.stderr)
+        bad_input = isinstance(error, InputError | ModuleNotFoundError)
+        sys.exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:  # whoever called us in a process of their own has logs of their own
         root.handlers[:] = before
         root.setLevel(level)
+
+
+def _explained(error: Exception) -> str:
+    match error:
+        case MemoryError():
+            return f"out of memory ({error}); try smaller numbers"
+        case ModuleNotFoundError():
+            return (
+                f"the Python package {error.name} is missing here; try ./setup.sh, and then run "
+                "this with .venv/bin/python"
+            )
+    return str(error)
+
+
+def leave_on_interrupt() -> None:
+    """Makes Ctrl-C end the program at once with 130, also while XLA compiles or decodes.
+
+    For programs that have nothing to save. A Python signal handler waits until compiled code
+    returns; a thread on the wake-up descriptor does not.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+
+    def wait() -> None:
+        while os.read(read_end, 1) != bytes([signal.SIGINT]):
+            pass
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def load_config(path: str, overrides: list[str]) -> Config:

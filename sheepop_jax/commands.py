@@ -51,9 +51,9 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
     Raises:
         InputError: a flag or the configuration is wrong, or does not fit the mesh.
     """
-    for name, low in (("devices", 1), ("vocab_size", 1)):
+    for name in ("devices", "vocab_size"):
         value = getattr(flags, name)
-        if value is not None and not low <= value < 2**31:
+        if value is not None and not 1 <= value < 2**31:
             raise InputError(f"--{name}", value, "at least 1 and below 2**31")
     if not 0 < flags.peak_share <= 1:
         raise InputError("--peak_share", flags.peak_share, "a number in (0, 1]")
@@ -110,7 +110,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
     machine = runtime.prepare(flags.platform)
     from sheepop_jax.data.batches import Layout
-    from sheepop_jax.data.shards import TokenStream, encode_text
+    from sheepop_jax.data.stream import TokenStream, encode_text
     from sheepop_jax.evaluation import compression_figures, evaluate_stream
     from sheepop_jax.generation.request import resolve_context
     from sheepop_jax.run import open_run

@@ -16,6 +16,8 @@ from sheepop_jax.rules import Section
 
 _T = TypeVar("_T")
 
+PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+DTYPES = ("auto", "float32", "bfloat16")
 HUGE_INT = 10**300  # further than any float field goes
 
 
@@ -129,8 +131,8 @@ class TrainConfig(Section):
     prefix = "train."
 
     def __post_init__(self) -> None:
-        self.one_of("platform", "auto", "cpu", "cuda", "tpu")
-        self.one_of("dtype", "auto", "float32", "bfloat16")
+        self.one_of("platform", *PLATFORMS)
+        self.one_of("dtype", *DTYPES)
         self.count(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
         self.count(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
         self.count(0, "profile_steps")

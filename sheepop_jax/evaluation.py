@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.batches import EvaluationBatches, Layout
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.model.partitioning import summed_over
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.training.loss import EvaluationSums, chunk_length, evaluation_sums

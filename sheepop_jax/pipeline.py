@@ -19,12 +19,14 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import evaluate_stream
 from sheepop_jax.generation.decode import generate
 from sheepop_jax.generation.request import SamplingConfig
+from sheepop_jax.malloc import settle_memory
 from sheepop_jax.model.attention import choose_implementation
 from sheepop_jax.model.partitioning import check_mesh, global_batch, make_mesh, own_rows
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.run import WorkdirLock, check_run, create_run
-from sheepop_jax.runtime import Runtime, settle_memory
+from sheepop_jax.runtime import Runtime
 from sheepop_jax.training.loss import chunk_elements
+from sheepop_jax.training.memory import explain
 from sheepop_jax.training.plan import Plan, make_plan
 from sheepop_jax.training.plan_report import summary
 from sheepop_jax.training.stop import StopSignal
@@ -53,6 +55,8 @@ def train(
 
     Raises:
         InputError: the configuration does not fit the machine, the data or the run in `workdir`.
+        OutOfMemory: the device has not enough.
+        RunFailed: a step failed that several processes made together; and as `trainer.fit`.
         StopRequested: a signal came, and what was done is saved.
     """
     stop = StopSignal() if stop is None else stop
@@ -127,7 +131,12 @@ def train(
             chunk_elements=chunk_elements(machine.platform),
             on_compiled=settle_memory,
         )
-        result = fit(job, stop)
+        try:
+            result = fit(job, stop)
+        except jax.errors.JaxRuntimeError as error:
+            if explained := explain(error, plan.memory) or processes.explain(error):
+                raise explained from error
+            raise
         if result:
             log.info(
                 "held-out text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
@@ -146,7 +155,7 @@ def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transforme
         dtype,
         config.model.head_dim,
         config.model.attention_dropout,
-        flash_attention=machine.flash_attention,
+        flash_attention=machine.ampere,
     )
     implementation = choose(document_mask=config.data.document_mask)
     if implementation != choose():

@@ -4,8 +4,6 @@ The one place that knows the platform. `prepare` comes before the first computat
 itself, after the environment is set.
 """
 
-import contextlib
-import ctypes
 import logging
 import os
 import shutil
@@ -15,16 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sheepop_jax import processes
+from sheepop_jax import malloc, processes
 from sheepop_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-FLOPS_A_BYTE = 400.0  # of a step's temporaries: from here on clearing them is under a seventh of it
-
-# By a part of jax's `device_kind`: dense bf16 matrix peak of one device, FLOP/s, and its memory,
-# bytes: the makers' figures. A device is what jax counts as one, so for TPU v2 and v3 half a chip.
-# The first match counts, so that longer names stand first.
+# By a part of jax's `device_kind`: one device's matrix peak, FLOP/s, and its memory, bytes: the
+# makers' figures. The peak is of dense bf16, or of fp32 where bf16 has no units. A device is what
+# jax counts as one, so for TPU v2 and v3 half a chip. The first match counts: longer names first.
 DEVICES = (
     ("H200", 989e12, 141e9),
     ("H100", 989e12, 80e9),
@@ -35,8 +31,8 @@ DEVICES = (
     ("A10G", 70e12, 24e9),
     ("L40S", 362e12, 48e9),
     ("L4", 121e12, 24e9),
-    ("V100", 125e12, 16e9),
-    ("T4", 65e12, 16e9),
+    ("V100", 15.7e12, 16e9),
+    ("T4", 8.1e12, 16e9),
     ("RTX 4090", 165e12, 24e9),
     ("RTX 3090", 71e12, 24e9),
     ("TPU v6", 918e12, 32e9),
@@ -48,7 +44,8 @@ DEVICES = (
     ("TPU v2", 22.5e12, 8e9),
 )
 
-# Of those, NVIDIA's from before Ampere, for which cuDNN has no flash attention.
+# Of those, NVIDIA's from before Ampere. XLA computes bf16 there by way of fp32, and cuDNN has no
+# flash attention for them.
 BEFORE_AMPERE = ("V100", "T4")
 _AMPERE = 8.0  # compute capability
 
@@ -61,9 +58,10 @@ class Runtime:
         platform: "cpu", "cuda" or "tpu".
         device_kind: the maker's name of a device.
         device_count: devices over all processes.
-        peak_flops: bf16 peak of all devices together, FLOP/s; 0 where unknown.
+        peak_flops: matrix peak of all devices together, FLOP/s, as in `DEVICES`; 0 where unknown.
         device_memory: bytes of one device; 0 where unknown.
-        flash_attention: on "cuda", whether cuDNN has it for the device.
+        ampere: on "cuda", whether the device is of that generation or later, hence has units for
+            bf16 and cuDNN's flash attention.
     """
 
     platform: str
@@ -71,7 +69,7 @@ class Runtime:
     device_count: int
     peak_flops: float
     device_memory: float = 0.0
-    flash_attention: bool = True
+    ampere: bool = True
 
     def with_devices(self, count: int) -> "Runtime":
         """The same kind of machine with so many devices."""
@@ -79,15 +77,24 @@ class Runtime:
         return replace(self, device_count=count, peak_flops=peak_flops)
 
     def compute_dtype(self, name: str) -> Any:
-        """The activations' dtype for `train.dtype`: "auto" is bf16 on GPU and TPU, fp32 on CPU."""
+        """The activations' dtype for `train.dtype`.
+
+        "auto" is bf16 on TPUs and on GPUs from Ampere on, and fp32 on other GPUs and the CPU.
+        """
         import jax.numpy as jnp
 
         if name == "auto":
-            name = "float32" if self.platform == "cpu" else "bfloat16"
-        if self.platform == "cpu" and name == "bfloat16":
+            name = "bfloat16" if self.platform != "cpu" and self.ampere else "float32"
+        if name == "bfloat16" and self.platform == "cpu":
             log.info(
                 "bfloat16 on a CPU: no faster than float32 unless it writes several texts at once "
                 "(BENCHMARKS.md)"
+            )
+        elif name == "bfloat16" and not self.ampere:
+            log.info(
+                "bfloat16 on a %s: less memory, but no faster than float32, by way of which it is "
+                "computed there",
+                self.device_kind,
             )
         return jnp.dtype(name)
 
@@ -105,7 +112,7 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
         RuntimeError: this version of jax computes wrong numbers on this machine.
     """
     _set_xla_flags()
-    _keep_freed_memory()
+    malloc.keep_freed_memory()
     import jax
 
     if platform != "auto":
@@ -133,8 +140,8 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
         check_numbers()
     count = jax.device_count()
     peak, memory = known_figures(device.device_kind)
-    flash = found != "cuda" or float(device.compute_capability) >= _AMPERE
-    runtime = Runtime(found, device.device_kind, count, peak * count, memory, flash)
+    ampere = found != "cuda" or float(device.compute_capability) >= _AMPERE
+    runtime = Runtime(found, device.device_kind, count, peak * count, memory, ampere)
     of = f", process 0 of {processes.count()}" if processes.count() > 1 else ""
     log.info("jax %s on %d x %s (%s%s)", jax.__version__, count, device.device_kind, found, of)
     return runtime
@@ -159,8 +166,8 @@ def imagine(device_kind: str, count: int) -> Runtime:
         names = ", ".join(name for name, _, _ in DEVICES)
         raise InputError("--device", device_kind, f"cpu or one of {names}")
     platform = "cpu" if not peak else "tpu" if "TPU" in device_kind else "cuda"
-    flash = device_kind not in BEFORE_AMPERE
-    return Runtime(platform, device_kind, count, peak * count, memory, flash)
+    ampere = device_kind not in BEFORE_AMPERE
+    return Runtime(platform, device_kind, count, peak * count, memory, ampere)
 
 
 # The autotuner compiles every fusion a second time, by Triton, to see which is faster. Where a
@@ -227,46 +234,6 @@ def _set_xla_flags() -> None:
     ours = [flag for flag in xla_flags(version("jaxlib")) if flag.split("=")[0] not in users]
     if ours:  # the user's own values win
         os.environ["XLA_FLAGS"] = " ".join([users, *ours]).strip()
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc's malloc to keep what is freed, for the next training step to use.
-
-    XLA's CPU backend allocates its temporaries anew for each execution. By default glibc maps and
-    unmaps such large blocks, and the kernel clears every page again: a third to a half of the time
-    of a small training step. Elsewhere than on glibc, nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    # The numbers of malloc.h: M_TRIM_THRESHOLD (never give back), M_TOP_PAD (grow by 64 MB),
-    # M_MMAP_MAX (no block of its own mapping), M_ARENA_MAX (one heap: others cannot hold large
-    # blocks). Before jax starts its threads, which would each take a heap of their own.
-    for parameter, value in ((-1, -1), (-2, 1 << 26), (-4, 0), (-8, 1)):
-        mallopt(parameter, value)
-
-
-def settle_memory(flops: float, temporaries: int) -> None:
-    """Gives freed memory back again where keeping it gains little; told once a step is compiled.
-
-    A heap that keeps all takes up to twice a step's temporaries, since what is freed lies in
-    pieces. Clearing pages costs about 0.4 ns a byte, so for a step of many FLOPs a byte memory is
-    worth more than time.
-
-    Args:
-        flops: of one step.
-        temporaries: bytes that its program allocates each time.
-    """
-    if flops < FLOPS_A_BYTE * temporaries:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        # M_MMAP_MAX as it was, M_MMAP_THRESHOLD at the most that it takes: large blocks are mapped
-        # on their own from now on. What compiling has left goes back at once.
-        for parameter, value in ((-4, 1 << 16), (-3, 1 << 25)):
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
 
 
 def _use_compile_cache(jax: Any) -> None:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "sheepop_jax"
 
 LIBRARY = {
-    "config", "data", "evaluation", "generation", "model", "processes", "run", "runtime",
+    "config", "data", "evaluation", "generation", "malloc", "model", "processes", "run", "runtime",
     "training",
 }  # fmt: skip  # a list of words
 
@@ -23,7 +23,8 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.data_config": {"rules"},
     "sheepop_jax.config": {"data_config", "rules"},
     "sheepop_jax.processes": set(),
-    "sheepop_jax.runtime": {"processes"},
+    "sheepop_jax.malloc": set(),
+    "sheepop_jax.runtime": {"malloc", "processes"},
     "sheepop_jax.data": {"data", "data_config"},
     "sheepop_jax.model": {"config", "model"},
     "sheepop_jax.training": {"config", "data", "faults", "model", "processes", "training"},
@@ -33,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.pipeline": LIBRARY,
     "sheepop_jax.cli": {"config"},
     "sheepop_jax.commands": LIBRARY | {"cli", "pipeline"},
-    "sheepop_jax.__main__": {"cli", "commands"},
+    "sheepop_jax.__main__": {"cli", "commands", "config"},
     "train": LIBRARY | {"cli", "pipeline"},
     "sample": LIBRARY | {"cli", "pipeline"},
     "configs": set(),

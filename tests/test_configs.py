@@ -1,6 +1,8 @@
 """Every shipped configuration: valid, and good for one train step, without running it."""
 
+import ast
 import importlib
+import inspect
 from pathlib import Path
 
 import jax
@@ -23,6 +25,24 @@ def load(name):
 def test_the_promised_configurations_are_there():
     promised = "base quickstart shakespeare_char wikitext103 gpt2_124m mixture tinystories"
     assert set(promised.split()) | {"openwebtext", "fineweb_edu"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
+def test_every_line_is_a_difference(name):
+    """Each `c.section.field = value` changes what the configuration begins with."""
+    module = importlib.import_module(f"configs.{name}")
+    (parent,) = [value for value in vars(module).values() if inspect.ismodule(value)]
+    before = parent.get_config().to_dict()
+    lines = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if assigns(node)]
+    assert lines
+    for line in lines:
+        _, section, field = ast.unparse(line.targets[0]).split(".", 2)
+        after = module.get_config().to_dict()[section]
+        assert before[section].get(field, ...) != after.get(field), ast.unparse(line)
+
+
+def assigns(node):
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute)
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])

@@ -9,7 +9,7 @@ import pytest
 from sheepop_jax import evaluation
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.batches import Layout
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.evaluation import compression_figures, evaluate, evaluate_stream
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.loss import EvaluationSums

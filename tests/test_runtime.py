@@ -120,32 +120,35 @@ except InputError as error:
 def test_dtypes_by_platform(caplog):
     cpu = runtime.Runtime("cpu", "cpu", 1, 0.0)
     gpu = runtime.Runtime("cuda", "H100", 1, 989e12)
+    old = runtime.imagine("T4", 1)
     names = ("auto", "float32", "bfloat16")
     assert [cpu.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
     assert [gpu.compute_dtype(name).name for name in names] == ["bfloat16", "float32", "bfloat16"]
+    assert [old.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
     caplog.clear()
     with caplog.at_level("INFO"):
-        for machine in (cpu, gpu):
+        for machine in (cpu, gpu, old):
             assert all(machine.compute_dtype(name) for name in names)
-    (said,) = caplog.messages  # by the CPU, once
-    assert "bfloat16 on a CPU: no faster than float32" in said
+    by_cpu, by_old = caplog.messages  # once by each for which it is no good choice
+    assert "bfloat16 on a CPU: no faster than float32" in by_cpu
+    assert "bfloat16 on a T4: less memory, but no faster than float32" in by_old
 
 
 @pytest.mark.parametrize(
     ("platform", "capability", "has"),
     [("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "12.0", True), ("tpu", None, True)],
 )
-def test_flash_attention_by_compute_capability(monkeypatch, platform, capability, has):
+def test_the_generation_by_compute_capability(monkeypatch, platform, capability, has):
     device = SimpleNamespace(platform=platform, device_kind="a card")
     if capability:
         device.compute_capability = capability
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert runtime.prepare().flash_attention is has
+    assert runtime.prepare().ampere is has
 
 
-def test_flash_attention_of_cards_that_are_not_here():
+def test_the_generation_of_cards_that_are_not_here():
     kinds = [name for name, _, _ in runtime.DEVICES]
-    without = [kind for kind in kinds if not runtime.imagine(kind, 1).flash_attention]
+    without = [kind for kind in kinds if not runtime.imagine(kind, 1).ampere]
     assert without == ["V100", "T4"]
 
 
@@ -165,28 +168,3 @@ print(runtime.prepare("auto").platform)
     assert "THIS MACHINE HAS AN NVIDIA CARD THAT JAX CANNOT USE" in result.stdout
     named = run_fresh(code.replace('"auto"', '"cpu"'), PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "NVIDIA" not in named.stdout
-
-
-@pytest.mark.parametrize(("flops", "settled"), [(399.0, False), (400.0, True)])
-def test_freed_memory_is_given_back_where_steps_are_long_for_their_memory(
-    monkeypatch, flops, settled
-):
-    calls = []
-
-    class Library:
-        def __init__(self, name):
-            self.mallopt = lambda parameter, value: calls.append((parameter, value))
-            self.malloc_trim = lambda keep: calls.append(keep)
-
-    monkeypatch.setattr(runtime.ctypes, "CDLL", Library)
-    runtime.settle_memory(1e6 * flops, 1_000_000)
-    assert calls == ([(-4, 1 << 16), (-3, 1 << 25), 0] if settled else [])
-
-
-@pytest.mark.parametrize("error", [OSError, AttributeError])
-def test_memory_is_left_alone_without_glibc(monkeypatch, error):
-    def missing(name):
-        raise error
-
-    monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
-    runtime.settle_memory(1e12, 1)

@@ -125,8 +125,8 @@ def test_debug_shows_the_traceback() -> None:
 
 
 LONG = """
-import sample
-sample.leave_on_interrupt()
+from sheepop_jax import cli
+cli.leave_on_interrupt()
 import jax
 
 def count(carry):

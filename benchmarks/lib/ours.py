@@ -13,6 +13,7 @@ from benchmarks.lib.contest import first_tokens, serve
 from benchmarks.lib.shapes import SHAPES, Shape
 from sheepop_jax import runtime
 from sheepop_jax.config import ModelConfig, OptimizerConfig
+from sheepop_jax.malloc import settle_memory
 
 SIZES = [field.name for field in dataclasses.fields(Shape)]
 Work = tuple[Callable[[], Any], dict[str, Any]]
@@ -115,7 +116,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
         return float(metrics.loss)
 
     memory = step.memory_analysis()
-    runtime.settle_memory(shape.step_flops, memory.temp_size_in_bytes)  # as the pipeline does
+    settle_memory(shape.step_flops, memory.temp_size_in_bytes)  # as the pipeline does
     return work, {
         "compile_s": round(compile_seconds, 1),
         "temporaries_MB": round(memory.temp_size_in_bytes / 1e6),

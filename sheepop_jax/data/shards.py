@@ -14,12 +14,10 @@ import numpy as np
 from sheepop_jax.data.encode import SIDES, dtype_of
 from sheepop_jax.data.split import Split
 from sheepop_jax.data.spool import Spool
-from sheepop_jax.data.stream import TokenFile, TokenStream, damaged, encode_text
+from sheepop_jax.data.stream import TokenFile, TokenStream, damaged
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.data.windows import realised_shares
 from sheepop_jax.errors import InputError
-
-__all__ = ["PreparedData", "TokenStream", "encode_text", "open_shards", "verify_shards"]
 
 FORMAT = 2  # raised whenever the same text would give other files
 _HASH_BYTES = 2**30  # so much is hashed each time that shards are opened: 1 s at most

@@ -155,7 +155,7 @@ class Tokenizer:
         return cls.from_json(content, name)
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, length: int | None = None) -> Tokenizer:
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE with GPT-2's pre-tokenizer; end-of-text is id 0, the bytes follow.
 
     The same texts in the same order give the same tokenizer. Every byte is a token, so any text
@@ -164,7 +164,6 @@ def train_bpe(texts: Iterator[str], vocab_size: int, length: int | None = None) 
     Args:
         texts: the training texts; read once.
         vocab_size: at most this many tokens, at least 257; fewer where no pair repeats.
-        length: how many texts there are, if known.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -177,7 +176,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, length: int | None = None) 
         show_progress=False,
     )
     pieces = (piece for text in texts for piece in split_text([text]))
-    inner.train_from_iterator(pieces, trainer, length=length)
+    inner.train_from_iterator(pieces, trainer)
     return Tokenizer(inner)
 
 

@@ -37,9 +37,7 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         InputError: the sizes do not multiply to the number of devices.
     """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    known = 1
-    for size in sizes.values():
-        known *= max(size, 1)
+    known = math.prod(max(size, 1) for size in sizes.values())
     rest = [name for name, size in sizes.items() if size == -1]
     if devices % known or (not rest and known != devices):
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())

@@ -1,6 +1,5 @@
 """The update rule: clip by global norm, AdamW or Muon, decay on matrices, a schedule by update."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -115,10 +114,11 @@ def make_optimizer(
             direction = optax.chain(muon, optax.scale(-1.0))  # undo the sign of a descent step
         case _:
             raise ValueError(f"unknown optimizer {config.name!r}")
-    clip = config.max_grad_norm or math.inf
     return optax.chain(
         remember_norms(),  # first: `is_outlier` finds it there
-        optax.clip_by_global_norm(clip) if math.isfinite(clip) else optax.identity(),
+        optax.clip_by_global_norm(config.max_grad_norm)
+        if config.max_grad_norm
+        else optax.identity(),
         direction,
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),

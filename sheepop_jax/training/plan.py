@@ -1,5 +1,6 @@
 """What a run will need, before anything is compiled: memory, FLOPs, time, what to change."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -59,10 +60,7 @@ class Plan:
     @property
     def devices(self) -> int:
         """Of the mesh."""
-        count = 1
-        for size in self.mesh.values():
-            count *= size
-        return count
+        return math.prod(self.mesh.values())
 
     @property
     def fits(self) -> bool | None:

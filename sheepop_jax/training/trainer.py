@@ -23,7 +23,6 @@ from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.health import Health
 from sheepop_jax.training.loss import CHUNK_ELEMENTS
-from sheepop_jax.training.memory import abstract_state, estimate_memory, explain
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.profile import Profile
@@ -80,25 +79,15 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
         StopRequested: a signal came; what was done is saved.
         TrainingDiverged: `train.max_skipped_steps` updates in a row were skipped.
         SaveFailed: a checkpoint could not be written.
-        OutOfMemory: the device has not enough.
-        RunFailed: a step failed that several processes made together.
+        JaxRuntimeError: a step failed: no memory left, or another process gone.
         InputError: every checkpoint is damaged.
     """
     with jax.set_mesh(job.mesh):
+        loop = _Loop(job, stop)
         try:
-            loop = _Loop(job, stop)
-            try:
-                return loop.run()
-            finally:
-                loop.close()
-        except jax.errors.JaxRuntimeError as error:
-            shapes = abstract_state(job.config, job.model)
-            backend = jax.default_backend()
-            platform = {"gpu": "cuda"}.get(backend, backend)
-            estimate = estimate_memory(job.config, job.model, job.mesh, platform, shapes)
-            if explained := explain(error, estimate) or processes.explain(error):
-                raise explained from error
-            raise
+            return loop.run()
+        finally:
+            loop.close()
 
 
 class _Loop:
@@ -195,8 +184,14 @@ class _Loop:
 
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
         job, config = self.job, self.job.config
-        options = config.seed, config.optimizer.max_grad_zscore, job.chunk_elements
-        step = make_train_step(job.model, self.optimizer, self.schedule, *options)
+        step = make_train_step(
+            job.model,
+            self.optimizer,
+            self.schedule,
+            config.seed,
+            max_grad_zscore=config.optimizer.max_grad_zscore,
+            chunk_elements=job.chunk_elements,
+        )
         log.info("compiling the train step")
         started = time.perf_counter()
         jitted = jit_step(step, self.shardings, job.mesh, config.model.remat)

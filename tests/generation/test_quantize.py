@@ -13,7 +13,7 @@ import pytest
 
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.batches import Layout
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.evaluation import evaluate_stream
 from sheepop_jax.generation.decode import NO_END, decode, generate
 from sheepop_jax.generation.layout import build_request

@@ -10,7 +10,7 @@ import pytest
 
 from sheepop_jax.config import MeshConfig
 from sheepop_jax.data.batches import Layout, TrainBatches
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.generation.decode import NO_END, generate
 from sheepop_jax.generation.request import SamplingConfig
 from sheepop_jax.model.partitioning import (

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.errors import InputError
 from sheepop_jax.run import open_run
 from sheepop_jax.runtime import Runtime
+from sheepop_jax.training.memory import OutOfMemory
 from sheepop_jax.training.stop import StopRequested, StopSignal
 
 MACHINE = Runtime("cpu", "cpu", 8, 123.0)
@@ -272,3 +274,27 @@ def test_a_sample_prompt_that_fills_the_context_is_refused(plan):
     with pytest.raises(InputError, match=r"train.sample_prompt: got '30 tokens'.*sample_tokens=0"):
         plan(prompt)
     assert plan({**prompt, "train.sample_tokens": 0})[0].sample is None
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", True),
+        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+        ("INVALID_ARGUMENT: shapes differ", False),
+    ],
+)
+def test_a_full_device_is_a_line_that_says_what_to_do(plan, monkeypatch, said, meant):
+    plan()  # so that the fixture's settings are known to be good
+
+    def full(job, stop):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(pipeline, "fit", full)
+    with pytest.raises(OutOfMemory if meant else jax.errors.JaxRuntimeError) as error:
+        plan()
+    if meant:
+        line = str(error.value)
+        for words in ("MB of activations", "train.batch_size", "model.remat", "mesh.fsdp"):
+            assert words in line
+        assert "\n" not in line

@@ -12,14 +12,12 @@ import pytest
 from sheepop_jax import processes
 from sheepop_jax.config import MeshConfig
 from sheepop_jax.data.batches import Layout, TrainBatches
-from sheepop_jax.data.shards import TokenStream
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training import trainer
 from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints
 from sheepop_jax.training.health import TrainingDiverged
-from sheepop_jax.training.memory import OutOfMemory
 from sheepop_jax.training.metrics import read_metrics
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
@@ -376,25 +374,3 @@ def test_the_clock_stands_still_when_stopped(monkeypatch):
     assert values["flops_per_second"] == 12.0
     assert values["peak_share"] == 0.12
     assert json.dumps(values)
-
-
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", True),
-        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
-        ("INVALID_ARGUMENT: shapes differ", False),
-    ],
-)
-def test_a_full_device_is_a_line_that_says_what_to_do(make_job, monkeypatch, said, meant):
-    def full(loop):
-        raise jax.errors.JaxRuntimeError(said)
-
-    monkeypatch.setattr(trainer._Loop, "run", full)
-    with pytest.raises(OutOfMemory if meant else jax.errors.JaxRuntimeError) as error:
-        fit(make_job(), StopSignal())
-    if meant:
-        line = str(error.value)
-        for words in ("MB of activations", "train.batch_size", "model.remat", "mesh.fsdp"):
-            assert words in line
-        assert "\n" not in line
