@@ -25,7 +25,7 @@ from sheepop_jax.training.plan import Plan, make_plan
 ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = "configs/gpt2_124m.py"
-PEAK_SHARE = 0.4  # while a device computes
+MFU = 0.4  # while a device computes
 # Bytes a second that a device can send: half of a bidirectional figure.
 LINKS = {"NVLink": 450e9, "InfiniBand": 50e9, "ICI": 300e9}
 NODE = 8  # H100s that NVLink joins
@@ -83,7 +83,7 @@ class Figures(NamedTuple):
 
     Attributes:
         plan: of the run.
-        compute: seconds of arithmetic in an update, at `PEAK_SHARE`.
+        compute: seconds of arithmetic in an update, at `MFU`.
         traffic: mesh axis → seconds.
         batch: windows in an update at which the arithmetic takes as long as the traffic that does
             not grow with them.
@@ -122,7 +122,7 @@ def figures(row: Row) -> Figures:
         device_memory=machine.device_memory,
         peak_flops=machine.peak_flops,
     )
-    compute = plan.flops / (PEAK_SHARE * plan.peak_flops)
+    compute = plan.flops / (MFU * plan.peak_flops)
     traffic = {axis: sent / LINKS[link(row, axis)] for axis, sent in plan.sent.items()}
     hidden = row.batch * (traffic["data"] + traffic["fsdp"]) / compute
     return Figures(plan, compute, traffic, hidden)
@@ -142,7 +142,7 @@ def main_table() -> str:
             f"| {row.model} | {row.devices} {row.device} | {mesh} | {plan.tokens / 1e6:.2f} M |"
             f" {plan.memory.total / 1e9:.1f} of {plan.device_memory / 1e9:.0f} |"
             f" {'yes' if plan.fits else 'no'} | {plan.flops:.2e} |"
-            f" {plan.seconds(PEAK_SHARE):.2f} |"
+            f" {plan.seconds(MFU):.2f} |"
         )
     return "\n".join(lines)
 
@@ -160,8 +160,8 @@ def traffic_table() -> str:
         seconds = ", ".join(f"{value:.2f}" for value in found.traffic.values())
         tensor = found.traffic["tensor"]
         rest = found.traffic["data"] + found.traffic["fsdp"]
-        worst = PEAK_SHARE * found.compute / (found.compute + tensor + rest)
-        best = PEAK_SHARE * found.compute / (tensor + max(found.compute, rest))
+        worst = MFU * found.compute / (found.compute + tensor + rest)
+        best = MFU * found.compute / (tensor + max(found.compute, rest))
         lines.append(
             f"| {row.model} | {row.devices} {row.device} | {sent} | {seconds} |"
             f" {found.compute:.2f} | {worst:.0%} to {best:.0%} | {found.batch:.0f} of {row.batch} |"

@@ -1,6 +1,7 @@
 """Characters of Shakespeare in nanoGPT's CPU setting: 4 layers of 128, batches of 12 x 64.
 
-Give the text with --config.data.path=FILE; the last tenth is held out.
+Give the text with --config.data.path=FILE; the last tenth is held out. Tiny Shakespeare:
+https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 """
 
 from ml_collections import ConfigDict

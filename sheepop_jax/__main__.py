@@ -79,11 +79,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--vocab_size", type=int, metavar="V", help="the tokenizer's; default: data.vocab_size"
     )
     plan.add_argument(
-        "--peak_share",
+        "--mfu",
         type=float,
         default=0.4,
         metavar="X",
-        help="of the devices' peak FLOP/s that is expected (default 0.4)",
+        help="model FLOPs utilization to expect: a share of the devices' peak (default 0.4)",
     )
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     plan.add_argument("--debug", action="store_true", help="show tracebacks and full logs")

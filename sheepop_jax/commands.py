@@ -55,8 +55,8 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
         value = getattr(flags, name)
         if value is not None and not 1 <= value < 2**31:
             raise InputError(f"--{name}", value, "at least 1 and below 2**31")
-    if not 0 < flags.peak_share <= 1:
-        raise InputError("--peak_share", flags.peak_share, "a number in (0, 1]")
+    if not 0 < flags.mfu <= 1:
+        raise InputError("--mfu", flags.mfu, "a number in (0, 1]")
     config = load_config(flags.config, overrides)
     from sheepop_jax import runtime
 
@@ -76,9 +76,9 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
     model = build_model(config, vocab_size, machine)
     planned = plan_run(config, model, mesh, machine)
     if flags.json:
-        print(json.dumps(planned.to_dict(flags.peak_share)))
+        print(json.dumps(planned.to_dict(flags.mfu)))
     else:
-        print(describe(planned, config, model, flags.peak_share))
+        print(describe(planned, config, model, flags.mfu))
 
 
 def _likely_vocab_size(config: Config) -> int:

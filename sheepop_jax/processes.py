@@ -114,7 +114,7 @@ def join(member: Membership) -> None:
 def _started_by_a_launcher() -> bool:
     """Whether SLURM, Open MPI or whoever set jax's own variables has started several processes.
 
-    Cloud TPU and Kubernetes say it outside the environment: there it takes the flags.
+    On Cloud TPU and Kubernetes the environment does not show it: there, pass the flags.
     """
     env = os.environ
     in_a_step = "SLURM_STEP_NODELIST" in env  # not in a batch script itself

@@ -79,6 +79,29 @@ def test_the_plan_that_is_shown_is_the_plan(path):
         assert line + "\n" in path.read_text()
 
 
+def test_what_fits_and_how_long_is_what_the_plan_says():
+    table = re.findall(r"^\|(.*)\|$", (ROOT / "GETTING_STARTED.md").read_text(), re.MULTILINE)
+    rows = [[cell.strip() for cell in row.split("|")] for row in table]
+    start = next(i for i, row in enumerate(rows) if row[:2] == ["", "updates"])
+    devices, checked = rows[start][2:], 0
+    for name, updates, *cells in rows[start + 2 :]:
+        if not (config_file := ROOT / f"configs/{name.strip('`')}.py").exists():
+            break
+        config = cli.load_config(str(config_file), [])
+        assert updates == f"{config.train.num_steps:,}"
+        for device, cell in zip(devices, cells, strict=True):
+            machine = runtime.imagine(device, 1)
+            model = build_model(config, config.data.vocab_size, machine)
+            plan = plan_run(config, model, imagined_mesh(config.mesh, 1), machine)
+            hours = plan.seconds(0.4) * config.train.num_steps / 3600
+            said = (
+                f"{plan.memory.total / 1e9:.2g} GB, {hours:.2g} h" if plan.fits else "does not fit"
+            )
+            assert cell == said
+            checked += 1
+    assert checked == 9
+
+
 @pytest.mark.slow
 def test_the_library_from_python_as_the_readme_shows_it(tmp_path):
     shown = blocks(ROOT / "README.md", "python")

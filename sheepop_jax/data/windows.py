@@ -37,7 +37,7 @@ class StreamWindows:
             expected = f"at most {stream_len - 1} for a stream of {stream_len} tokens"
             raise InputError("data.seq_len", seq_len, expected)
         self._seq_len = seq_len
-        # One less than would fit, so that every offset below T does.
+        # One window fewer than fit at offset 0, so that every offset below T still fits.
         self._num = max(1, (stream_len - seq_len) // seq_len)
         self.slack = min(seq_len - 1, stream_len - 1 - self._num * seq_len)
 

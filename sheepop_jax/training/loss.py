@@ -1,6 +1,6 @@
 """Cross-entropy over the vocabulary, in chunks of tokens, so that the logits never exist whole.
 
-Alphabet: B batch, T time, M = B·T tokens, D model width, V vocabulary (padded), Mc those of a
+Alphabet: B batch, T time, M = B·T tokens, D model width, V vocabulary (padded), Mc tokens of a
 chunk. Devices that split the rows each go through their own (`partitioning.summed_over`).
 
 Everything is a weighted sum; whoever holds all the sums divides once, so that microbatches, devices
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from sheepop_jax.model.partitioning import constrain
 from sheepop_jax.model.transformer import unembed
 
-# Logits of one chunk, in fp32 elements. Each chunk reads and writes the embedding's gradient once,
-# beside three products of as many tokens: with 128 MB of logits that is little on a CPU. A GPU,
-# whose products are fast beside its memory, wants 1 GB.
+# Logits of one chunk, in fp32 elements. Every chunk rewrites the whole gradient of the embedding:
+# its three products must be large enough to outweigh that. 128 MB of logits suffice on a CPU; a
+# GPU, whose products are faster relative to its memory, needs 1 GB.
 CHUNK_ELEMENTS = 1 << 25
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
 

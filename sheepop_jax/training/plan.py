@@ -67,14 +67,14 @@ class Plan:
         """Whether the memory is enough; None where the device's is not known."""
         return _fits(self.memory.total, self.device_memory) if self.device_memory else None
 
-    def seconds(self, peak_share: float) -> float | None:
-        """Of one update at a share of the peak; None where the peak is not known."""
-        return self.flops / (peak_share * self.peak_flops) if self.peak_flops else None
+    def seconds(self, mfu: float) -> float | None:
+        """Of one update at an MFU, a share of the peak; None where the peak is not known."""
+        return self.flops / (mfu * self.peak_flops) if self.peak_flops else None
 
-    def to_dict(self, peak_share: float) -> dict[str, Any]:
+    def to_dict(self, mfu: float) -> dict[str, Any]:
         """Everything, the derived figures too, for `plan --json`."""
-        derived = {"devices": self.devices, "fits": self.fits, "peak_share": peak_share}
-        derived["seconds"] = self.seconds(peak_share)
+        derived = {"devices": self.devices, "fits": self.fits, "mfu": mfu}
+        derived["seconds"] = self.seconds(mfu)
         memory = asdict(self.memory) | {"total": self.memory.total}
         return asdict(self) | derived | {"memory": memory}
 

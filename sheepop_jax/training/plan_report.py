@@ -27,14 +27,14 @@ def readable_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def describe(plan: Plan, config: Config, model: Transformer, peak_share: float) -> str:
+def describe(plan: Plan, config: Config, model: Transformer, mfu: float) -> str:
     """The whole of it, many lines.
 
     Args:
         plan: of the run.
         config: its configuration.
         model: what `make_plan` was given.
-        peak_share: of the devices' peak FLOP/s that is expected.
+        mfu: model FLOPs utilization, the share of the peak FLOP/s that is expected.
     """
     memory = plan.memory
     parts = [(text, getattr(memory, name)) for name, text in PARTS.items()]
@@ -52,7 +52,7 @@ def describe(plan: Plan, config: Config, model: Transformer, peak_share: float) 
         f"  {plan.tokens:,} tokens: {config.train.grad_accum_steps} microbatches of "
         f"{config.train.batch_size} windows of {config.data.seq_len}",
         f"  {plan.flops:.3g} FLOPs",
-        f"  {_time(plan, peak_share)}",
+        f"  {_time(plan, mfu)}",
     ]
     for axis, sent in plan.sent.items():
         if sent:
@@ -89,11 +89,11 @@ def _verdict(plan: Plan) -> str:
     return f" of {plan.device_memory / GB:.0f} GB: {'fits' if plan.fits else 'DOES NOT FIT'}"
 
 
-def _time(plan: Plan, peak_share: float) -> str:
-    seconds = plan.seconds(peak_share)
+def _time(plan: Plan, mfu: float) -> str:
+    seconds = plan.seconds(mfu)
     if seconds is None:
         return "time unknown: no peak is known of this device"
     return (
         f"{seconds:.3g} s and {readable_count(plan.tokens / seconds)} tokens/s at "
-        f"{peak_share:.0%} of the peak, {plan.peak_flops:.4g} FLOP/s"
+        f"{mfu:.0%} MFU, of {plan.peak_flops:.4g} FLOP/s"
     )

@@ -34,8 +34,8 @@ class Progress:
             f"{values['tokens_per_second']:,.0f} tok/s  "
             f"{readable_flops(values['flops_per_second'])}"
         )
-        if values.get("peak_share") is not None:
-            text += f" ({values['peak_share']:.0%} of peak)"
+        if values.get("mfu") is not None:
+            text += f" ({values['mfu']:.0%} MFU)"
         self.line(f"{text}  {readable_seconds(seconds_left)} left")
 
     def line(self, text: str) -> None:

@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequested(Exception):
-    """Raised where the work in hand can be left: nothing that is lost matters."""
+    """Raised at a point where stopping loses nothing that matters."""
 
 
 class StopSignal:

@@ -78,6 +78,6 @@ class Throughput:
         return {
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops,
-            "peak_share": flops / self._peak if self._peak else None,
+            "mfu": flops / self._peak if self._peak else None,
             "train_seconds": self._interval[1],
         }

@@ -26,7 +26,7 @@ def planned(capsys, *words):
 
 
 def test_closed_forms_on_one_device(capsys):
-    found = planned(capsys, "--device", "H100", "--peak_share", "0.5")
+    found = planned(capsys, "--device", "H100", "--mfu", "0.5")
     assert found["parameters"] == COUNT
     assert found["memory"]["parameters"] == 4 * COUNT
     # Two moments, the norms of 128 updates, and the counts of three transformations.
@@ -96,7 +96,7 @@ def test_as_a_person_reads_it(capsys):
         "optimizer state, fp32",
         "of 80 GB: fits",
         "524,288 tokens",
-        "at 40% of the peak",
+        "at 40% MFU, of",
         "over the mesh's data axis",
     ):
         assert words in said
@@ -116,8 +116,8 @@ def test_as_a_person_reads_it(capsys):
         (["--device", "H100", "--devices", "5"], "train.batch_size: got 32"),
         (["--device", "H100", "--config.mesh.data=3"], "mesh: got"),
         (["--device", "H100", "--vocab_size", "-1"], "--vocab_size: got -1"),
-        (["--device", "H100", "--peak_share", "0"], "--peak_share: got 0"),
-        (["--device", "H100", "--peak_share", "nan"], "--peak_share: got nan"),
+        (["--device", "H100", "--mfu", "0"], "--mfu: got 0"),
+        (["--device", "H100", "--mfu", "nan"], "--mfu: got nan"),
     ],
 )
 def test_bad_flags_are_one_line(capsys, words, said):

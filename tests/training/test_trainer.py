@@ -372,5 +372,5 @@ def test_the_clock_stands_still_when_stopped(monkeypatch):
     values = clock.interval(8)
     assert values["tokens_per_second"] == 6.0
     assert values["flops_per_second"] == 12.0
-    assert values["peak_share"] == 0.12
+    assert values["mfu"] == 0.12
     assert json.dumps(values)
