@@ -1,7 +1,6 @@
 """Write text with a trained run: flags → prompts → one call into the library → stdout."""
 
 import argparse
-import io
 import json
 import logging
 import sys
@@ -24,6 +23,7 @@ from sheepop_jax.generation.request import (
     resolve_context,
     truncate_left,
 )
+from sheepop_jax.readable import printable
 
 log = logging.getLogger("sheepop_jax.sample")
 
@@ -123,7 +123,7 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
         try:
             file = flags.prompt_file
             raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            prompts.append(raw.decode("utf-8"))
+            prompts.append(raw.decode("utf-8-sig"))
         except OSError as error:
             got = f"{flags.prompt_file} ({error.strerror})"
             raise InputError("--prompt_file", got, "a file that can be read") from None
@@ -147,7 +147,6 @@ def sample(flags: argparse.Namespace) -> None:
 
     from sheepop_jax.generation.decode import generate
     from sheepop_jax.run import open_run
-    from sheepop_jax.training.progress import printable
 
     run = open_run(flags.ckpt)
     tokenizer, trained = run.tokenizer, run.config.model.max_seq_len
@@ -186,7 +185,8 @@ def sample(flags: argparse.Namespace) -> None:
     )
     several = len(completions) > 1
     for i, completion in enumerate(completions):
-        prompt, text = texts[i // flags.num_samples], tokenizer.decode(completion.tokens)
+        number = i // flags.num_samples
+        prompt, text = texts[number], tokenizer.decode_after(prompts[number], completion.tokens)
         if flags.json:
             record = {
                 "prompt": prompt,
@@ -199,7 +199,7 @@ def sample(flags: argparse.Namespace) -> None:
         if several:
             which = f"sample {i % flags.num_samples + 1} of {flags.num_samples}"
             if len(texts) > 1:
-                which = f"prompt {i // flags.num_samples + 1} of {len(texts)}, {which}"
+                which = f"prompt {number + 1} of {len(texts)}, {which}"
             print(f"--- {which} ---")
         shown = prompt + text
         print(printable(shown) if sys.stdout.isatty() else shown)
@@ -209,8 +209,6 @@ def sample(flags: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     """Runs the program; leaves by `SystemExit` unless all went well."""
     flags = parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
     with command(flags.debug):
         sample(flags)
 

@@ -2,6 +2,7 @@
 # Makes the project's virtual environment; does nothing when it is already there and current.
 set -euo pipefail
 unset PYTHONHOME PYTHONPATH # either one would let packages from outside leak into the environment
+unset CDPATH # cd would go to other directories, and print them
 
 readonly OLDEST=3.11 # jax 0.10.2 is the last jax that runs on it
 readonly NEWEST=3.13 # newest that the test suite ran on; --python goes beyond it

@@ -32,7 +32,6 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flax import linen as nn
 
     from sheepop_jax.model.attention import choose_implementation
     from sheepop_jax.model.transformer import Transformer, output_embedding
@@ -43,7 +42,7 @@ def main() -> None:
     config = model_config(shape)
     dtypes = {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")}
     plain = Transformer(config, shape.vocab)
-    params = jit_init(lambda: nn.meta.unbox(init_params(plain, 0)))()
+    params = jit_init(lambda: init_params(plain, 0))()
     ids = np.random.default_rng(0).integers(0, shape.vocab, (shape.batch, shape.time + 1))
     rows, norms = [], {}
     for name, dtype in dtypes.items():

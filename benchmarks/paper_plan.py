@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sheepop_jax import runtime
 from sheepop_jax.cli import load_config
 from sheepop_jax.model.attention import choose_implementation
-from sheepop_jax.model.partitioning import check_mesh, imagined_mesh
+from sheepop_jax.model.partitioning import abstract_mesh, check_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.plan import Plan, make_plan
 
@@ -111,7 +111,7 @@ def figures(row: Row) -> Figures:
     dtype = machine.compute_dtype(config.train.dtype)
     heads = config.model.head_dim, config.model.attention_dropout
     implementation = choose_implementation(machine.platform, dtype, *heads)
-    mesh = imagined_mesh(config.mesh, row.devices)
+    mesh = abstract_mesh(config.mesh, row.devices)
     check_mesh(config, mesh)
     plan = make_plan(
         config,

@@ -31,7 +31,6 @@ def main() -> None:
     flags = made.parse_args()
     machine = runtime.prepare(flags.platform)
     import numpy as np
-    from flax import linen as nn
 
     from sheepop_jax.generation.bench import cached_program
     from sheepop_jax.model.quantize import quantized
@@ -43,7 +42,7 @@ def main() -> None:
         name: Transformer(config, VOCAB, machine.compute_dtype(name))
         for name in ("float32", "bfloat16")
     }
-    params = jit_init(lambda: nn.meta.unbox(init_params(models["float32"], 0)))()
+    params = jit_init(lambda: init_params(models["float32"], 0))()
     weights = {"": params, INT8: quantized(params)}
     rows = []
     for size in flags.batch:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import logging
 import os
 import signal
@@ -74,6 +75,9 @@ def command(debug: bool) -> Iterator[None]:
 
     With `debug` tracebacks are shown and logs are full.
     """
+    streams = _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     shown = "%(asctime)s %(name)s %(levelname)s %(message)s" if debug else "%(message)s"
@@ -95,10 +99,11 @@ def command(debug: bool) -> Iterator[None]:
         # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (InputError, RunFailed, OSError, MemoryError, ModuleNotFoundError) as error:
-        if debug:
+    except Exception as error:
+        line = _explained(error)
+        if debug or not line:
             raise
-        print(f"error: {_explained(error)}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         bad_input = isinstance(error, InputError | ModuleNotFoundError)
         sys.exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
     except KeyboardInterrupt:
@@ -106,18 +111,37 @@ def command(debug: bool) -> Iterator[None]:
     finally:  # whoever called us in a process of their own has logs of their own
         root.handlers[:] = before
         root.setLevel(level)
+        streams.close()
+
+
+def _open_closed_streams() -> contextlib.ExitStack:
+    """A standard stream that was closed is None, and the next file opened would get its number."""
+    opened = contextlib.ExitStack()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, opened.enter_context(open(os.devnull, mode)))
+            opened.callback(setattr, sys, name, None)
+    return opened
 
 
 def _explained(error: Exception) -> str:
+    """One line for what a user can do something about; "" for a bug."""
     match error:
+        case InputError() | RunFailed():
+            return str(error)
         case MemoryError():
             return f"out of memory ({error}); try smaller numbers"
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # jax's own class of it
+            reason = str(error).splitlines()[0][:200]
+            return f"out of memory ({reason}); try less at once: fewer texts, a shorter context"
         case ModuleNotFoundError():
             return (
                 f"the Python package {error.name} is missing here; try ./setup.sh, and then run "
                 "this with .venv/bin/python"
             )
-    return str(error)
+        case OSError():
+            return str(error)
+    return ""
 
 
 def leave_on_interrupt() -> None:
@@ -178,13 +202,18 @@ def load_config(path: str, overrides: list[str]) -> Config:
             if inside:
                 hint = f"one of those in it, such as --config.{inside[0]}"
             raise InputError(f"--config.{name}", value, "a field of the configuration", hint)
-        try:
-            load([override])
-        except (absl_flags.Error, ValueError, TypeError):
-            kind = type(dict(_flatten(plain))[name])
-            expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
-            raise InputError(name, value, expected) from None
-    return Config.from_dict(load(overrides))
+    try:
+        return Config.from_dict(load(overrides))
+    except (absl_flags.Error, ValueError, TypeError):
+        for override in overrides:  # one of them is the culprit
+            name, _, value = override.removeprefix("--config.").partition("=")
+            try:
+                load([override])
+            except (absl_flags.Error, ValueError, TypeError):
+                kind = type(dict(_flatten(plain))[name])
+                expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
+                raise InputError(name, value, expected) from None
+        raise
 
 
 def _flatten(config: Any, prefix: str = "") -> list[tuple[str, object]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from sheepop_jax.cli import checked_step, load_config
 from sheepop_jax.config import Config
 from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax.readable import printable
 
 _CHARACTERS = 256  # of a text, where nothing says how many
 
@@ -42,7 +43,8 @@ def data(flags: argparse.Namespace, overrides: list[str]) -> None:
     for number, text in enumerate(
         random_windows(prepared, layout, config.seed, flags.windows), start=1
     ):
-        print(f"\n--- window {number} of {flags.windows} ---\n{text}")
+        shown = printable(text) if sys.stdout.isatty() else text
+        print(f"\n--- window {number} of {flags.windows} ---\n{shown}")
 
 
 def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -66,11 +68,11 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
         machine = runtime.prepare(config.train.platform)
         if flags.devices:
             machine = machine.with_devices(flags.devices)
-    from sheepop_jax.model.partitioning import check_mesh, imagined_mesh
+    from sheepop_jax.model.partitioning import abstract_mesh, check_mesh
     from sheepop_jax.pipeline import build_model, plan_run
     from sheepop_jax.training.plan_report import describe
 
-    mesh = imagined_mesh(config.mesh, machine.device_count)
+    mesh = abstract_mesh(config.mesh, machine.device_count)
     check_mesh(config, mesh)
     vocab_size = flags.vocab_size or _likely_vocab_size(config)
     model = build_model(config, vocab_size, machine)
@@ -153,7 +155,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 def _read_text(name: str) -> str:
     try:
-        text = Path(name).read_bytes().decode()
+        text = Path(name).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError("--data", f"{name} ({error.strerror})", "a text file") from None
     except UnicodeDecodeError as error:

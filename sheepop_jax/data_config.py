@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +90,8 @@ class DataConfig(Section):
             self.require(
                 self.vocab_size >= 257, "vocab_size", "at least 257 (256 bytes and end-of-text)"
             )
-        self.require(self.vocab_size <= 2**31 - 1, "vocab_size", "at most 2**31 - 1")
+        # The library that trains a BPE takes memory for all of them at once.
+        self.require(self.vocab_size <= 2**20, "vocab_size", "at most 2**20")
         if self.mixture:
             for field in ("path", "name", "query", "val_path"):
                 self.require(getattr(self, field) == "", field, '"" beside data.mixture')
@@ -125,7 +127,7 @@ class DataConfig(Section):
                 if type(value) is not kind and not (kind is float and type(value) is int):
                     expected = f"a value of type {kind.__name__}"
                     raise InputError(f"{where}.{field}", value, expected)
-            if not (math.isfinite(fields["weight"]) and fields["weight"] > 0):
+            if not 0 < fields["weight"] <= sys.float_info.max:
                 raise InputError(f"{where}.weight", fields["weight"], "a finite number above 0")
         for part in self.parts:  # each is built, and so checked
             if part.config.resolved_source == "stdlib" and part.config.source == "auto":
@@ -166,7 +168,8 @@ class DataConfig(Section):
         if scheme in ("sqlite", "postgresql", "postgres"):
             return "sql"
         kinds = set()
-        for item in filter(None, map(str.strip, self.path.split(","))):
+        whole = os.path.lexists(os.path.expanduser(self.path))  # a name may hold a comma
+        for item in [self.path] if whole else filter(None, map(str.strip, self.path.split(","))):
             # The query of a URL is no part of the name; a file's name may hold a question mark.
             path = Path(item.partition("?")[0] if "://" in item else item)
             packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")

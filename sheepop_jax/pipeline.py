@@ -14,6 +14,7 @@ from sheepop_jax import processes
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import evaluate_stream
@@ -63,7 +64,6 @@ def train(
     directory = Path(workdir)
     mesh = make_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
-    rows = own_rows(mesh, config.train.batch_size)
     with contextlib.ExitStack() as held:
         processes.decided(lambda: held.enter_context(WorkdirLock(directory)))
         processes.decided(lambda: check_run(directory, config))
@@ -81,42 +81,14 @@ def train(
             accum=config.train.grad_accum_steps,
             batch_size=config.train.batch_size,
             weights=data.weights,
-            rows=rows,
+            rows=own_rows(mesh, config.train.batch_size),
         )
         num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
-        if config.optimizer.warmup_steps >= num_steps:
-            log.warning(
-                "optimizer.warmup_steps = %d: the warmup is longer than the run of %d updates",
-                config.optimizer.warmup_steps,
-                num_steps,
-            )
         log.info("activations in %s, attention by %s", model.dtype.name, model.implementation)
         plan = plan_run(config, model, mesh, machine)
         for line in summary(plan):
             log.info("%s", line)
-        if machine.platform == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
-            log.warning(
-                "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
-                "train.grad_accum_steps, or begin with configs/quickstart.py",
-                plan.tokens,
-                plan.flops / 1e12,
-            )
-
-        def figures(params: Any) -> dict[str, float]:
-            found = evaluate_stream(
-                model,
-                params,
-                data.validation,
-                layout,
-                batch_size=config.train.batch_size,
-                max_batches=config.train.eval_batches,
-                rows=rows,
-                show=processes.first(),
-                put=partial(global_batch, mesh, config.train.batch_size, 0),
-                check=stop.check,
-            ).to_dict()
-            names = ("loss", "perplexity", "bits_per_byte", "accuracy")
-            return {f"val_{name}": found[name] for name in names}
+        _warn_of_what_is_ahead(config, num_steps, plan)
 
         job = Job(
             config=config,
@@ -125,7 +97,7 @@ def train(
             mesh=mesh,
             batches=batches,
             num_steps=num_steps,
-            evaluate=figures,
+            evaluate=_evaluator(config, data.validation, model, layout, mesh, stop),
             sample=_sampler(config, data.tokenizer, model) if config.train.sample_tokens else None,
             peak_flops=machine.peak_flops,
             chunk_elements=chunk_elements(machine.platform),
@@ -137,7 +109,7 @@ def train(
             if explained := explain(error, plan.memory) or processes.explain(error):
                 raise explained from error
             raise
-        if result:
+        if result and data.lossless:
             log.info(
                 "held-out text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
                 result["val_bits_per_byte"],
@@ -181,6 +153,22 @@ def plan_run(
     )
 
 
+def _warn_of_what_is_ahead(config: Config, num_steps: int, plan: Plan) -> None:
+    if config.optimizer.warmup_steps >= num_steps:
+        log.warning(
+            "optimizer.warmup_steps = %d: the warmup is longer than the run of %d updates",
+            config.optimizer.warmup_steps,
+            num_steps,
+        )
+    if jax.default_backend() == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
+        log.warning(
+            "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
+            "train.grad_accum_steps, or begin with configs/quickstart.py",
+            plan.tokens,
+            plan.flops / 1e12,
+        )
+
+
 def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
     """Refuses a `train.sample_prompt` that cannot be encoded or fills the context."""
     prompt = config.train.sample_prompt
@@ -191,6 +179,36 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         expected = f"fewer than model.max_seq_len = {most}"
         hint = "--config.train.sample_tokens=0"
         raise InputError("train.sample_prompt", f"{tokens} tokens", expected, hint)
+
+
+def _evaluator(
+    config: Config,
+    held_out: TokenStream,
+    model: Transformer,
+    layout: Layout,
+    mesh: Mesh,
+    stop: StopSignal,
+) -> Callable[[Any], dict[str, float]]:
+    """Parameters → the figures of the held-out text that a run keeps."""
+    batch_size = config.train.batch_size
+
+    def evaluate(params: Any) -> dict[str, float]:
+        found = evaluate_stream(
+            model,
+            params,
+            held_out,
+            layout,
+            batch_size=batch_size,
+            max_batches=config.train.eval_batches,
+            rows=own_rows(mesh, batch_size),
+            show=processes.first(),
+            put=partial(global_batch, mesh, batch_size, 0),
+            check=stop.check,
+        ).to_dict()
+        names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+        return {f"val_{name}": found[name] for name in names}
+
+    return evaluate
 
 
 def _sampler(config: Config, tokenizer: Tokenizer, model: Transformer) -> Callable[[Any], str]:
@@ -212,6 +230,6 @@ def _sampler(config: Config, tokenizer: Tokenizer, model: Transformer) -> Callab
             )
         except InputError as error:  # logits that are not finite: no reason to end the training
             return f"none ({error})"
-        return train.sample_prompt + tokenizer.decode(completion.tokens)
+        return train.sample_prompt + tokenizer.decode_after(prompt, completion.tokens)
 
     return sample

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from sheepop_jax.config import Config
 from sheepop_jax.data.prepare import prepare
@@ -88,7 +87,7 @@ class Run:
             InputError: no such checkpoint, or it is damaged.
         """
         found = self.checkpoints.resolve(step)
-        target = jax.eval_shape(lambda: nn.meta.unbox(init_params(self.model(), 0)))
+        target = jax.eval_shape(lambda: init_params(self.model(), 0))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda leaf: leaf.update(sharding=here), target)
         try:
@@ -224,6 +223,11 @@ class WorkdirLock:
 
     def __enter__(self) -> None:
         path = self._directory / "lock"
+        try:
+            str(self._directory).encode()
+        except UnicodeEncodeError:  # libraries below take names as UTF-8
+            expected = "a name that is valid UTF-8"
+            raise InputError("--workdir", ascii(str(self._directory)), expected) from None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "sheepop_jax"
 
 LIBRARY = {
-    "config", "data", "evaluation", "generation", "malloc", "model", "processes", "run", "runtime",
-    "training",
+    "config", "data", "evaluation", "generation", "malloc", "model", "processes", "readable", "run",
+    "runtime", "training",
 }  # fmt: skip  # a list of words
 
 # For each room: the rooms of our own package that it may import besides `errors`, which all may.
@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax": set(),  # the package's own __init__: importing it must stay free
     "sheepop_jax.errors": set(),
     "sheepop_jax.faults": set(),
+    "sheepop_jax.readable": set(),
     "sheepop_jax.rules": set(),
     "sheepop_jax.data_config": {"rules"},
     "sheepop_jax.config": {"data_config", "rules"},
@@ -27,7 +28,15 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.runtime": {"malloc", "processes"},
     "sheepop_jax.data": {"data", "data_config"},
     "sheepop_jax.model": {"config", "model"},
-    "sheepop_jax.training": {"config", "data", "faults", "model", "processes", "training"},
+    "sheepop_jax.training": {
+        "config",
+        "data",
+        "faults",
+        "model",
+        "processes",
+        "readable",
+        "training",
+    },
     "sheepop_jax.generation": {"config", "model", "generation"},
     "sheepop_jax.evaluation": {"config", "data", "model", "training.loss"},
     "sheepop_jax.run": {"config", "data", "faults", "model", "training"},

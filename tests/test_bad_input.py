@@ -226,6 +226,9 @@ CONFIGURATION = [
     Row("train", ["--foo\nbar"], r"unknown argument --foo bar; try --help$"),
     Row("train", "--workdir {root}/text.txt", r"--workdir: got '.*text\.txt \(.*be written$"),
     Row("train", "--workdir {root}/text.txt/x", r"--workdir: got '.*text\.txt/x \(.*be written$"),
+    Row(
+        "train", ["--workdir", "{root}/w\udce9"], r"--workdir: got .*udce9.*name that is valid UTF"
+    ),
     # A workdir that holds another run.
     Row("train", "--workdir {run} --config.model.d_ff=48", r".*model\.d_ff 40 -> 48'; .*--workdir"),
     Row("train", "--workdir {run} --config.seed=1", r".*seed 42 -> 1'; .*another --workdir$"),
@@ -562,6 +565,44 @@ class TestWhatIsGoodBesideIt:
         code, out, err = run_program("tools", ["evaluate", *words])
         assert code == 0, err
         assert json.loads(out)["bytes"] == 1
+
+    def test_a_byte_order_mark_is_no_text(
+        self, root: Path, tmp_path: Path, run_program: Any
+    ) -> None:
+        for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+            (tmp_path / name).write_bytes(mark + b"line 3 says 9")
+            words = ["--ckpt", str(root / "run"), "--data", str(tmp_path / name), "--json"]
+            code, out, err = run_program("tools", ["evaluate", *words])
+            assert code == 0, err
+            assert json.loads(out)["bytes"] == 13
+        prompts = [["--prompt_file", str(tmp_path / name)] for name in ("plain", "marked")]
+        plain, marked = (texts(run_program, root / "run", *words)[0] for words in prompts)
+        assert plain == marked
+
+
+def test_a_full_device_is_one_line(
+    root: Path, run_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nat"
+        )
+
+    monkeypatch.setattr("sheepop_jax.generation.decode.generate", full)
+    code, out, err = run_program("sample", ["--ckpt", str(root / "run")])
+    assert (code, out) == (1, "")
+    line = "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); try less "
+    assert err.splitlines()[-1].startswith(line)
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed_changes_nothing(
+    closed: str, root: Path, run_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `>&-` in a shell: Python then has None there."""
+    monkeypatch.setattr(sys, closed, None)
+    code, *_ = run_program("sample", ["--ckpt", str(root / "run"), "--max_new_tokens", "1"])
+    assert code == 0
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_bad_values_are_refused_by_name_value_and_rule(name, value, rule):
     ("name", "value"),
     [
         ("seed", 2**32),
-        ("data.vocab_size", 2**31),
+        ("data.vocab_size", 2**20 + 1),
         ("data.seq_len", 0),
         ("data.vocab_size", -1),
         ("data.val_fraction", 0.0),

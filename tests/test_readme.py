@@ -13,7 +13,7 @@ import sample
 import train
 from sheepop_jax import __main__ as tools
 from sheepop_jax import cli, runtime
-from sheepop_jax.model.partitioning import imagined_mesh
+from sheepop_jax.model.partitioning import abstract_mesh
 from sheepop_jax.pipeline import build_model, plan_run
 from sheepop_jax.training.plan_report import summary
 
@@ -74,7 +74,7 @@ def test_the_plan_that_is_shown_is_the_plan(path):
     config = cli.load_config(str(ROOT / "configs/quickstart.py"), [])
     machine = runtime.imagine("cpu", 1)
     model = build_model(config, config.data.vocab_size, machine)
-    plan = plan_run(config, model, imagined_mesh(config.mesh, 1), machine)
+    plan = plan_run(config, model, abstract_mesh(config.mesh, 1), machine)
     for line in summary(plan):
         assert line + "\n" in path.read_text()
 
@@ -92,7 +92,7 @@ def test_what_fits_and_how_long_is_what_the_plan_says():
         for device, cell in zip(devices, cells, strict=True):
             machine = runtime.imagine(device, 1)
             model = build_model(config, config.data.vocab_size, machine)
-            plan = plan_run(config, model, imagined_mesh(config.mesh, 1), machine)
+            plan = plan_run(config, model, abstract_mesh(config.mesh, 1), machine)
             hours = plan.seconds(0.4) * config.train.num_steps / 3600
             said = (
                 f"{plan.memory.total / 1e9:.2g} GB, {hours:.2g} h" if plan.fits else "does not fit"

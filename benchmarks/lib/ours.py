@@ -72,7 +72,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     from sheepop_jax.training.loss import chunk_elements
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
     from sheepop_jax.training.step import (
-        init_params,
+        boxed_shapes,
         init_state,
         jit_init,
         jit_step,
@@ -91,7 +91,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     def new() -> Any:
         return init_state(model, optimizer, 0)
 
-    boxed = jax.eval_shape(lambda: init_params(model, 0))
+    boxed = boxed_shapes(model)
     shardings = state_shardings(boxed, jax.eval_shape(new), mesh)
     state = jit_init(new, shardings)()
     del new  # and so its program, which the trainer does not keep either
@@ -126,7 +126,6 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 def decode(shape: Shape, flags: argparse.Namespace) -> Work:
     """Greedy decoding of random prompts; a turn is one call, prompt included."""
     machine = runtime.prepare(flags.platform)
-    from flax import linen as nn
 
     from sheepop_jax.generation.decode import NO_END, generate
     from sheepop_jax.generation.request import SamplingConfig
@@ -134,7 +133,7 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
     from sheepop_jax.training.step import init_params, jit_init
 
     model = Transformer(model_config(shape, 1024), shape.vocab, machine.compute_dtype(flags.dtype))
-    params = jit_init(lambda: nn.meta.unbox(init_params(model, 0)))()
+    params = jit_init(lambda: init_params(model, 0))()
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (flags.rows, flags.prompt))
 
     def write(new_tokens: int) -> Any:

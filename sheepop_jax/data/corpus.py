@@ -1,17 +1,22 @@
 """From the `data` section to a corpus: which reader reads it, and what it holds out itself."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from sheepop_jax.data.documents import Corpus, Document
 from sheepop_jax.data.sources.files import TEXT_SUFFIXES, TextFiles, standard_library
 from sheepop_jax.data.sources.hub import open_hub
-from sheepop_jax.data.sources.paths import Walk, find_files
+from sheepop_jax.data.sources.paths import Walk, find_files, inner_suffix
 from sheepop_jax.data.sources.pdf import open_pdfs
 from sheepop_jax.data.sources.sql import open_sql
 from sheepop_jax.data.sources.tables import open_table
-from sheepop_jax.data_config import DataConfig
+from sheepop_jax.data_config import FILE_SUFFIXES, DataConfig
+
+log = logging.getLogger(__name__)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -43,6 +48,8 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
     match config.resolved_source:
         case "files":
             found = find_files(field, spec, walk(TEXT_SUFFIXES))
+            if config.source == "auto":
+                _warn_of_tables(found.files)
             return TextFiles(field, spec, found, config.encoding_errors)
         case "pdf":
             return open_pdfs(field, spec, walk(frozenset({".pdf"})))
@@ -59,6 +66,20 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
             )
         case other:
             raise ValueError(f"no such source: {other!r}")
+
+
+def _warn_of_tables(files: list[tuple[str, Path]]) -> None:
+    """Rows among files of other kinds, and in what a glob matches, are text: say so."""
+    kinds = Counter(FILE_SUFFIXES.get(inner_suffix(path)) for _, path in files)
+    for kind in ("json", "csv", "parquet", "pdf"):
+        if kinds[kind]:
+            log.warning(
+                "data: %d files look like %s and are read as plain text; "
+                "--config.data.source=%s reads what is in them",
+                kinds[kind],
+                kind,
+                kind,
+            )
 
 
 class _WithHeldOut:

@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from sheepop_jax.data.cache import Cache, delete, delete_leftovers, write_text
+from sheepop_jax.data.compression import held_out_gzip
 from sheepop_jax.data.corpus import open_corpus
 from sheepop_jax.data.documents import Corpus
 from sheepop_jax.data.encode import encode_units
@@ -24,8 +25,6 @@ from sheepop_jax.data_config import SOURCE_FIELDS, DataConfig, Part
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-_GZIP_BYTES = 64_000_000  # held-out bytes that the gzip figure covers at most
 
 
 def prepare(
@@ -76,6 +75,11 @@ def prepare(
         data.tokenizer.vocab_size,
         data.gzip_bits_per_byte,
     )
+    if not data.lossless:
+        logger.warning(
+            "data: THE TOKENIZER DOES NOT GIVE THE TEXT BACK: bits per byte count bytes that it "
+            "drops or merges, and cannot be compared"
+        )
     if len(data.validation) <= config.seq_len:
         logger.warning("data: held out is less than a window: its figures will say little")
     return data
@@ -98,7 +102,7 @@ def _require_windows(config: DataConfig, data: PreparedData) -> None:
 def cache_dir(config: DataConfig) -> Path:
     """Where shards are kept."""
     if config.cache_dir:
-        return Path(config.cache_dir).expanduser().resolve()
+        return Path(os.path.expanduser(config.cache_dir)).resolve()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sheepop_jax"
 
@@ -155,7 +159,8 @@ class _Preparation:
                     tokenizer,
                     units,
                     split_rule=f"{self._config.val_split} {self._config.val_fraction}",
-                    gzip_bits_per_byte=_gzip_bits_per_byte(spool, split, self._check),
+                    gzip_bits_per_byte=held_out_gzip(spool, split, self._check),
+                    lossless=not self._given or self._given.gives_back(_sample(spool, split)),
                 )
                 write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
                 os.replace(pending, directory)
@@ -282,18 +287,8 @@ def _pieces(
             seen += len(piece)
 
 
-def _gzip_bits_per_byte(spool: Spool, split: Split, check: Callable[[], None]) -> float:
-    compressor = zlib.compressobj(9, wbits=31)  # 31: with gzip's header, as the command writes it
-    zipped = unzipped = 0
-    with Progress("data: gzip -9, to compare", 0, check) as progress:
-        for segment in split.segments(spool):
-            if not segment.held_out or unzipped >= _GZIP_BYTES:
-                continue
-            for text in spool.text(segment.start, segment.stop):
-                if unzipped >= _GZIP_BYTES:
-                    break
-                content = text.encode()[: _GZIP_BYTES - unzipped]
-                unzipped += len(content)
-                zipped += len(compressor.compress(content))
-                progress.update(len(content))
-    return 8 * (zipped + len(compressor.flush())) / unzipped
+def _sample(spool: Spool, split: Split) -> Iterator[str]:
+    """The beginning of the training text."""
+    training = (segment for segment in split.segments(spool) if not segment.held_out)
+    texts = (text for segment in training for text in spool.text(segment.start, segment.stop))
+    return itertools.islice(split_text(texts), 8)

@@ -51,6 +51,11 @@ class PreparedData:
         """Tokens to train on, over all sources."""
         return sum(len(stream) for stream in self.train)
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokenizer gives the text back, so that bits per byte mean something."""
+        return bool(self.manifest.get("lossless", True))  # shards of before do not say
+
 
 def make_manifest(
     spool: Spool,
@@ -60,6 +65,7 @@ def make_manifest(
     *,
     split_rule: str,
     gzip_bits_per_byte: float,
+    lossless: bool,
 ) -> dict[str, Any]:
     """What `manifest.json` says.
 
@@ -70,6 +76,7 @@ def make_manifest(
         units: from `encode_units`.
         split_rule: the rule as configured, with its fraction.
         gzip_bits_per_byte: of the held-out bytes.
+        lossless: whether the tokenizer gives the text back.
     """
 
     def total(side: str, what: str, source: int | None = None) -> int:
@@ -103,6 +110,7 @@ def make_manifest(
         "tokenizer": tokenizer.fingerprint,
         "dtype": dtype_of(tokenizer),
         "gzip_bits_per_byte": gzip_bits_per_byte,
+        "lossless": lossless,
         "versions": {name: importlib.metadata.version(name) for name in versions},
         "sources": sources,
         "units": units,

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -44,17 +44,21 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "data.tokenizer"):
         """Takes over `inner`; `name` is what an error about it is called."""
         ids = inner.get_vocab(with_added_tokens=True)
-        found = [ids[token] for token in _END_OF_TEXT_NAMES if token in ids]
-        if not found:
+        ends = [token for token in _END_OF_TEXT_NAMES if token in ids]
+        if not ends:
             expected = "a tokenizer with an end-of-text token: " + ", ".join(_END_OF_TEXT_NAMES)
             raise InputError(name, f"a tokenizer of {len(ids)} tokens without one", expected)
-        # A tokenizer.json may cut or pad what it encodes, and never says so again.
+        # A tokenizer.json may cut or pad what it encodes, or leave out merges at random, and never
+        # says so again.
         inner.no_truncation()
         inner.no_padding()
+        if getattr(inner.model, "dropout", None):
+            inner.model.dropout = None
+        inner.add_special_tokens(ends[:1])  # or it would be found in text
         inner.encode_special_tokens = True  # not kept in the JSON, so it is set at each load
         self._inner = inner
         self.vocab_size = max(ids.values()) + 1
-        self.end_of_text = found[0]
+        self.end_of_text = ids[ends[0]]
         self._characters = _characters_of(inner)
 
     @property
@@ -66,7 +70,8 @@ class Tokenizer:
         """Ids of `text`, without any end-of-text.
 
         Raises:
-            InputError: a character tokenizer never saw one of the characters.
+            InputError: a character tokenizer never saw one of the characters, or a given one cannot
+                encode them.
         """
         return self.encode_batch([text])[0]
 
@@ -77,10 +82,11 @@ class Tokenizer:
                 self.check(text)
         try:
             encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeError):  # half a surrogate pair: say where
+        except Exception as error:  # of the library, plain; or half a surrogate pair: say where
             for text in texts:
                 self.check(text)
-            raise
+            got = f"a tokenizer that cannot encode the text ({error})"
+            raise InputError("data.tokenizer", got, "one that can encode any text") from error
         return [encoding.ids for encoding in encoded]
 
     def check(self, text: str, name: str = "text", offset: int = 0) -> None:
@@ -115,6 +121,16 @@ class Tokenizer:
         """
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """What `ids` add to a prompt: some tokenizers drop the space with which a text begins."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+    def gives_back(self, texts: Iterable[str]) -> bool:
+        """Whether decoding what it encodes gives each text again, white space at its ends aside."""
+        back = ((self.decode(self.encode(text), skip_special=False), text) for text in texts)
+        return all(decoded.strip() == text.strip() for decoded, text in back)
+
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
         return self._inner.to_str()
@@ -147,7 +163,7 @@ class Tokenizer:
         """
         name = f"data.tokenizer {path}"
         try:
-            content = Path(path).expanduser().read_text(encoding="utf-8")
+            content = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             expected = "bpe, char or the path of a readable tokenizer.json"

@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     )
 
 
-def imagined_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     """The mesh of so many devices that need not be here: for shapes and layouts, not for arrays."""
     sizes = axis_sizes(config, devices)
     axis_types = (AxisType.Auto,) * len(sizes)

@@ -15,11 +15,10 @@ from sheepop_jax.config import Config
 from sheepop_jax.errors import RunFailed
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.readable import readable_bytes
 from sheepop_jax.training.activations import FP32, Activations
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import init_params, init_state
-
-GB = 1e9
+from sheepop_jax.training.step import boxed_shapes, init_state
 
 # Peak bytes during Muon's update, as a multiple of the size of the matrices that it updates: their
 # gradients, and its iterates of all at once (the CPU's XLA keeps those of each iteration).
@@ -65,11 +64,6 @@ class MemoryEstimate:
         )
 
 
-def readable_bytes(count: float) -> str:
-    """3.7 GB, 86 MB."""
-    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 1e6:.3g} MB"
-
-
 class Shapes(NamedTuple):
     """A training state without its arrays.
 
@@ -87,7 +81,7 @@ def abstract_state(config: Config, model: Transformer) -> Shapes:
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2))
     model = model.clone(implementation="xla")  # cuDNN's cannot even be traced where it is missing
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    return Shapes(jax.eval_shape(lambda: init_params(model, 0)), state)
+    return Shapes(boxed_shapes(model), state)
 
 
 def estimate_memory(

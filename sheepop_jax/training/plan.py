@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from sheepop_jax.config import Config
-from sheepop_jax.model.partitioning import imagined_mesh
+from sheepop_jax.model.partitioning import abstract_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.communication import bytes_sent
 from sheepop_jax.training.memory import MemoryEstimate, abstract_state, estimate_memory
@@ -119,7 +119,7 @@ def make_plan(
 
     def judge(fields: dict[str, Any]) -> Advice:
         changed = _changed(config, fields)
-        changed_mesh = imagined_mesh(changed.mesh, plan.devices)
+        changed_mesh = abstract_mesh(changed.mesh, plan.devices)
         changed_model = model.clone(config=changed.model)
         total = estimate_memory(changed, changed_model, changed_mesh, platform, shapes).total
         flags = " ".join(f"--config.{name}={value}" for name, value in fields.items())

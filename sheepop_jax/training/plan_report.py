@@ -4,7 +4,7 @@ import numpy as np
 
 from sheepop_jax.config import Config
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.memory import GB, readable_bytes
+from sheepop_jax.readable import readable_bytes, readable_count
 from sheepop_jax.training.plan import Plan
 
 # The parts of a `MemoryEstimate`, in the order shown.
@@ -16,15 +16,6 @@ PARTS = {
     "loss": "one chunk of logits, and the loss's gradients",
     "batch": "the batch",
 }
-COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
-def readable_count(count: float) -> str:
-    """Three digits and a letter: 123.6M."""
-    for unit, letter in COUNTS:
-        if count >= unit:
-            return f"{count / unit:.4g}{letter}"
-    return f"{count:.0f}"
 
 
 def describe(plan: Plan, config: Config, model: Transformer, mfu: float) -> str:
@@ -86,7 +77,7 @@ def _devices(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     if plan.fits is None:
         return ""
-    return f" of {plan.device_memory / GB:.0f} GB: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    return f" of {plan.device_memory / 1e9:.0f} GB: {'fits' if plan.fits else 'DOES NOT FIT'}"
 
 
 def _time(plan: Plan, mfu: float) -> str:

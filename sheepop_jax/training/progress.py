@@ -7,6 +7,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sheepop_jax.readable import printable, readable_flops, readable_seconds
+
 
 class Progress:
     """Shows the training steps of one process."""
@@ -51,23 +53,3 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._open.close()
-
-
-def printable(text: str) -> str:
-    """The text with control characters, but for line breaks and tabs, shown rather than sent."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
-def readable_seconds(seconds: float) -> str:
-    """1:02:03 or 4:05."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def readable_flops(flops: float) -> str:
-    """FLOP/s with a prefix: 12.3 GFLOP/s."""
-    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if flops >= scale:
-            return f"{flops / scale:.3g} {prefix}FLOP/s"
-    return f"{flops / 1e6:.3g} MFLOP/s"

@@ -12,7 +12,7 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
-from sheepop_jax.training.step import TrainState, init_params, init_state, jit_init
+from sheepop_jax.training.step import TrainState, boxed_shapes, init_state, jit_init
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def first_state(
         return init_state(model, optimizer, seed)
 
     abstract = jax.eval_shape(fresh)
-    boxed = jax.eval_shape(lambda: init_params(model, seed))
+    boxed = boxed_shapes(model)
     shardings = state_shardings(boxed, abstract, mesh)
     target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
     newest = processes.decided(lambda: _newest_whole(checkpoints))

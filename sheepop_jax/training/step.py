@@ -49,17 +49,26 @@ class StepMetrics(NamedTuple):
     skipped: jax.Array  # whether the update was left out for its gradients
 
 
-def init_params(model: Transformer, seed: int) -> Any:
-    """Fresh parameters, with Flax's metadata of logical axes around each."""
+def _boxed_params(model: Transformer, seed: int) -> Any:
     init_key = jax.random.fold_in(jax.random.key(seed), 0)
     return model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_params(model: Transformer, seed: int) -> Any:
+    """Fresh parameters: plain arrays, fp32."""
+    return nn.meta.unbox(_boxed_params(model, seed))
+
+
+def boxed_shapes(model: Transformer) -> Any:
+    """The parameters' shapes, with Flax's metadata of logical axes around each."""
+    return jax.eval_shape(lambda: _boxed_params(model, 0))
 
 
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """The state before the first step: plain arrays, no metadata."""
-    params = nn.meta.unbox(init_params(model, seed))
+    """The state before the first step."""
+    params = init_params(model, seed)
     # Two counters, not one twice: a buffer can be donated only once.
     step, updates = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(step, updates, params, optimizer.init(params))

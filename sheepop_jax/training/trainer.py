@@ -19,6 +19,7 @@ from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.batches import TrainBatches
 from sheepop_jax.model.partitioning import global_batch
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.readable import readable_seconds
 from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
 from sheepop_jax.training.curve import draw_curve
 from sheepop_jax.training.health import Health
@@ -26,7 +27,7 @@ from sheepop_jax.training.loss import CHUNK_ELEMENTS
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.profile import Profile
-from sheepop_jax.training.progress import Progress, readable_seconds
+from sheepop_jax.training.progress import Progress
 from sheepop_jax.training.resume import first_state
 from sheepop_jax.training.step import StepMetrics, TrainState, jit_step, make_train_step
 from sheepop_jax.training.stop import StopRequested, StopSignal

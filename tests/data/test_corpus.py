@@ -64,6 +64,23 @@ class TestReaders:
         assert read(root / "d" / "c.tsv", text_column="body")[0][1:] == ("four", False)
         assert [row[1] for row in read(root, source="json", text_column="body")] == ["three"]
 
+    def test_rows_that_are_read_as_text_are_said(self, root, read, caplog):
+        said = "1 files look like {0} and are read as plain text; --config.data.source={0}"
+        read(root / "d")
+        assert "look like" not in caplog.text  # passed over, and counted there
+        read(f"{root}/c.jsonl,{root}/d/c.tsv")
+        assert said.format("json") in caplog.text and said.format("csv") in caplog.text
+        caplog.clear()
+        read(f"{root}/c.*l")
+        assert said.format("json") in caplog.text
+        caplog.clear()
+        read(root / "c.jsonl", source="files")
+        assert not caplog.text
+
+    def test_a_name_may_hold_a_comma(self, root, read):
+        (root / "my,c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+        assert [row[1] for row in read(root / "my,c.jsonl")] == ["one", "two"]
+
     def test_rows_are_joined_by_choice(self, root, read):
         (root / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
         assert [row[1] for row in read(root / "c.jsonl")] == ["one", "two"]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from sheepop_jax.data import prepare as module
 from sheepop_jax.data.prepare import prepare
@@ -170,3 +171,16 @@ def test_a_given_tokenizer_is_used_as_it_is(config, tmp_path):
     with pytest.raises(InputError, match=r"data\.tokenizer: got .*nowhere"):
         prepare(config(tokenizer=str(tmp_path / "nowhere"), cache_dir=str(tmp_path / "third")))
     assert not (tmp_path / "third").exists()
+
+
+def test_a_tokenizer_that_loses_text_is_said_loudly(config, tmp_path, caplog):
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["</s>"])
+    (tmp_path / "words.json").write_text(inner.to_str())
+    lossy = config(tokenizer=str(tmp_path / "words.json"), val_split="tail")
+    for said_before in (0, 1):  # when they are made, and when they are found
+        assert caplog.text.count("DOES NOT GIVE THE TEXT BACK") == said_before
+        assert not prepare(lossy).lossless
+    assert prepare(config(val_split="tail")).lossless
+    assert caplog.text.count("DOES NOT GIVE THE TEXT BACK") == 2

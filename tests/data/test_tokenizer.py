@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from sheepop_jax.data import tokenizer as module
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
@@ -183,6 +183,63 @@ def test_special_text_is_text_for_a_foreign_tokenizer():
     loaded = Tokenizer.from_json(inner.to_str())
     assert loaded.end_of_text == 2
     assert loaded.encode("</s>") == [1, 0, 1]
+
+
+def test_an_end_of_text_that_was_added_as_a_plain_token_is_special_all_the_same():
+    plain = BPE.to_json().replace('"special":true', '"special":false')
+    assert plain != BPE.to_json()
+    loaded = Tokenizer.from_json(plain)
+    assert loaded.end_of_text not in loaded.encode("the <|endoftext|> cat")
+    assert loaded.decode(loaded.encode("the <|endoftext|> cat")) == "the <|endoftext|> cat"
+    assert loaded.vocab_size == BPE.vocab_size
+
+
+def test_merges_are_not_left_out_at_random():
+    content = json.loads(BPE.to_json())
+    content["model"]["dropout"] = 0.5
+    loaded = Tokenizer.from_json(json.dumps(content))
+    assert {tuple(loaded.encode(TEXTS[0])) for _ in range(9)} == {tuple(BPE.encode(TEXTS[0]))}
+
+
+def test_a_tokenizer_that_cannot_encode_is_bad_input():
+    inner = tokenizers.Tokenizer(models.WordLevel({"the": 0}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["</s>"])
+    with pytest.raises(InputError, match=r"data\.tokenizer: got .*cannot encode.*UNK"):
+        Tokenizer(inner).encode("the cat")
+
+
+def metaspace():
+    """As SentencePiece's: a space at the beginning of a text is put in, and taken out again."""
+    words = {"\u2581the": 0, "\u2581cat": 1, "\u2581sat": 2, "</s>": 3, "[UNK]": 4, "\u2581": 5}
+    inner = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return Tokenizer(inner)
+
+
+def test_what_is_written_after_a_prompt_keeps_its_space():
+    tokenizer = metaspace()
+    prompt = tokenizer.encode("the cat")
+    assert (prompt, tokenizer.decode([2, 0])) == ([0, 1], "sat the")
+    assert tokenizer.decode_after(prompt, [2, 0]) == " sat the"
+    assert tokenizer.decode_after([], [2, 0]) == "sat the"
+    sheep = BPE.encode("the \U0001f411")  # where it is cut, nothing ends in a character
+    assert BPE.decode_after(sheep[:-1], sheep[-1:]) == BPE.decode(sheep[-1:])
+    assert BPE.decode_after(BPE.encode("the"), BPE.encode(" cat")) == " cat"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "back"),
+    [
+        (BPE, " any \u2603 text\n", True),
+        (metaspace(), "the cat sat", True),
+        (metaspace(), " the cat ", True),
+        (metaspace(), "the dog sat", False),
+    ],
+    ids=["bytes", "words", "white space at the ends", "an unknown word"],
+)
+def test_whether_a_tokenizer_gives_text_back(tokenizer, text, back):
+    assert tokenizer.gives_back(["the cat", text]) is back
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.lib.collectives import sent_over
 from sheepop_jax.config import MeshConfig
-from sheepop_jax.model.partitioning import imagined_mesh, make_mesh
+from sheepop_jax.model.partitioning import abstract_mesh, make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.communication import bytes_sent
 from sheepop_jax.training.memory import abstract_state
@@ -55,5 +55,5 @@ def test_an_axis_of_one_sends_nothing(make_config):
     model = Transformer(config.model, VOCAB)
     shapes = abstract_state(config, model)
     for sizes, axis in (((4, 1, 1), "data"), ((1, 4, 1), "fsdp"), ((1, 1, 4), "tensor")):
-        sent = bytes_sent(config, model, imagined_mesh(MeshConfig(*sizes), 4), "cpu", shapes)
+        sent = bytes_sent(config, model, abstract_mesh(MeshConfig(*sizes), 4), "cpu", shapes)
         assert {name for name, bytes_ in sent.items() if bytes_} == {axis}

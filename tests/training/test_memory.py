@@ -8,8 +8,8 @@ import pytest
 from sheepop_jax.config import MeshConfig
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.partitioning import (
+    abstract_mesh,
     batch_sharding,
-    imagined_mesh,
     make_mesh,
     state_shardings,
 )
@@ -20,7 +20,7 @@ from sheepop_jax.training.memory import (
     estimate_memory,
 )
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import init_params, init_state, jit_step, make_train_step
+from sheepop_jax.training.step import boxed_shapes, init_state, jit_step, make_train_step
 
 SEED = 20261124
 TOLERANCE = 0.15  # of the compiler's figure
@@ -60,7 +60,7 @@ def compiled(config, model, mesh):
     schedule = make_schedule(config.optimizer, 9)
     optimizer = make_optimizer(config.optimizer, schedule)
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    shardings = state_shardings(jax.eval_shape(lambda: init_params(model, 0)), state, mesh)
+    shardings = state_shardings(boxed_shapes(model), state, mesh)
     state = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
     train = config.train
     shape = (train.grad_accum_steps, train.batch_size, config.data.seq_len)
@@ -116,7 +116,7 @@ def test_what_lowers_it(make_config):
     def planned(**changed):
         config = make_config(fields | {name.replace("_", ".", 1): v for name, v in changed.items()})
         model = Transformer(config.model, 300)
-        mesh = imagined_mesh(config.mesh, 4)
+        mesh = abstract_mesh(config.mesh, 4)
         return estimate_memory(config, model, mesh, "cuda", abstract_state(config, model))
 
     whole = planned()
@@ -157,7 +157,7 @@ def test_the_formula_by_hand(make_config):
         }
     )
     model = Transformer(config.model, 3000)
-    mesh = imagined_mesh(config.mesh, 8)
+    mesh = abstract_mesh(config.mesh, 8)
     shapes = abstract_state(config, model)
     found = estimate_memory(config, model, mesh, "cuda", shapes)
     tokens = rows * time
@@ -180,7 +180,7 @@ def test_gradients_on_a_gpu_by_hand(make_config, microbatches):
     few = {"train.batch_size": 1, "train.grad_accum_steps": microbatches}
     config = make_config({"model.d_model": 384, "model.num_heads": 6, "model.remat": "full"} | few)
     model = Transformer(config.model, 1000, jnp.bfloat16)
-    mesh = imagined_mesh(config.mesh, 1)
+    mesh = abstract_mesh(config.mesh, 1)
     found = estimate_memory(config, model, mesh, "cuda", abstract_state(config, model))
     table = 4 * 1024 * 384
     half = table + (found.parameters - table) / 2

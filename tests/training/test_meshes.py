@@ -23,7 +23,7 @@ from sheepop_jax.model.partitioning import (
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.checkpoint import Checkpoints
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import init_params, init_state, make_train_step
+from sheepop_jax.training.step import boxed_shapes, init_state, make_train_step
 
 VOCAB, STEPS, SEED = 501, 10, 5
 # Dropout, microbatches, grouped heads, weights that are 0, and a loss in several chunks.
@@ -74,7 +74,7 @@ class Training:
             return init_state(self.model, optimizer, SEED)
 
         abstract = jax.eval_shape(fresh)
-        boxed = jax.eval_shape(lambda: init_params(self.model, SEED))
+        boxed = boxed_shapes(self.model)
         self.shardings = state_shardings(boxed, abstract, self.mesh)
         self.target = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, self.shardings)
         with jax.set_mesh(self.mesh):
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_eight_devices_fits_any_other_number_and_back(trained, t
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(training.state, {})
     checkpoints.wait()
-    boxed = jax.eval_shape(lambda: init_params(training.model, SEED))
+    boxed = boxed_shapes(training.model)
     shardings = state_shardings(boxed, training.target, mesh_of(to))
     target = jax.tree.map(lambda x, s: x.update(sharding=s), training.target, shardings)
     moved = checkpoints.restore(0, target)
@@ -254,7 +254,7 @@ def test_decoding_on_a_mesh_gives_the_tokens_of_one_device(config, random_params
         return [completion.tokens for completion in found]
 
     mesh = mesh_of(sizes)
-    boxed = jax.eval_shape(lambda: init_params(model, SEED))
+    boxed = boxed_shapes(model)
     split = jax.device_put(params, state_shardings(boxed, params, mesh))
     assert split["embedding"].addressable_shards[0].data.shape == (256, 64 // sizes[1])
     for sampling in ({"temperature": 0.0}, {"temperature": 0.8, "top_k": 40}):

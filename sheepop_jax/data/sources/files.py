@@ -134,15 +134,8 @@ def _blocks(field: str, path: Path) -> Iterator[bytes]:
         InputError: it cannot be read, is damaged, or expands beyond measure.
     """
     try:
-        packed = path.suffix.lower() in COMPRESSED
-        limit = path.stat().st_size * _MAX_EXPANSION + _FREE_EXPANSION_BYTES
-        total = 0
         with open_file(path) as file:
             while block := file.read(_BLOCK_BYTES):
-                total += len(block)
-                if packed and total > limit:
-                    got = f"{path}, which expands to over {_MAX_EXPANSION} times its size"
-                    raise InputError(field, got, "compressed text", "decompressing it yourself")
                 yield block
         yield b""
     except _DAMAGED as error:
@@ -151,18 +144,44 @@ def _blocks(field: str, path: Path) -> Iterator[bytes]:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed by its suffix."""
+    """The bytes of a file, decompressed by its suffix; none if it expands beyond measure."""
     match path.suffix.lower():
         case ".gz":
-            return cast(IO[bytes], gzip.open(path))
+            return io.BufferedReader(_Bounded(cast(io.BufferedIOBase, gzip.open(path)), path))
         case ".bz2":
-            return io.BufferedReader(_Members(path, bz2.BZ2Decompressor, 2**16))
+            members = _Members(path, bz2.BZ2Decompressor, 2**16)
         case ".xz":
-            return io.BufferedReader(_Members(path, lzma.LZMADecompressor, 2**16))
+            members = _Members(path, lzma.LZMADecompressor, 2**16)
         case ".zst":
             # It has no bound on its output, which is at most 2**15 times its input.
-            return io.BufferedReader(_Members(path, zstandard.ZstdDecompressor().decompressobj))
-    return path.open("rb")
+            members = _Members(path, zstandard.ZstdDecompressor().decompressobj)
+        case _:
+            return path.open("rb")
+    return io.BufferedReader(_Bounded(members, path))
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed file expands to, as long as that is no bomb."""
+
+    def __init__(self, inner: io.RawIOBase | io.BufferedIOBase, path: Path):
+        self._inner = inner
+        self._left = path.stat().st_size * _MAX_EXPANSION + _FREE_EXPANSION_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._inner.readinto(buffer) or 0
+        self._left -= size
+        if self._left < 0:
+            raise OSError(
+                f"it expands to over {_MAX_EXPANSION} times its size; try decompressing it yourself"
+            )
+        return size
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
 
 
 class _Members(io.RawIOBase):

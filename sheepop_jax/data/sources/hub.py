@@ -36,7 +36,7 @@ class Hub:
         self.skipped = Counter[str]()
         self.num_bytes = 0
         self._subset, self._column, self._join = subset, text_column, join_rows
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         self._copy = path if path.is_dir() else None
 
     def signature(self) -> str:

@@ -5,6 +5,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import stat
 import time
 from collections.abc import Collection, Iterable
@@ -71,7 +72,7 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
         InputError: one of them does not exist, cannot be read, or gives no file.
     """
     # A name may hold a comma, so the whole string is tried as a path before it is taken apart.
-    whole = os.path.lexists(Path(spec).expanduser())
+    whole = os.path.lexists(os.path.expanduser(spec))
     found = Found()
     for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
         if "://" in item and not whole:
@@ -79,7 +80,7 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
             shown = f"{scheme}://…" if "@" in rest else item  # there may be a password
             hint = "downloading it and giving its path"
             raise InputError(name, shown, "a path: by URL only tables are read", hint)
-        path = Path(item).expanduser()
+        path = Path(os.path.expanduser(item))
         if glob.has_magic(item) and not os.path.lexists(path):
             found.files += _expand_glob(name, item)
             continue
@@ -207,7 +208,7 @@ def _mode(name: str, path: Path) -> int:
 
 def _expand_glob(name: str, pattern: str) -> list[tuple[str, Path]]:
     """The regular files that match; `*` and `**` pass over hidden and vendored directories."""
-    parts = Path(pattern).expanduser().parts
+    parts = Path(os.path.expanduser(pattern)).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
     matches = [Path(match) for match in glob.glob(str(Path(*parts)), recursive=True)]
@@ -249,7 +250,7 @@ def _read_gitignore(name: str, path: Path) -> pathspec.GitIgnoreSpec:
         return pathspec.GitIgnoreSpec.from_lines(text.split("\n"))
     except OSError as error:
         raise InputError(name, f"{path} ({error.strerror})", "a readable file") from error
-    except ValueError as error:  # a pattern that git itself would not take
+    except (ValueError, re.error) as error:  # a pattern that git itself would not take
         got = f"{path} ({error})"
         raise InputError(name, got, "a valid file", "--config.data.gitignore=False") from error
 

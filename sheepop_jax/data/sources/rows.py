@@ -17,7 +17,7 @@ def rows_to_documents(
     Raises:
         InputError: a text is neither a string nor None.
     """
-    texts = ((name, _checked(column, value)) for name, value in rows)
+    texts = ((name, _checked(name, column, value)) for name, value in rows)
     if joined:
         lines = (text for _, text in texts if text is not None)
         pieces = (line if line.endswith("\n") else line + "\n" for line in lines)
@@ -49,10 +49,10 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {said}"
 
 
-def _checked(column: str, value: object) -> str | None:
+def _checked(name: str, column: str, value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    got = f"{column} (rows hold {type(value).__name__})"
+    got = f"{column} ({name} holds {type(value).__name__})"
     raise InputError("data.text_column", got, "a column of text")
 
 

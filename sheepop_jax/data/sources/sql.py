@@ -35,7 +35,13 @@ _DRIVERS = {
 }
 _EXPECTED = "a SQLite file or a URL sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 # What SQLite says of the query itself; its other errors are about the file.
-_SQLITE_QUERY_ERRORS = ("SQLITE_ERROR", "SQLITE_READONLY", "SQLITE_TOOBIG", "SQLITE_MISMATCH")
+_SQLITE_QUERY_ERRORS = (
+    "SQLITE_ERROR",
+    "SQLITE_READONLY",
+    "SQLITE_AUTH",
+    "SQLITE_TOOBIG",
+    "SQLITE_MISMATCH",
+)
 _COMMENT_OR_QUOTED = re.compile(
     r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*" """.strip(), re.DOTALL
 )
@@ -187,7 +193,7 @@ def _parse(path: str) -> "Path | URL":
 
 
 def _existing(path: str) -> Path:
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if os.path.isfile(file):
         return file
     problem = " (a directory)" if os.path.isdir(file) else ""
@@ -203,7 +209,7 @@ def _engine(database: "Path | URL") -> "Engine":
         uri = f"{database.absolute().as_uri()}?mode=ro"
         return sqlalchemy.create_engine(
             "sqlite://",
-            creator=lambda: sqlite3.connect(uri, uri=True),
+            creator=lambda: _read_only(sqlite3.connect(uri, uri=True)),
             poolclass=sqlalchemy.NullPool,
         )
     # libpq would else take the user's PGCLIENTENCODING, which may lack characters of the text.
@@ -216,6 +222,16 @@ def _engine(database: "Path | URL") -> "Engine":
         poolclass=sqlalchemy.NullPool,
         execution_options={"postgresql_readonly": True},
     )
+
+
+def _read_only(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """mode=ro is of the main file alone: ATTACH and VACUUM INTO, which attaches, write others."""
+
+    def allow(action: int, *about: str | None) -> int:
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
+
+    connection.set_authorizer(allow)
+    return connection
 
 
 def _ordered(query: str) -> bool:

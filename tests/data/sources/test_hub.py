@@ -86,7 +86,7 @@ class TestHub:
         "answer, said",
         [
             ([{"body": "x", "id": 3}], r"data\.text_column: got 'text'.*columns body, id, subset"),
-            ([{"text": 3}], r"data\.text_column: .*rows hold int"),
+            ([{"text": 3}], r"data\.text_column: .*holds int"),
             ({"test": [], "dev": []}, r"data\.name: .*splits: test, dev\).*a train split"),
             (ConnectionError("no route"), r"data\.name: got 'some/set'.*no route.*try.*network"),
             (ValueError("BuilderConfig 'x' not found.\nAvailable: ['a']"), r"data\.subset.*'a'"),
@@ -196,7 +196,7 @@ class TestCopy:
         name = copy({"train-0.jsonl": ["one"]})
         with pytest.raises(InputError, match=r"data\.text_column: .*one of the columns id, text$"):
             read(name, column="body")
-        with pytest.raises(InputError, match=r"data\.text_column: .*rows hold int"):
+        with pytest.raises(InputError, match=r"data\.text_column: .*holds int"):
             read(name, column="id")
         with pytest.raises(InputError, match=r"data\.subset: got 'none'.*'default'"):
             read(name, "none")

@@ -351,3 +351,14 @@ class TestSignature:
         assert signature_of(files, 1) != ""
         os.utime(files[1], (now + 2, now + 2))
         assert signature_of(files, 1) == ""
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other():
+    with pytest.raises(InputError, match=r"data\.path: got '~nobody-here/x\.txt'; expected "):
+        ids("~nobody-here/x.txt")
+
+
+def test_a_pattern_that_git_would_not_take_is_named(tmp_path):
+    write(tmp_path, "a.txt", **{".gitignore": "[z-a].log\n"})
+    with pytest.raises(InputError, match=r"\.gitignore \(.*; try --config\.data\.gitignore=False"):
+        ids(tmp_path)

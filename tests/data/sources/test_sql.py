@@ -105,6 +105,14 @@ def test_a_statement_that_writes_fails_and_writes_nothing(database, statement):
     assert digest(database) == before
 
 
+@pytest.mark.parametrize("statement", ["ATTACH '{}' AS other", "VACUUM INTO '{}'"])
+def test_no_other_database_is_written_either(database, tmp_path, statement):
+    other = tmp_path / "other.db"
+    said = refusal(database, statement.format(other))
+    assert said.startswith("data.query: got ") and "authoriz" in said
+    assert not other.exists()
+
+
 def test_the_query_goes_to_the_database_as_it_stands(database):
     """`:name` and `%` would be placeholders to SQLAlchemy or a driver."""
     assert read(

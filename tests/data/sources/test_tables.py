@@ -231,7 +231,7 @@ def test_a_column_that_is_not_there_or_holds_no_text(tmp_path, kind):
     hint = "" if kind == "parquet" else f"; try {tables._AS_TEXT}"
     assert refusal(kind, path, "body") == said + hint
     if kind != "csv":
-        said = "data.text_column: got 'id (rows hold int)'; expected a column of text"
+        said = f"data.text_column: got 'id ({path.name}#0 holds int)'; expected a column of text"
         assert refusal(kind, path, "id") == refusal(kind, path, "id", join_rows=True) == said
 
 
@@ -361,3 +361,19 @@ for kind in ("json", "csv", "parquet"):
     )
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert ran.stdout.split() == [b"set()"] + [b"('one',)"] * 3
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_bomb_is_refused(tmp_path, kind):
+    path = WRITERS[kind](tmp_path / f"rows.{kind}", ["x" * 2**25])
+    packed = tmp_path / f"rows.{kind}.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match="over 250 times its size"):
+        read(kind, packed)
+    assert len(read(kind, path)) == 1
+
+
+def test_a_row_that_holds_no_text_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": {"en": "two"}}\n')
+    with pytest.raises(InputError, match=r"text \(a\.jsonl#1 holds dict\)"):
+        read("json", tmp_path / "a.jsonl")
