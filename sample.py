@@ -149,16 +149,14 @@ def sample(flags: argparse.Namespace) -> None:
     from sheepop_jax.run import open_run
 
     run = open_run(flags.ckpt)
-    tokenizer, trained = run.tokenizer, run.config.model.max_seq_len
+    tokenizer, trained = run.tokenizer, run.config.data.seq_len
     context = resolve_context(run.config.model, flags.context)
-    if context > trained:
-        log.warning("context of %d tokens; the model was trained on %d at most", context, trained)
     if sampling.top_k > tokenizer.vocab_size:
         log.warning(
             "--top_k %d is above the vocabulary: %d it is", sampling.top_k, tokenizer.vocab_size
         )
-    prompts = []
-    names = ["--prompt"] * len(flags.prompt) + ["--prompt_file"]
+    prompts, longest = [], 0
+    names = ["--prompt"] * max(len(flags.prompt), not flags.prompt_file) + ["--prompt_file"]
     for name, text in zip(names, texts, strict=False):
         tokenizer.check(text, name)
         ids = tokenizer.encode(text)
@@ -168,8 +166,13 @@ def sample(flags: argparse.Namespace) -> None:
         if len(kept) < len(ids):
             log.warning("dropped the first %d of %d tokens", len(ids) - len(kept), len(ids))
         # Before the parameters are read.
-        new_token_limit(max(len(kept), 1), flags.max_new_tokens, context, name)
+        length = max(len(kept), 1)
+        longest = max(
+            longest, length + new_token_limit(length, flags.max_new_tokens, context, name)
+        )
         prompts.append(kept)
+    if longest > trained:
+        log.warning("up to %d tokens; the model was trained on windows of %d", longest, trained)
     params, step = run.params(flags.step, flags.quantize)
     log.info("step %d of %s", step, run.directory)
     completions = generate(

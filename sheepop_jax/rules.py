@@ -6,6 +6,7 @@ from sheepop_jax.errors import InputError
 
 # What float32 holds: beyond it lies infinity, below it zero.
 TINY, HUGE = 1.2e-38, 3.4e38
+BELOW_ONE = 1 - 2**-25  # from here on float32 rounds to 1
 
 
 class Section:
@@ -35,7 +36,8 @@ class Section:
 
     def fraction(self, *fields: str) -> None:
         for field in fields:
-            self.require(0 <= getattr(self, field) < 1, field, "a number in [0, 1)")
+            value = getattr(self, field)
+            self.require(0 <= value < BELOW_ONE, field, "a number in [0, 1), in float32 too")
 
     def positive(self, *fields: str) -> None:
         for field in fields:

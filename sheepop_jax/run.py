@@ -107,7 +107,7 @@ class Run:
         hint = "evaluate --data FILE, on any text file"
         with contextlib.suppress(InputError):
             data = open_shards(self.shards)
-            if data.identity == self.data_identity:
+            if _text_of(data.identity) == _text_of(self.data_identity):
                 return data
         try:
             data = prepare(self.config.data)
@@ -118,7 +118,7 @@ class Run:
                 "the data that the run was trained on",
                 hint,
             ) from None
-        if data.identity != self.data_identity:
+        if _text_of(data.identity) != _text_of(self.data_identity):
             changed = _difference(self.data_identity, data.identity)
             raise InputError(
                 f"{self.directory}: its data", changed, "the same as in training", hint
@@ -146,7 +146,7 @@ def open_run(path: str | Path) -> Run:
     try:
         saved = json.loads((directory / "config.json").read_text())
         config = Config.from_dict(saved["config"])
-        identity, gzip_figure = saved["data"], saved["gzip_bits_per_byte"]
+        identity, gzip_figure = dict(saved["data"]), saved["gzip_bits_per_byte"]
         shards, vocab_size = Path(saved["shards"]), int(saved["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"
@@ -229,6 +229,7 @@ class WorkdirLock:
             expected = "a name that is valid UTF-8"
             raise InputError("--workdir", ascii(str(self._directory)), expected) from None
         try:
+            self._made = not self._directory.exists()
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")
         except OSError as error:
@@ -251,8 +252,14 @@ class WorkdirLock:
         if [entry.name for entry in self._directory.iterdir()] == ["lock"]:
             # Bad input, found before there was a run: leave nothing behind.
             (self._directory / "lock").unlink()
-            self._directory.rmdir()
+            if self._made:
+                self._directory.rmdir()
         self._file.close()
+
+
+def _text_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """A data's identity without what decides only the order in which it is trained on."""
+    return {name: value for name, value in identity.items() if name != "grain"}
 
 
 def _decides_data(field: str) -> bool:

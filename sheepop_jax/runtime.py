@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # makers' figures. The peak is of dense bf16, or of fp32 where bf16 has no units. A device is what
 # jax counts as one, so for TPU v2 and v3 half a chip. The first match counts: longer names first.
 DEVICES = (
+    ("GH200", 989e12, 96e9),
     ("H200", 989e12, 141e9),
     ("H100", 989e12, 80e9),
     ("B200", 2250e12, 180e9),
@@ -30,7 +31,10 @@ DEVICES = (
     ("A100", 312e12, 80e9),
     ("A10G", 70e12, 24e9),
     ("L40S", 362e12, 48e9),
+    ("L40", 181e12, 48e9),
     ("L4", 121e12, 24e9),
+    ("V100-SXM2-32GB", 15.7e12, 32e9),
+    ("V100-PCIE-32GB", 14e12, 32e9),
     ("V100", 15.7e12, 16e9),
     ("T4", 8.1e12, 16e9),
     ("RTX 4090", 165e12, 24e9),
@@ -166,7 +170,7 @@ def imagine(device_kind: str, count: int) -> Runtime:
         names = ", ".join(name for name, _, _ in DEVICES)
         raise InputError("--device", device_kind, f"cpu or one of {names}")
     platform = "cpu" if not peak else "tpu" if "TPU" in device_kind else "cuda"
-    ampere = device_kind not in BEFORE_AMPERE
+    ampere = not any(name in device_kind for name in BEFORE_AMPERE)
     return Runtime(platform, device_kind, count, peak * count, memory, ampere)
 
 

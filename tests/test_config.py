@@ -163,6 +163,7 @@ def test_bad_values_are_refused_by_name_value_and_rule(name, value, rule):
     [
         ("seed", 2**32),
         ("data.vocab_size", 2**20 + 1),
+        ("optimizer.b2", 0.99999999),  # 1 in float32
         ("data.seq_len", 0),
         ("data.vocab_size", -1),
         ("data.val_fraction", 0.0),

@@ -16,7 +16,7 @@ DEFAULT_MAX_NEW_TOKENS = 256  # unless the context holds less
 # Outside of these, fp32 division by the temperature gives 0/0 or inf/inf.
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
-MAX_POSITIONS = 2**31 - 1  # they are counted in int32
+MAX_POSITIONS = 2**30 - 1  # a prompt's and the new ones together are counted in int32
 
 
 class Kind(NamedTuple):
@@ -101,6 +101,8 @@ def new_token_limit(
     """
     if max_new_tokens is not None and max_new_tokens < 0:
         raise InputError("--max_new_tokens", max_new_tokens, "at least 0")
+    if max_new_tokens == 0 and prompt_length == context:
+        return 0
     if prompt_length >= context:
         rule = f"fewer than the context of {context}"
         hint = "--truncate left, or a larger --context"

@@ -19,9 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from sheepop_jax import processes
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_during, fault_point
@@ -34,6 +31,7 @@ from sheepop_jax.training.manifest import (
     verify,
     write_manifest,
 )
+from sheepop_jax.training.snapshot import all_finite, not_finite, on_its_own
 from sheepop_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -41,6 +39,7 @@ log = logging.getLogger(__name__)
 SCORE = "val_loss"  # the figure, lower is better, by which a checkpoint is "best"
 ASIDE = "damaged"  # what the names of directories that were set aside begin with
 REASON = "REASON.txt"  # in such a directory
+_STEP = "(?:[0-9]{8}|[1-9][0-9]{8,})"  # a step, in eight digits or as many as it takes
 
 
 class SaveFailed(RunFailed):
@@ -58,11 +57,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        return sorted(int(path.name) for path in self._directories(r"[0-9]{8}"))
+        return sorted(int(path.name) for path in self._directories(_STEP))
 
     def aside(self) -> list[tuple[Path, int]]:
         """Directories that were set aside, and their steps."""
-        found = self._directories(rf"{ASIDE}-[0-9]{{8}}-[0-9]+")
+        found = self._directories(rf"{ASIDE}-{_STEP}-[0-9]+")
         return [(path, int(path.name.split("-")[1])) for path in sorted(found)]
 
     def path(self, step: int) -> Path:
@@ -120,15 +119,26 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if not _all_finite(state.params):
+        if not all_finite(state.params):
             raise SaveFailed(
-                f"{self.path(step)}: not saved (not finite: {_not_finite(state.params)}); older "
+                f"{self.path(step)}: not saved (not finite: {not_finite(state.params)}); older "
                 "checkpoints are intact; try a lower optimizer.learning_rate from there"
             )
-        # On a CPU "device to host" is no copy, and the next step overwrites the donated buffers.
-        state = jax.tree.map(jnp.copy, state)
-        jax.block_until_ready(state)
-        self._pending = self._writer.submit(self._commit, step, state, figures)
+        self._pending = self._writer.submit(self._commit, step, on_its_own(state), figures)
+
+    def record(self, step: int, figures: dict[str, Any]) -> None:
+        """Adds figures to a committed step's.
+
+        Raises:
+            SaveFailed: they could not be written.
+        """
+        saved = self.manifest(step)
+        pending = self.directory / f".pending-{step:08d}-manifest"
+        try:
+            write_manifest(pending, saved["files"], step, saved["figures"] | figures)
+            os.replace(pending, self.path(step) / MANIFEST)
+        except OSError as error:
+            raise SaveFailed(f"{self.path(step)}: no figures added ({error.strerror})") from error
 
     def wait(self) -> None:
         """Blocks until the save in hand is committed, and raises what it raised."""
@@ -243,7 +253,7 @@ class Checkpoints:
     def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
         files = digests(pending)
         fault_point("before-manifest")
-        write_manifest(pending, files, step, figures)
+        write_manifest(pending / MANIFEST, files, step, figures)
         fault_point("before-rename")
         if self.path(step).exists():  # an earlier run of the same steps
             self.delete(step)
@@ -268,30 +278,16 @@ class Checkpoints:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a directory, or a link but not what it leads to; what stays is said, no error."""
+    """Deletes a directory or file, or a link but not what it leads to; what stays is said."""
     try:
-        if path.is_symlink():
-            path.unlink()
-        else:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError as error:
         log.warning(
             "%s: not deleted (%s); it may be deleted by hand", path, error.strerror or error
         )
-
-
-@jax.jit
-def _all_finite(params: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
-
-
-def _not_finite(params: Any) -> str:
-    found = (
-        storage.name_of(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not jnp.isfinite(leaf).all()
-    )
-    return storage.few(list(found))
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

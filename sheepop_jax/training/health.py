@@ -27,6 +27,11 @@ class Health:
         self._skipped_in_a_row = 0
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
 
+    @property
+    def streak(self) -> int:
+        """Updates skipped in a row, up to the last one looked at."""
+        return self._skipped_in_a_row
+
     def look(self, step: int, metrics: StepMetrics) -> None:
         """Waits for a step, and says what is wrong with it.
 

@@ -1,5 +1,7 @@
 """What checkpoints a run has, for a person; and deleting some of them."""
 
+import contextlib
+import stat
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,4 +142,9 @@ def _listed(steps: Collection[int]) -> str:
 
 
 def _bytes(root: Path) -> int:
-    return sum(p.lstat().st_size for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+    total = 0
+    for path in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a training beside this may be pruning it
+            found = path.lstat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total

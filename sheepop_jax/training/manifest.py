@@ -14,10 +14,10 @@ class DamagedCheckpoint(Exception):
     """A checkpoint whose files are not those that were saved; the message names the file."""
 
 
-def write_manifest(root: Path, files: dict[str, str], step: int, figures: dict[str, Any]) -> None:
+def write_manifest(path: Path, files: dict[str, str], step: int, figures: dict[str, Any]) -> None:
     """Writes the manifest of a checkpoint that has all its other files."""
     manifest = {"format": FORMAT, "step": step, "figures": figures, "files": files}
-    with (root / MANIFEST).open("w") as file:
+    with path.open("w") as file:
         json.dump({**manifest, "sha256": _own_digest(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -40,6 +40,18 @@ class Progress:
             text += f" ({values['mfu']:.0%} MFU)"
         self.line(f"{text}  {readable_seconds(seconds_left)} left")
 
+    def report_held_out(
+        self, step: int, figures: dict[str, float], took: float, train_seconds: float
+    ) -> None:
+        """Prints the figures of an evaluation."""
+        self.line(
+            f"step {step}  held-out: loss {figures['val_loss']:.4f}  "
+            f"perplexity {figures['val_perplexity']:.2f}  "
+            f"bits/byte {figures['val_bits_per_byte']:.4f}  "
+            f"accuracy {figures['val_accuracy']:.1%}  "
+            f"(took {took:.1f} s; updates so far {train_seconds:.1f} s)"
+        )
+
     def line(self, text: str) -> None:
         """Prints a line above the bar, without the control characters that a model may write."""
         text = printable(text)

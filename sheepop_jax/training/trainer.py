@@ -124,9 +124,11 @@ class _Loop:
         self.profile = Profile(profiled, self.step, job.directory / "profile")
         self.data_wait = 0.0
         self.in_flight: StepMetrics | None = None
+        self.save_postponed = False
 
     def run(self) -> dict[str, float]:
         last = self.job.num_steps
+        self._evaluate_what_was_interrupted()
         if self.step >= last:
             log.info("nothing to do: the run is at step %d of %d", self.step, last)
             return self.figures
@@ -185,13 +187,9 @@ class _Loop:
 
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, StepMetrics]]:
         job, config = self.job, self.job.config
+        seed, zscore = config.seed, config.optimizer.max_grad_zscore
         step = make_train_step(
-            job.model,
-            self.optimizer,
-            self.schedule,
-            config.seed,
-            max_grad_zscore=config.optimizer.max_grad_zscore,
-            chunk_elements=job.chunk_elements,
+            job.model, self.optimizer, self.schedule, seed, zscore, job.chunk_elements
         )
         log.info("compiling the train step")
         started = time.perf_counter()
@@ -236,17 +234,29 @@ class _Loop:
             self.metrics.write(self.step, values)
             self.metrics.flush()
 
+    def _evaluate_what_was_interrupted(self) -> None:
+        """A signal during an evaluation saves the step without its figures: here they come."""
+        due = _due(self.step, self.job.config.train.eval_every, self.job.num_steps)
+        if self.step and due and not self.figures:
+            self._evaluate()
+            if processes.first():
+                self.checkpoints.record(self.step, self.figures)
+
     def _evaluate_and_save(self) -> None:
         """Does what is due after this step, with the clock stopped."""
         last, config = self.job.num_steps, self.job.config
         evaluate = _due(self.step, config.train.eval_every, last)
         save = _due(self.step, config.checkpoint.save_every, last)
+        save |= self.save_postponed and not self.health.streak
         if not (evaluate or save):
             return
         with self._clock_stopped():
             if evaluate:
                 save |= self._evaluate()
-            if save:
+            # Parameters from which no update is possible must not take the place of older ones.
+            wait = self.health.streak > 0 and self.step < last
+            self.save_postponed = wait and (save or self.save_postponed)
+            if save and not wait:
                 self._save()
 
     @contextlib.contextmanager
@@ -264,13 +274,8 @@ class _Loop:
         started = time.perf_counter()
         self.figures = figures = self.job.evaluate(self.state.params)
         train_seconds = self.throughput.seconds
-        self.progress.line(
-            f"step {self.step}  held-out: loss {figures['val_loss']:.4f}  "
-            f"perplexity {figures['val_perplexity']:.2f}  "
-            f"bits/byte {figures['val_bits_per_byte']:.4f}  "
-            f"accuracy {figures['val_accuracy']:.1%}  "
-            f"(took {time.perf_counter() - started:.1f} s; updates so far {train_seconds:.1f} s)"
-        )
+        took = time.perf_counter() - started
+        self.progress.report_held_out(self.step, figures, took, train_seconds)
         if self.metrics:
             self.metrics.write(self.step, {**figures, "train_seconds": train_seconds})
             self.metrics.flush()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.training import storage
+from sheepop_jax.training import snapshot, storage
 from sheepop_jax.training.checkpoint import REASON, Checkpoints, SaveFailed
 from sheepop_jax.training.inventory import delete, inventory, keep_only
 from sheepop_jax.training.manifest import MANIFEST, DamagedCheckpoint, digests, write_manifest
@@ -440,7 +440,7 @@ def test_a_name_in_a_manifest_that_leads_outside_is_never_opened(tmp_path):
     root = directory / "00000006"
     files = digests(root)
     for name in ("../../secret", str(tmp_path / "secret")):
-        write_manifest(root, {**files, name: files[next(iter(files))]}, 6, {})
+        write_manifest(root / MANIFEST, {**files, name: files[next(iter(files))]}, 6, {})
         with pytest.raises(DamagedCheckpoint, match="secret: missing"):
             checkpoints.verify(6)
 
@@ -460,3 +460,45 @@ def test_deletion_follows_no_link_and_touches_no_other_name(tmp_path):
     assert checkpoints.steps() == [3]
     assert {p.name for p in directory.iterdir()} == {"00000003", *others}
     assert (outside / "inner" / MANIFEST).is_file()
+
+
+def test_figures_are_added_to_a_step_that_is_there(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    save_all(checkpoints, [1, 2])
+    checkpoints.record(1, {"val_loss": 0.5, "other": 3})
+    assert checkpoints.verify(1)["figures"].items() >= {"val_loss": 0.5, "other": 3}.items()
+    assert checkpoints.best() == 1
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SaveFailed, match="00000001: no figures added .No space left on device"):
+        checkpoints.record(1, {"val_loss": 9.0})
+    monkeypatch.undo()
+    checkpoints.tidy()  # what was left of that is no part of a step
+    assert checkpoints.verify(1)["figures"]["val_loss"] == 0.5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000002"]
+
+
+def test_steps_of_nine_digits(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save_all(checkpoints, [99_999_998, 99_999_999, 100_000_000])
+    assert checkpoints.steps() == [99_999_999, 100_000_000]
+    checkpoints.set_aside(100_000_000, "a test")
+    assert [step for _, step in checkpoints.aside()] == [100_000_000]
+
+
+def test_an_accelerator_does_not_hold_the_state_twice(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    made = make_state(5)
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "default_backend", lambda: "gpu")
+        held = snapshot.on_its_own(made)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(held))
+        checkpoints.save(made, {})
+        checkpoints.wait()
+    back = checkpoints.restore(5, abstract(made))
+    assert_same(back, made)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(back))
+    assert_same(checkpoints.restore_params(5, abstract(made.params)), made.params)

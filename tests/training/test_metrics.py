@@ -126,3 +126,8 @@ def test_no_place_for_tensorboard_is_a_warning(tmp_path, caplog):
     log.close()
     assert "tensorboard: no more of it" in caplog.text
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_line_with_bytes_that_are_no_text_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"ste\xff": 2}\n{"step": 3}\n')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]

@@ -110,7 +110,7 @@ def test_as_a_person_reads_it(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device", "X100"], "--device: got 'X100'; expected cpu or one of H200, H100"),
+        (["--device", "X100"], "--device: got 'X100'; expected cpu or one of GH200, H200"),
         (["--device", "H100", "--devices", "0"], "--devices: got 0"),
         (["--device", "H100", "--devices", "5"], "train.batch_size: got 32"),
         (["--device", "H100", "--config.mesh.data=3"], "mesh: got"),

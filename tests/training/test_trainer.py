@@ -306,6 +306,66 @@ def test_skipped_updates_that_are_not_in_a_row_end_nothing(make_job, monkeypatch
     assert skipped == [2, 4]
 
 
+def test_no_save_while_updates_are_skipped(make_job, monkeypatch, caplog):
+    """What makes every update fail must not take the place of the checkpoints of before."""
+    settings = {"train.eval_every": 0, "train.max_skipped_steps": 5, "checkpoint.keep": 1}
+    job = make_job(num_steps=9, overrides=settings)
+    whole = TrainBatches.batch_at
+
+    def poisoned(self, step):
+        batch = whole(self, step)
+        return batch._replace(weights=batch.weights * np.float32(np.inf if step in bad else 1))
+
+    monkeypatch.setattr(TrainBatches, "batch_at", poisoned)
+    bad = range(2, 9)
+    with caplog.at_level("INFO"), pytest.raises(TrainingDiverged):
+        fit(job, StopSignal())
+    assert Checkpoints(job.directory / "checkpoints").steps() == [2]
+    bad = (3, 4)  # where 4 is due, they are skipped: saved once one is applied, and then as always
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(job, StopSignal())
+    saved = [int(said.split()[-1]) for said in caplog.messages if said.startswith("saved step")]
+    assert saved[0] in (6, 7) and saved[-2:] == [8, 9]
+
+
+@pytest.mark.parametrize("interrupted", [3, 7], ids=["on the way", "at the end"])
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_job, interrupted):
+    class AtTheEvaluation(StopSignal):
+        def check(self):
+            if self._name:
+                raise StopRequested(self._name)
+
+    stop, figures = AtTheEvaluation(), {"val_loss": 2.5, "val_perplexity": 12.0}
+    figures |= {"val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+
+    def evaluate(params):
+        evaluations.append(None)
+        if len(evaluations) == {3: 1, 7: 3}[interrupted] and not told:
+            told.append(stop)
+            stop._name = "SIGTERM"
+            stop.check()
+        return figures
+
+    evaluations, told = [], []
+    job = make_job(num_steps=7, evaluate=evaluate)
+    with pytest.raises(StopRequested):
+        fit(job, stop)
+    checkpoints = Checkpoints(job.directory / "checkpoints")
+    assert checkpoints.steps()[-1] == interrupted
+    assert "val_loss" not in checkpoints.manifest(interrupted)["figures"]
+    before = arrays_of(job)
+
+    stop._name = ""
+    assert fit(dataclasses.replace(job, num_steps=7), stop) == figures
+    lines = [line["step"] for line in read_metrics(job.directory) if "val_loss" in line]
+    assert lines == [3, 6, 7]
+    assert checkpoints.verify(checkpoints.steps()[-1])["figures"]["val_loss"] == 2.5
+    if interrupted == 7:
+        for old, new in zip(before, arrays_of(job), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+
 def test_nothing_compiles_after_the_first_steps(make_job):
     job = make_job(num_steps=9)
     compiled = []
