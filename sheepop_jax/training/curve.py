@@ -47,7 +47,8 @@ def draw_curve(directory: Path) -> Path | None:
         axis.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
             axis.legend(frameon=False)
-    axes[0, 0].set_yscale("log")
+    if any(row.get("loss", row.get("val_loss")) > 0 for row in [*train, *held_out]):
+        axes[0, 0].set_yscale("log")
     axes[0, 0].yaxis.set_major_formatter("{x:.3g}")
     axes[0, 0].yaxis.set_minor_formatter("{x:.3g}")
     for axis in axes[1]:

@@ -131,3 +131,10 @@ def test_no_place_for_tensorboard_is_a_warning(tmp_path, caplog):
 def test_a_line_with_bytes_that_are_no_text_is_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"ste\xff": 2}\n{"step": 3}\n')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+
+
+def test_a_loss_of_nothing_is_drawn(tmp_path):
+    """Of a vocabulary of one token; a logarithmic axis cannot show it, and warns."""
+    figures = {"learning_rate": 1e-3, "grad_norm": 0.0, "tokens_per_second": 9.0}
+    (tmp_path / NAME).write_text(json.dumps({"step": 1, "loss": 0.0, **figures}) + "\n")
+    assert draw_curve(tmp_path)
