@@ -131,6 +131,7 @@ class TrainConfig(Section):
     prefix = "train."
 
     def __post_init__(self) -> None:
+        self.require(self.platform != "gpu", "platform", "one of " + ", ".join(PLATFORMS), "cuda")
         self.one_of("platform", *PLATFORMS)
         self.one_of("dtype", *DTYPES)
         self.count(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")

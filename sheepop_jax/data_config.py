@@ -35,6 +35,13 @@ TABLE_SUFFIXES = {
     ".parquet": "parquet",
 }
 FILE_SUFFIXES = TABLE_SUFFIXES | {".pdf": "pdf", ".db": "sql", ".sqlite": "sql", ".sqlite3": "sql"}
+COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compression: `.txt` for a.TXT.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 class Part(NamedTuple):
@@ -172,7 +179,5 @@ class DataConfig(Section):
         for item in [self.path] if whole else filter(None, map(str.strip, self.path.split(","))):
             # The query of a URL is no part of the name; a file's name may hold a question mark.
             path = Path(item.partition("?")[0] if "://" in item else item)
-            packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
-            suffix = Path(path.stem).suffix if packed else path.suffix
-            kinds.add(FILE_SUFFIXES.get(suffix.lower(), "files"))
+            kinds.add(FILE_SUFFIXES.get(inner_suffix(path), "files"))
         return kinds.pop() if len(kinds) == 1 else "files"

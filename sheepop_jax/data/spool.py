@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -27,6 +26,7 @@ import numpy as np
 
 from sheepop_jax.data.documents import Corpus, Document, SkipDocument
 from sheepop_jax.data.progress import Progress
+from sheepop_jax.data.tokenizer import CUT
 from sheepop_jax.data_config import Part
 from sheepop_jax.errors import InputError
 
@@ -40,7 +40,6 @@ DOCUMENT = np.dtype(
     ]
 )
 _BLOCK_BYTES = 2**20
-_NON_SPACE_THEN_SPACE = re.compile(r"\S(?=[ \n])")
 
 
 class Spool:
@@ -97,7 +96,7 @@ class Spool:
         block = os.pread(self._file, 2**16, position)
         lead = next((i for i, byte in enumerate(block) if byte & 0xC0 != 0x80), len(block))
         window = block[lead:].decode("utf-8", errors="ignore")  # its end may cut a character
-        near = _NON_SPACE_THEN_SPACE.search(window)
+        near = CUT.search(window)
         return position + lead + (len(window[: near.end()].encode()) if near else 0)
 
     def name(self, document: int) -> str:

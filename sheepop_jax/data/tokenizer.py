@@ -27,7 +27,7 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>"
 
 # Characters given to the library in one string: it holds over 50 bytes a character while at work.
 _PIECE_CHARS = 2**18
-_CUT = re.compile(r"\S(?=[ \n])")
+CUT = re.compile(r"\S(?=[ \n])")  # where the ids of the two parts are those of the whole
 
 
 class Tokenizer:
@@ -227,7 +227,7 @@ def split_text(texts: Iterable[str]) -> Iterator[str]:
         start = 0
         while len(text) - start > _PIECE_CHARS:
             end = start + _PIECE_CHARS
-            for near in _CUT.finditer(text, end - _PIECE_CHARS // 4, end):
+            for near in CUT.finditer(text, end - _PIECE_CHARS // 4, end):
                 end = near.end()
             yield text[start:end]
             start = end

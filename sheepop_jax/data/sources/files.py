@@ -21,7 +21,6 @@ import zstandard
 
 from sheepop_jax.data.documents import Document, SkipDocument
 from sheepop_jax.data.sources.paths import (
-    COMPRESSED,
     VENDORED,
     Found,
     Walk,
@@ -29,6 +28,7 @@ from sheepop_jax.data.sources.paths import (
     size_of,
     walk_files,
 )
+from sheepop_jax.data_config import COMPRESSED
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)

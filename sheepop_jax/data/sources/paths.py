@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pathspec
 
-from sheepop_jax.data_config import FILE_SUFFIXES
+from sheepop_jax.data_config import FILE_SUFFIXES, inner_suffix
 from sheepop_jax.errors import InputError
 
 # Fetched or generated, not written by the owner of the directory.
 VENDORED = frozenset(
     "node_modules bower_components venv virtualenv __pycache__ site-packages dist-packages".split()
 )
-COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 # A file may change again within one tick of its clock; what is younger than this is read again.
 _SETTLED_SECONDS = 2.0
 
@@ -52,12 +51,6 @@ class Walk:
 
     def wants(self, path: Path) -> bool:
         return self.suffixes is None or inner_suffix(path) in self.suffixes
-
-
-def inner_suffix(path: Path) -> str:
-    """The suffix in lower case, without that of a compression: `.txt` for a.TXT.gz."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def find_files(name: str, spec: str, walk: Walk) -> Found:

@@ -20,22 +20,22 @@ from typing import IO, Literal, cast
 
 from sheepop_jax.data.documents import Document
 from sheepop_jax.data.sources.files import open_file
-from sheepop_jax.data.sources.paths import Walk, find_files, inner_suffix, signature_of
+from sheepop_jax.data.sources.paths import Walk, find_files, signature_of
 from sheepop_jax.data.sources.rows import (
     BATCH_ROWS,
     missing_column,
     reason_of,
     rows_to_documents,
 )
+from sheepop_jax.data_config import TABLE_SUFFIXES, inner_suffix
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["json", "csv", "parquet"]
 SUFFIXES: Mapping[Kind, frozenset[str]] = {
-    "json": frozenset({".jsonl", ".ndjson", ".json"}),
-    "csv": frozenset({".csv", ".tsv"}),
-    "parquet": frozenset({".parquet"}),
+    kind: frozenset(suffix for suffix, of in TABLE_SUFFIXES.items() if of == kind)
+    for kind in ("json", "csv", "parquet")
 }
 _EXPECTED = {
     "json": "JSON with one object a line",
@@ -153,7 +153,7 @@ def _json_texts(path: str, column: str) -> Iterator[object]:
     rows = _json_rows(path)
     seen: set[str] = set()
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        if column not in seen:  # a row may lack it, but not all of them
+        if column not in seen:  # a row may lack it, but not all of the first ones
             seen.update(*batch)
             if column not in seen:
                 raise missing_column(column, seen, _AS_TEXT)
