@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -204,7 +204,7 @@ def _expand_glob(name: str, pattern: str) -> list[tuple[str, Path]]:
     parts = Path(os.path.expanduser(pattern)).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
-    matches = [Path(match) for match in glob.glob(str(Path(*parts)), recursive=True)]
+    matches = _matching(root, parts[fixed:])
     regular = [match for match in matches if _regular_size(name, match) is not None]
     named = [(match.relative_to(root).as_posix(), match) for match in regular]
     below = {parent for inside, _ in named for parent in Path(inside).parents} - {Path()}
@@ -217,6 +217,21 @@ def _expand_glob(name: str, pattern: str) -> list[tuple[str, Path]]:
     if not files:
         raise InputError(name, pattern, "a pattern that matches a file")
     return files
+
+
+def _matching(root: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    """As `glob.glob` below `root`, but `**` enters no directory through a link: some lead back."""
+    if "**" not in parts:
+        yield from map(Path, glob.glob(os.path.join(glob.escape(str(root)), *parts)))
+        return
+    at = parts.index("**")
+    for top in _matching(root, parts[:at]) if at else [root]:
+        for directory, inside, files in os.walk(top):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            if rest := parts[at + 1 :]:
+                yield from _matching(Path(directory), rest)
+            else:
+                yield from (Path(directory, name) for name in files if not name.startswith("."))
 
 
 def _nothing_in(name: str, root: Path, walk: Walk, inside: Found) -> InputError:
