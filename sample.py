@@ -123,7 +123,7 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
         try:
             file = flags.prompt_file
             raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            prompts.append(raw.decode("utf-8-sig"))
+            prompts.append(raw.decode().removeprefix("\ufeff"))
         except OSError as error:
             got = f"{flags.prompt_file} ({error.strerror})"
             raise InputError("--prompt_file", got, "a file that can be read") from None

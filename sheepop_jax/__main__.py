@@ -165,6 +165,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["data"]:  # which has processes of its own to end
+    if sys.argv[1:2] not in (["data"], ["evaluate"]):  # which delete what they have half read
         leave_on_interrupt()
     sys.exit(main(sys.argv[1:]))

@@ -155,7 +155,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 def _read_text(name: str) -> str:
     try:
-        text = Path(name).read_bytes().decode("utf-8-sig")
+        text = Path(name).read_bytes().decode().removeprefix("\ufeff")
     except OSError as error:
         raise InputError("--data", f"{name} ({error.strerror})", "a text file") from None
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ itself, after the environment is set.
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -34,7 +35,9 @@ DEVICES = (
     ("L40", 181e12, 48e9),
     ("L4", 121e12, 24e9),
     ("V100-SXM2-32GB", 15.7e12, 32e9),
+    ("V100-DGXS-32GB", 15.7e12, 32e9),
     ("V100-PCIE-32GB", 14e12, 32e9),
+    ("V100S-PCIE-32GB", 16.4e12, 32e9),
     ("V100", 15.7e12, 16e9),
     ("T4", 8.1e12, 16e9),
     ("RTX 4090", 165e12, 24e9),
@@ -50,7 +53,7 @@ DEVICES = (
 
 # Of those, NVIDIA's from before Ampere. XLA computes bf16 there by way of fp32, and cuDNN has no
 # flash attention for them.
-BEFORE_AMPERE = ("V100", "T4")
+BEFORE_AMPERE = ("V100", "V100S-PCIE-32GB", "T4")
 _AMPERE = 8.0  # compute capability
 
 
@@ -153,8 +156,13 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
 
 def known_figures(device_kind: str) -> tuple[float, float]:
     """Peak FLOP/s and bytes of memory of one device of a kind; zeros where it is not known."""
-    found = ((peak, memory) for name, peak, memory in DEVICES if name in device_kind)
+    found = ((peak, memory) for name, peak, memory in DEVICES if _is_in(name, device_kind))
     return next(found, (0.0, 0.0))
+
+
+def _is_in(name: str, device_kind: str) -> bool:
+    """As words: a T400 is no T4."""
+    return re.search(rf"\b{re.escape(name)}\b", device_kind) is not None
 
 
 def imagine(device_kind: str, count: int) -> Runtime:
@@ -170,7 +178,7 @@ def imagine(device_kind: str, count: int) -> Runtime:
         names = ", ".join(name for name, _, _ in DEVICES)
         raise InputError("--device", device_kind, f"cpu or one of {names}")
     platform = "cpu" if not peak else "tpu" if "TPU" in device_kind else "cuda"
-    ampere = not any(name in device_kind for name in BEFORE_AMPERE)
+    ampere = not any(_is_in(name, device_kind) for name in BEFORE_AMPERE)
     return Runtime(platform, device_kind, count, peak * count, memory, ampere)
 
 

@@ -611,8 +611,9 @@ def test_held_out_text_is_the_same_whatever_orders_the_training_text(
 
 def test_a_prompt_that_fills_the_context_is_given_back(root: Path, run_program: Any) -> None:
     words = ["--prompt", SAYS[:32], "--max_new_tokens", "0"]
-    [text], _ = texts(run_program, root / "run", *words)
-    assert text == ""
+    for more in ([], ["--truncate", "left"]):
+        [text], said = texts(run_program, root / "run", *words, *more)
+        assert text == "" and "dropped" not in said
 
 
 def test_texts_longer_than_the_windows_of_training_are_said(root: Path, run_program: Any) -> None:

@@ -1,6 +1,7 @@
 """From the `data` section to a corpus: which reader reads it, and what it holds out itself."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,7 +49,8 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
     match config.resolved_source:
         case "files":
             found = find_files(field, spec, walk(TEXT_SUFFIXES))
-            if config.source == "auto":
+            named = (os.path.expanduser(item.strip()) for item in spec.split(","))
+            if config.source == "auto" and not any(map(os.path.isdir, named)):
                 _warn_of_tables(found.files)
             return TextFiles(field, spec, found, config.encoding_errors)
         case "pdf":
@@ -69,7 +71,7 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
 
 
 def _warn_of_tables(files: list[tuple[str, Path]]) -> None:
-    """Rows among files of other kinds, and in what a glob matches, are text: say so."""
+    """Rows in what a glob matches, and beside files of other kinds, are text: say so."""
     kinds = Counter(FILE_SUFFIXES.get(inner_suffix(path)) for _, path in files)
     for kind in ("json", "csv", "parquet", "pdf"):
         if kinds[kind]:

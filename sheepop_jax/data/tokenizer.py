@@ -54,7 +54,9 @@ class Tokenizer:
         inner.no_padding()
         if getattr(inner.model, "dropout", None):
             inner.model.dropout = None
-        inner.add_special_tokens(ends[:1])  # or it would be found in text
+        added = inner.get_added_tokens_decoder().get(ids[ends[0]])
+        if added is not None and not added.special:  # it would be found in text
+            inner.add_special_tokens(ends[:1])
         inner.encode_special_tokens = True  # not kept in the JSON, so it is set at each load
         self._inner = inner
         self.vocab_size = max(ids.values()) + 1
@@ -82,6 +84,8 @@ class Tokenizer:
                 self.check(text)
         try:
             encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        except MemoryError:
+            raise
         except Exception as error:  # of the library, plain; or half a surrogate pair: say where
             for text in texts:
                 self.check(text)

@@ -130,7 +130,7 @@ def truncate_left(ids: Sequence[int], max_new_tokens: int | None, context: int) 
         if len(ids) < context:
             return list(ids)
         max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, context // 2)
-    kept = context - max(max_new_tokens, 1)
+    kept = context - max_new_tokens
     if kept < 1:
         rule = f"at most {context - 1}: a context of {context} less one token of prompt"
         raise InputError("--max_new_tokens", max_new_tokens, rule, "a larger --context")

@@ -47,7 +47,7 @@ def draw_curve(directory: Path) -> Path | None:
         axis.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
             axis.legend(frameon=False)
-    if max(column(train, "loss")[1] + column(held_out, "val_loss")[1]) > 0:
+    if any(loss > 0 for loss in column(train, "loss")[1] + column(held_out, "val_loss")[1]):
         axes[0, 0].set_yscale("log")
     axes[0, 0].yaxis.set_major_formatter("{x:.3g}")
     axes[0, 0].yaxis.set_minor_formatter("{x:.3g}")

@@ -1,6 +1,7 @@
 """What checkpoints a run has, for a person; and deleting some of them."""
 
 import contextlib
+import os
 import stat
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -143,8 +144,9 @@ def _listed(steps: Collection[int]) -> str:
 
 def _bytes(root: Path) -> int:
     total = 0
-    for path in root.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a training beside this may be pruning it
-            found = path.lstat()
-            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    for directory, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a training beside this may be pruning it
+                found = os.lstat(os.path.join(directory, name))
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total

@@ -26,14 +26,18 @@ NAME = "metrics.jsonl"
 class MetricsLog:
     """Appends lines; every line has `step`, and non-finite numbers are null."""
 
-    def __init__(self, directory: Path, first_step: int):
+    def __init__(self, directory: Path, first_step: int, evaluated: bool = True):
         """Opens the log of a run that goes on after `first_step`; later lines are cut away.
 
         An interrupted run may have logged steps after its last checkpoint. They are computed again,
-        and each step must stand once.
+        and each step must stand once. So is that step's evaluation, if it is not `evaluated`.
         """
         self._path = directory / NAME
-        lines = [line for line in read_metrics(directory) if line["step"] <= first_step]
+        lines = [
+            line
+            for line in read_metrics(directory)
+            if line["step"] < first_step + (evaluated or "val_loss" not in line)
+        ]
         cut = self._path.with_suffix(".cut")
         cut.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(cut, self._path)

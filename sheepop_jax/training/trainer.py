@@ -108,7 +108,7 @@ class _Loop:
         # Figures of the evaluation at this very step; empty where there was none.
         self.figures = {name: value for name, value in saved.items() if name.startswith("val_")}
         shown = processes.first()
-        self.metrics = MetricsLog(job.directory, self.step) if shown else None
+        self.metrics = MetricsLog(job.directory, self.step, bool(self.figures)) if shown else None
         self.progress = Progress(self.step, job.num_steps, shown)
         self.throughput = Throughput(
             self.step,
@@ -251,10 +251,10 @@ class _Loop:
         if not (evaluate or save):
             return
         with self._clock_stopped():
-            if evaluate:
-                save |= self._evaluate()
+            better = evaluate and self._evaluate()
+            save |= better
             # Parameters from which no update is possible must not take the place of older ones.
-            wait = self.health.streak > 0 and self.step < last
+            wait = self.health.streak > 0 and not better and self.step < last
             self.save_postponed = wait and (save or self.save_postponed)
             if save and not wait:
                 self._save()

@@ -75,7 +75,9 @@ class TestReaders:
         assert said.format("json") in caplog.text
         caplog.clear()
         read(root / "c.jsonl", source="files")
-        assert not caplog.text
+        (root / "d" / "package.json").write_text("{}")  # of a source tree: text
+        read(root / "d")
+        assert "look like" not in caplog.text
 
     def test_a_name_may_hold_a_comma(self, root, read):
         (root / "my,c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')

@@ -194,6 +194,15 @@ def test_an_end_of_text_that_was_added_as_a_plain_token_is_special_all_the_same(
     assert loaded.vocab_size == BPE.vocab_size
 
 
+@pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip"])
+def test_an_end_of_text_that_is_special_stays_as_it_was(flag):
+    """Or a run that was begun with it would not know its tokenizer again."""
+    content = json.loads(BPE.to_json())
+    content["added_tokens"][0][flag] ^= True
+    inner = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert Tokenizer(inner).to_json() == tokenizers.Tokenizer.from_str(json.dumps(content)).to_str()
+
+
 def test_merges_are_not_left_out_at_random():
     content = json.loads(BPE.to_json())
     content["model"]["dropout"] = 0.5

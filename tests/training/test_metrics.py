@@ -136,5 +136,14 @@ def test_a_line_with_bytes_that_are_no_text_is_passed_over(tmp_path):
 def test_a_loss_of_nothing_is_drawn(tmp_path):
     """Of a vocabulary of one token; a logarithmic axis cannot show it, and warns."""
     figures = {"learning_rate": 1e-3, "grad_norm": 0.0, "tokens_per_second": 9.0}
-    (tmp_path / NAME).write_text(json.dumps({"step": 1, "loss": 0.0, **figures}) + "\n")
-    assert draw_curve(tmp_path)
+    for loss in (0.0, None):  # None: not finite
+        (tmp_path / NAME).write_text(json.dumps({"step": 1, "loss": loss, **figures}) + "\n")
+        assert draw_curve(tmp_path)
+
+
+def test_an_evaluation_that_is_not_in_the_checkpoint_is_cut_away(tmp_path):
+    lines = [{"step": 2, "val_loss": 1.0}, {"step": 3, "loss": 2.0}, {"step": 3, "val_loss": 1.0}]
+    for evaluated, kept in ((True, lines), (False, lines[:2])):
+        (tmp_path / NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        MetricsLog(tmp_path, 3, evaluated).close()
+        assert read_metrics(tmp_path) == kept

@@ -329,6 +329,27 @@ def test_no_save_while_updates_are_skipped(make_job, monkeypatch, caplog):
     assert saved[0] in (6, 7) and saved[-2:] == [8, 9]
 
 
+def test_the_best_is_kept_although_updates_are_skipped(make_job, monkeypatch):
+    """Skipped updates leave parameters alone: what evaluates better than ever is worth keeping."""
+    scores = iter([1.0, 2.0, 3.0])
+    rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+    job = make_job(
+        num_steps=8,
+        evaluate=lambda params: {"val_loss": next(scores), **rest},
+        overrides={"checkpoint.save_every": 0, "checkpoint.keep": 1},
+    )
+    whole = TrainBatches.batch_at
+
+    def poisoned(self, step):
+        batch = whole(self, step)
+        return batch._replace(weights=batch.weights * np.float32(np.inf if step == 2 else 1))
+
+    monkeypatch.setattr(TrainBatches, "batch_at", poisoned)
+    fit(job, StopSignal())
+    checkpoints = Checkpoints(job.directory / "checkpoints")
+    assert (checkpoints.steps(), checkpoints.best()) == ([3, 8], 3)
+
+
 @pytest.mark.parametrize("interrupted", [3, 7], ids=["on the way", "at the end"])
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_job, interrupted):
     class AtTheEvaluation(StopSignal):

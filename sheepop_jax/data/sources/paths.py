@@ -75,7 +75,7 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
             raise InputError(name, shown, "a path: by URL only tables are read", hint)
         path = Path(os.path.expanduser(item))
         if glob.has_magic(item) and not os.path.lexists(path):
-            found.files += _expand_glob(name, item)
+            found.files += _expand_glob(name, item, found.skipped)
             continue
         mode = _mode(name, path)
         if stat.S_ISDIR(mode):
@@ -199,12 +199,14 @@ def _mode(name: str, path: Path) -> int:
         raise InputError(name, got, "a readable file or directory") from error
 
 
-def _expand_glob(name: str, pattern: str) -> list[tuple[str, Path]]:
+def _expand_glob(
+    name: str, pattern: str, skipped: collections.Counter[str]
+) -> list[tuple[str, Path]]:
     """The regular files that match; `*` and `**` pass over hidden and vendored directories."""
     parts = Path(os.path.expanduser(pattern)).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
-    matches = _matching(root, parts[fixed:])
+    matches = _matching(root, parts[fixed:], skipped)
     regular = [match for match in matches if _regular_size(name, match) is not None]
     named = [(match.relative_to(root).as_posix(), match) for match in regular]
     below = {parent for inside, _ in named for parent in Path(inside).parents} - {Path()}
@@ -219,17 +221,22 @@ def _expand_glob(name: str, pattern: str) -> list[tuple[str, Path]]:
     return files
 
 
-def _matching(root: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+def _matching(
+    root: Path, parts: tuple[str, ...], skipped: collections.Counter[str]
+) -> Iterator[Path]:
     """As `glob.glob` below `root`, but `**` enters no directory through a link: some lead back."""
     if "**" not in parts:
         yield from map(Path, glob.glob(os.path.join(glob.escape(str(root)), *parts)))
         return
     at = parts.index("**")
-    for top in _matching(root, parts[:at]) if at else [root]:
+    for top in _matching(root, parts[:at], skipped) if at else [root]:
         for directory, inside, files in os.walk(top):
             inside[:] = [name for name in inside if not name.startswith(".")]
+            links = sum(os.path.islink(os.path.join(directory, name)) for name in inside)
+            if links:
+                skipped["links to directories"] += links
             if rest := parts[at + 1 :]:
-                yield from _matching(Path(directory), rest)
+                yield from _matching(Path(directory), rest, skipped)
             else:
                 yield from (Path(directory, name) for name in files if not name.startswith("."))
 

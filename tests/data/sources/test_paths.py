@@ -109,6 +109,8 @@ def test_a_glob_through_a_loop_of_links_ends_and_counts_each_file_once(tmp_path)
     for pattern in ("**/*.txt", "**", "*/**/*.txt", "**/**/*.txt"):
         found = sorted(Path(name).name for name in ids(f"{tmp_path}/{pattern}"))
         assert found == ["a.txt", "b.txt"], pattern
+    skipped = find_files("data.path", f"{tmp_path}/**/*.txt", TEXT).skipped
+    assert skipped == {"links to directories": 3}
 
 
 def test_relative_paths_home_and_white_space(tmp_path, monkeypatch):
