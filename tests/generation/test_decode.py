@@ -348,7 +348,7 @@ def test_truncate_left() -> None:
     assert truncate_left(ids, 9, 29) == ids[-20:]
     assert truncate_left(ids[:20], 9, 29) == ids[:20]
     assert truncate_left(ids[:21], 9, 29) == ids[1:21]
-    assert truncate_left(ids, 0, 29) == ids[-28:]
+    assert truncate_left(ids, 0, 29) == ids[-29:]  # nothing is to be written: it may be full
     assert truncate_left(ids, None, 29) == ids[-15:]  # half the context for the new ones
     assert truncate_left(ids[:28], None, 29) == ids[:28]  # it fits
     assert len(truncate_left(list(range(2000)), None, 1000)) == 744
