@@ -1,8 +1,6 @@
 """What must be settled before the first test imports jax, and the fixtures that the tests share."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -19,20 +17,6 @@ _OUTSIDE = dict(os.environ)
 _FLAGS = " ".join([*xla_flags(version("jaxlib")), "--xla_force_host_platform_device_count=8"])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
-
-# What one test compiles another need not, in this process or another: xdist's inherit it. New for
-# each run of the suite, so that what is tested is what compiles now.
-_OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
-if _OWN_CACHE:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sheepop-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-
-def pytest_unconfigure() -> None:
-    """Deletes the compiled programs."""
-    if _OWN_CACHE:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
 
 # No two dimensions are equal (C = 10), so that an axis in the wrong place cannot go unnoticed.
 SMALL: dict[str, Any] = {
