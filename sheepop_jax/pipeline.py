@@ -88,7 +88,7 @@ def train(
         plan = plan_run(config, model, mesh, machine)
         for line in summary(plan):
             log.info("%s", line)
-        _warn_of_what_is_ahead(config, num_steps, plan)
+        _warn_of_what_is_ahead(config, num_steps, plan, machine)
 
         job = Job(
             config=config,
@@ -153,14 +153,14 @@ def plan_run(
     )
 
 
-def _warn_of_what_is_ahead(config: Config, num_steps: int, plan: Plan) -> None:
+def _warn_of_what_is_ahead(config: Config, num_steps: int, plan: Plan, machine: Runtime) -> None:
     if config.optimizer.warmup_steps >= num_steps:
         log.warning(
             "optimizer.warmup_steps = %d: the warmup is longer than the run of %d updates",
             config.optimizer.warmup_steps,
             num_steps,
         )
-    if jax.default_backend() == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
+    if machine.platform == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
         log.warning(
             "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
             "train.grad_accum_steps, or begin with configs/quickstart.py",

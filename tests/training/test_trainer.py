@@ -378,7 +378,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_job, interrup
     before = arrays_of(job)
 
     stop._name = ""
-    assert fit(dataclasses.replace(job, num_steps=7), stop) == figures
+    assert fit(job, stop) == figures
     lines = [line["step"] for line in read_metrics(job.directory) if "val_loss" in line]
     assert lines == [3, 6, 7]
     assert checkpoints.verify(checkpoints.steps()[-1])["figures"]["val_loss"] == 2.5
