@@ -174,7 +174,7 @@ def decided(work: Callable[[], T]) -> T:
             outcome = {"error": str(error)}
     outcome = json.loads(_from_first(json.dumps(outcome).encode()))
     if "error" in outcome:
-        raise InputError.said_elsewhere(outcome["error"])
+        raise InputError.from_message(outcome["error"])
     value: T = outcome["value"]
     return value
 
