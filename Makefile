@@ -1,7 +1,7 @@
 # `make` lists the targets. Each one makes what it needs first, and nothing twice.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test soak bench lint clean
+.PHONY: help setup dev train test soak bench lint clean
 
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
@@ -16,15 +16,18 @@ help:  ## list the targets
 setup:  ## make .venv, if it is missing or not current
 	@./setup.sh --venv $(VENV) $(SETUP_FLAGS)
 
+dev:
+	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
+
 train: setup  ## train configs/quickstart.py (about two minutes on a laptop), then print samples
 	$(PYTHON_IN_VENV) train.py --config configs/quickstart.py
 	$(PYTHON_IN_VENV) sample.py --ckpt runs/quickstart --prompt "class Reader:" --temperature 0.6 --num_samples 2 --max_new_tokens 120
 
-test: lint  ## lint, types and the whole test suite
-	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal
+test: lint  ## lint, types and the tests, without those marked slow
+	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-soak: setup  ## kill a training run at 200 random times, and compare what comes of it (twenty minutes)
-	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
+soak: dev  ## the tests marked slow, then 200 kills of a training run at random times
+	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist worksteal -m slow
 	SHEEPOP_JAX_KILLS=$${SHEEPOP_JAX_KILLS:-200} $(PYTHON_IN_VENV) -m pytest -q tests/faults -k random
 
 # Tiny Shakespeare as one file, for time_to_loss; without it that benchmark is left out.
@@ -41,8 +44,7 @@ bench: setup  ## time training, decoding, loss and start beside PyTorch (half an
 	$(PYTHON_IN_VENV) benchmarks/scaling.py
 	$(if $(TEXT),$(PYTHON_IN_VENV) benchmarks/time_to_loss.py --text $(TEXT))
 
-lint:  ## formatting, linter and types
-	@./setup.sh --dev --venv $(VENV) $(SETUP_FLAGS)
+lint: dev  ## formatting, linter and types
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m mypy

@@ -146,8 +146,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv), []
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code. `argv` defaults to the flags of this process."""
+    if argv is None:
+        argv = sys.argv[1:]
+        if argv[:1] not in (["data"], ["evaluate"]):  # which delete what they have half read
+            leave_on_interrupt()
     flags, overrides = parse(argv)
     with command(flags.debug):
         match flags.command:
@@ -165,6 +169,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["data"], ["evaluate"]):  # which delete what they have half read
-        leave_on_interrupt()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
