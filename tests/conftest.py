@@ -1,7 +1,7 @@
 """What must be settled before the first test imports jax, and the fixtures that the tests share."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -90,3 +90,14 @@ def random_params() -> Callable[..., Any]:
         return jax.tree_util.tree_map_with_path(draw, shapes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def fast_compile() -> Iterator[None]:
+    """XLA compiles with few optimizations, in half the time; for tests of small models."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

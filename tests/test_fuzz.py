@@ -1,13 +1,19 @@
-"""Random configurations: each is refused by the name of a field, or good for a train step."""
+"""Random configurations: each is refused by the name of a field, or good for a train step.
+
+Every run draws other examples. The seed is printed with a failure; SHEEPOP_JAX_FUZZ_SEED=N repeats
+the draw. The tests marked `slow` draw many more.
+"""
 
 import math
+import os
+import random
 import re
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
 import train
@@ -84,13 +90,16 @@ def values(name: str) -> st.SearchStrategy[Any]:
 CHANGES = st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=3, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: values(name) for name in names})
 )
-FUZZ = settings(
-    max_examples=150,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+SEED = int(os.environ.get("SHEEPOP_JAX_FUZZ_SEED") or random.randrange(2**32))
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+FEW = settings(max_examples=6, database=None, deadline=None, suppress_health_check=HEALTH)
+MANY = settings(FEW, max_examples=500)
+
+
+@pytest.fixture(autouse=True)
+def print_seed() -> None:
+    """pytest shows it with the report of a test that fails."""
+    print(f"SHEEPOP_JAX_FUZZ_SEED={SEED}")
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
@@ -135,17 +144,7 @@ def in_reach(config: Config) -> bool:
     return widest <= 2**12 and train.grad_accum_steps <= 2**12
 
 
-@FUZZ
-@example({"train.num_steps": 2**31 - 1})
-@example({"optimizer.warmup_steps": 2**31 - 1})
-@example({"seed": 2**32 - 1})
-@example({"model.dropout": 10**400})
-@example({"optimizer.learning_rate": 3e38, "optimizer.eps": 1.2e-38})
-@example({"optimizer.learning_rate": 1e300})
-@example({"optimizer.weight_decay": 1e300})
-@example({"model.num_layers": 2, "model.num_kv_heads": 1, "model.position": "learned"})
-@given(CHANGES)
-def test_a_configuration_trains_or_is_refused_by_name(changes: dict[str, Any]) -> None:
+def check_configuration(changes: dict[str, Any]) -> None:
     try:
         config = Config.from_dict(changed(changes))
     except InputError as error:
@@ -154,6 +153,27 @@ def test_a_configuration_trains_or_is_refused_by_name(changes: dict[str, Any]) -
     assert Config.from_dict(config.to_dict()) == config
     if in_reach(config):
         trace_a_step(config)
+
+
+@seed(SEED)
+@FEW
+@example({"train.num_steps": 2**31 - 1})
+@example({"optimizer.warmup_steps": 2**31 - 1})
+@example({"model.dropout": 10**400})
+@example({"optimizer.learning_rate": 3e38, "optimizer.eps": 1.2e-38})
+@example({"optimizer.weight_decay": 1e300})
+@example({"model.num_layers": 2, "model.num_kv_heads": 1, "model.position": "learned"})
+@given(CHANGES)
+def test_a_configuration_trains_or_is_refused_by_name(changes: dict[str, Any]) -> None:
+    check_configuration(changes)
+
+
+@pytest.mark.slow
+@seed(SEED)
+@MANY
+@given(CHANGES)
+def test_many_configurations(changes: dict[str, Any]) -> None:
+    check_configuration(changes)
 
 
 TYPED = st.lists(
@@ -181,16 +201,14 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return trained
 
 
-@FUZZ
-@given(TYPED, st.lists(UNKNOWN, max_size=1))
-def test_a_command_line_is_taken_or_refused_by_name(
-    no_training: list[Config],
+def check_command_line(
+    trained: list[Config],
     capsys: pytest.CaptureFixture[str],
     typed: tuple[str, ...],
     unknown: list[str],
 ) -> None:
     small = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    no_training.clear()
+    trained.clear()
     capsys.readouterr()
     try:
         code = train.main(["--config", "configs/base.py", *small, *typed, *unknown])
@@ -201,20 +219,41 @@ def test_a_command_line_is_taken_or_refused_by_name(
         assert unknown or names_a_field(message), err
         assert message != err
         return
-    [config] = no_training
+    [config] = trained
     assert (code, unknown) == (0, [])
     assert load_config("configs/base.py", [*small, *typed]) == config
-    if in_reach(config):
-        trace_a_step(config)
 
 
-def test_the_fields_drawn_are_those_of_a_configuration() -> None:
-    """And the fuzz sees both ends: many that are good, and each kind of value refused."""
-    assert flat(base.get_config()).keys() == FIELDS.keys()
-    assert {*SMALL, *CHOICES, *COSTLY} <= FIELDS.keys()
+@seed(SEED)
+@settings(FEW, max_examples=20)
+@given(TYPED, st.lists(UNKNOWN, max_size=1))
+def test_a_command_line_is_taken_or_refused_by_name(
+    no_training: list[Config],
+    capsys: pytest.CaptureFixture[str],
+    typed: tuple[str, ...],
+    unknown: list[str],
+) -> None:
+    check_command_line(no_training, capsys, typed, unknown)
+
+
+@pytest.mark.slow
+@seed(SEED)
+@MANY
+@given(TYPED, st.lists(UNKNOWN, max_size=1))
+def test_many_command_lines(
+    no_training: list[Config],
+    capsys: pytest.CaptureFixture[str],
+    typed: tuple[str, ...],
+    unknown: list[str],
+) -> None:
+    check_command_line(no_training, capsys, typed, unknown)
+
+
+def test_the_draws_are_of_both_kinds() -> None:
+    """Many that are good, and many that are refused. The same draws in every run."""
     good: list[bool] = []
 
-    @settings(FUZZ, max_examples=400)
+    @settings(FEW, max_examples=80, derandomize=True)
     @given(CHANGES)
     def count(changes: dict[str, Any]) -> None:
         try:

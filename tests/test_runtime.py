@@ -1,6 +1,8 @@
 """Right numbers on every version, and a platform that is what it says."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,32 +20,62 @@ ALL_VERSIONS = [
 ]
 
 
-def run_fresh(code, **environment):
-    """Runs code in a new process without the flags that the tests set for themselves."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
+# What only a new process shows: prepare's flags come before jax, and a platform is chosen once.
+FRESH = """
+import json
+from sheepop_jax import runtime
+from sheepop_jax.errors import InputError
+from jax.extend import backend
+
+errors = {}
+for platform in ("tpu", "cuda"):
+    try:
+        runtime.prepare(platform)
+    except InputError as error:
+        errors[platform] = [error.field, error.got]
+    backend.clear_backends()
+
+checks = []
+runtime.DEVICES = (("cpu", 3.0, 5.0),)
+runtime.check_numbers = lambda: checks.append("checked")
+machine = runtime.prepare("cpu")
+import jax, jax.numpy as jnp, numpy as np
+rows = np.random.default_rng(0).standard_normal((32769, 3)).astype(np.float32)
+found = jax.jit(jax.vmap(lambda r: jnp.sum((jnp.eye(3) @ r) ** 2)))(rows)
+print(json.dumps({
+    "errors": errors,
+    "checks": checks,
+    "machine": [machine.platform, machine.device_count, machine.peak_flops, machine.device_memory],
+    "threefry": jax.config.jax_threefry_partitionable,
+    "cache": jax.config.jax_compilation_cache_dir,
+    "off": float(np.abs(found - (rows.astype(np.float64) ** 2).sum(-1)).max()),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """What `runtime.prepare` did in a process without the flags that the tests set themselves."""
+    cache = tmp_path_factory.mktemp("cache")
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XDG_CACHE_HOME": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": "",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", FRESH],
         env={**kept, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_the_known_wrong_case_comes_out_right_in_a_fresh_process():
-    code = """
-from sheepop_jax import runtime
-machine = runtime.prepare("cpu")
-import jax, jax.numpy as jnp, numpy as np
-rows = np.random.default_rng(0).standard_normal((32769, 3)).astype(np.float32)
-found = jax.jit(jax.vmap(lambda r: jnp.sum((jnp.eye(3) @ r) ** 2)))(rows)
-print(machine.platform, float(np.abs(found - (rows.astype(np.float64) ** 2).sum(-1)).max()))
-"""
-    result = run_fresh(code)
     assert result.returncode == 0, result.stderr
-    platform, error = result.stdout.split()
-    assert platform == "cpu"
-    assert float(error) < 1e-4
+    return json.loads(result.stdout) | {"wanted_cache": cache / "sheepop_jax" / "xla"}
+
+
+def test_the_known_wrong_case_comes_out_right_in_a_fresh_process(fresh):
+    assert fresh["off"] < 1e-4
 
 
 def test_wrong_numbers_are_noticed(monkeypatch):
@@ -79,42 +111,29 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
     assert os.environ["XLA_FLAGS"] == f"{FUSIONS}=none {others}"
 
 
-def test_what_prepare_settles_in_a_fresh_process(tmp_path):
-    code = """
-from sheepop_jax import runtime
-runtime.DEVICES = (("cpu", 3.0, 5.0),)
-runtime.check_numbers = lambda: print("checked")
-machine = runtime.prepare("cpu")
-import jax
-print(machine.platform, machine.device_count, machine.peak_flops, machine.device_memory)
-print(jax.config.jax_threefry_partitionable)
-print(jax.config.jax_compilation_cache_dir)
-"""
-    flags = "--xla_force_host_platform_device_count=2"
-    unset = {"JAX_COMPILATION_CACHE_DIR": ""}
-    result = run_fresh(code, XLA_FLAGS=flags, XDG_CACHE_HOME=str(tmp_path), **unset)
-    cache = tmp_path / "sheepop_jax" / "xla"
-    assert result.stdout.splitlines() == ["checked", "cpu 2 6.0 5.0", "True", str(cache)], (
-        result.stderr
-    )
-    assert cache.is_dir()
+def test_what_prepare_settles_in_a_fresh_process(fresh):
+    assert fresh["checks"] == ["checked"]
+    assert fresh["machine"] == ["cpu", 2, 6.0, 5.0]
+    assert fresh["threefry"] is True
+    assert fresh["cache"] == str(fresh["wanted_cache"])
+    assert fresh["wanted_cache"].is_dir()
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_a_missing_platform_is_an_error_not_a_silent_cpu(platform):
-    code = """
-from sheepop_jax import runtime
-from sheepop_jax.errors import InputError
-try:
-    runtime.prepare("PLATFORM")
-except InputError as error:
-    print(error)
-"""
-    result = run_fresh(code.replace("PLATFORM", platform))
-    if platform == "cuda" and result.returncode == 0 and not result.stdout:
+def test_a_missing_platform_is_an_error_not_a_silent_cpu(fresh, platform):
+    if platform not in fresh["errors"] and shutil.which("nvidia-smi"):
         pytest.skip("this machine has a card")
-    assert result.stdout.startswith(f"platform: got '{platform}'"), result.stderr
-    assert len(result.stdout.splitlines()) == 1
+    assert fresh["errors"][platform] == ["platform", platform]
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """`runtime.prepare` in this process, whose settings stay as they are."""
+    monkeypatch.setattr(runtime, "_set_xla_flags", lambda: None)
+    monkeypatch.setattr(runtime, "_use_compile_cache", lambda jax: None)
+    monkeypatch.setattr(runtime.malloc, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(runtime, "check_numbers", lambda: None)
+    return runtime.prepare
 
 
 def test_dtypes_by_platform(caplog):
@@ -138,12 +157,12 @@ def test_dtypes_by_platform(caplog):
     ("platform", "capability", "has"),
     [("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "12.0", True), ("tpu", None, True)],
 )
-def test_the_generation_by_compute_capability(monkeypatch, platform, capability, has):
+def test_the_generation_by_compute_capability(monkeypatch, prepare, platform, capability, has):
     device = SimpleNamespace(platform=platform, device_kind="a card")
     if capability:
         device.compute_capability = capability
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert runtime.prepare().ampere is has
+    assert prepare().ampere is has
 
 
 def test_the_generation_of_cards_that_are_not_here():
@@ -155,19 +174,20 @@ def test_the_generation_of_cards_that_are_not_here():
     assert runtime.known_figures("NVIDIA GH200 480GB")[1] == 96e9
 
 
-def test_an_nvidia_card_that_jax_cannot_use_is_said_loudly(tmp_path):
+@pytest.mark.parametrize(("platform", "warned"), [("auto", True), ("cpu", False)])
+def test_an_nvidia_card_that_jax_cannot_use_is_reported(
+    platform, warned, prepare, tmp_path, monkeypatch, caplog
+):
+    """Unless the CPU was asked for."""
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho GPU 0: a card\n")
     fake.chmod(0o755)
-    code = """
-import logging, sys
-logging.basicConfig(stream=sys.stdout)
-from sheepop_jax import runtime
-print(runtime.prepare("auto").platform)
-"""
-    result = run_fresh(code, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    if result.stdout.splitlines()[-1:] == ["cuda"]:
-        pytest.skip("jax does use this machine's card")
-    assert "THIS MACHINE HAS AN NVIDIA CARD THAT JAX CANNOT USE" in result.stdout
-    named = run_fresh(code.replace('"auto"', '"cpu"'), PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert "NVIDIA" not in named.stdout
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    before = jax.config.jax_platforms
+    try:
+        assert prepare(platform).platform == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == warned
+    assert all("NVIDIA" in record.message for record in warnings)
