@@ -1,8 +1,10 @@
 """What must be settled before the first test imports jax, and the fixtures that the tests share."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,3 +103,53 @@ def fast_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, its token shards, and a run that was trained on it; see tests/tiny.py."""
+    import jax
+
+    from tests.tiny import train_tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        train_tiny(root)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+    return root
+
+
+@pytest.fixture
+def run_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
+    """`run_program("sample", words)`: exit code, stdout, stderr and the error behind the exit.
+
+    The program runs in this process, and leaves its signals and its settings of jax alone. It is
+    train, sample or tools (`python -m sheepop_jax`).
+    """
+    import sample
+    import train
+    from sheepop_jax import __main__ as tools
+    from sheepop_jax import runtime
+    from sheepop_jax.training.stop import StopSignal
+    from tests.tiny import MACHINE
+
+    mains = {"train": train.main, "sample": sample.main, "tools": tools.main}
+    monkeypatch.setattr(runtime, "prepare", lambda *asked: MACHINE)
+    monkeypatch.setattr(StopSignal, "install", lambda self: self)
+
+    def run(program: str, words: list[str]) -> tuple[Any, str, str, BaseException | None]:
+        sys.modules.pop("config_config", None)  # ml_collections': a later file would inherit it
+        capsys.readouterr()
+        error = None
+        try:
+            code: Any = mains[program](words) or 0
+        except SystemExit as left:
+            code, error = left.code, left.__context__
+        return code, *capsys.readouterr(), error
+
+    return run
