@@ -87,8 +87,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
 
 DYNAMIC_IMPORTS = ("__import__", "import_module", "importlib.import_module")
 
-MAX_LINES = 300
-
 
 def name_of(path: Path) -> str:
     """The dotted name of a file: sheepop_jax/data/batches.py → sheepop_jax.data.batches."""
@@ -170,12 +168,12 @@ def problems(name: str, source: str, modules: set[str] | None = None) -> list[st
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             if not (isinstance(node.value, ast.Constant) and node.value.value is False):
                 found.append(f"{name}:{node.value.lineno}: allow_pickle runs code from the file")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            found.append(f"{name}:{node.value.lineno}: trust_remote_code runs a data set's code")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec", "compile"):
             found.append(f"{name}:{node.lineno}: {ast.unparse(node.func)} runs text as code")
     if source.strip() and not ast.get_docstring(tree):
         found.append(f"{name}: no docstring that says its one job")
-    if room != "configs" and len(source.splitlines()) >= MAX_LINES:
-        found.append(f"{name}: {len(source.splitlines())} lines; under {MAX_LINES} is the rule")
     return found
 
 
@@ -184,98 +182,3 @@ def test_file_obeys_the_architecture(name: str) -> None:
     """Every file of the package, the programs and the configs."""
     found = problems(name, SOURCES[name].read_text(encoding="utf-8"))
     assert not found, "\n".join(found)
-
-
-# Modules that the planted lines below speak of, so that these tests do not hang on files' names.
-MODULES = {
-    "sheepop_jax", "sheepop_jax.errors", "sheepop_jax.config", "sheepop_jax.runtime",
-    "sheepop_jax.data_config", "sheepop_jax.data", "sheepop_jax.data.batches",
-    "sheepop_jax.data.tokenizer",
-    "sheepop_jax.model", "sheepop_jax.model.transformer", "sheepop_jax.training",
-    "sheepop_jax.training.loss", "sheepop_jax.training.trainer", "sheepop_jax.generation",
-    "sheepop_jax.generation.decode", "sheepop_jax.evaluation", "sheepop_jax.run",
-    "sheepop_jax.pipeline", "sheepop_jax.cli", "sheepop_jax.__main__",
-}  # fmt: skip  # a list of words
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("sheepop_jax.errors", "import sheepop_jax.config"),
-        ("sheepop_jax.errors", "from sheepop_jax import errors"),
-        ("sheepop_jax.config", "from ml_collections import ConfigDict"),
-        ("sheepop_jax.config", "from sheepop_jax.model import transformer"),
-        ("sheepop_jax.config", "from sheepop_jax import __version__"),
-        ("sheepop_jax.runtime", "from sheepop_jax.config import Config"),
-        ("sheepop_jax.data.batches", "import jax"),
-        ("sheepop_jax.data.batches", "import jax.numpy as jnp"),
-        ("sheepop_jax.data.batches", "def f():\n    from jax import numpy"),
-        ("sheepop_jax.data.batches", "import flax.linen as nn"),
-        ("sheepop_jax.data.batches", "from ..training import loss"),
-        ("sheepop_jax.data.batches", "from sheepop_jax.training.loss import f"),
-        ("sheepop_jax.model.transformer", "import sheepop_jax.data.tokenizer"),
-        ("sheepop_jax.model.transformer", "from .. import runtime"),
-        ("sheepop_jax.model.transformer", "import optax"),
-        ("sheepop_jax.generation.decode", "from sheepop_jax.data.tokenizer import Tokenizer"),
-        ("sheepop_jax.generation.decode", "from sheepop_jax.training import loss"),
-        ("sheepop_jax.training.trainer", "from sheepop_jax import evaluation"),
-        ("sheepop_jax.training.trainer", "from sheepop_jax.generation import decode"),
-        ("sheepop_jax.training.trainer", "from orbax import checkpoint"),
-        ("sheepop_jax.training.trainer", "from absl import logging"),
-        ("sheepop_jax.training.trainer", "import importlib\nimportlib.import_module('pickle')"),
-        ("sheepop_jax.training.trainer", "import importlib\nimportlib.import_module(name)"),
-        ("sheepop_jax.training.checkpoint", "import pickle"),
-        ("sheepop_jax.training.checkpoint", "from torch import load"),
-        ("sheepop_jax.training.checkpoint", "np.load(path, allow_pickle=True)"),
-        ("sheepop_jax.training.checkpoint", "exec(text)"),
-        ("sheepop_jax.evaluation", "from sheepop_jax.training.trainer import train"),
-        ("sheepop_jax.evaluation", "from sheepop_jax import generation"),
-        ("sheepop_jax.training", "from .. import evaluation"),
-        ("sheepop_jax.run", "from sheepop_jax import runtime"),
-        ("sheepop_jax.training.trainer", "from sheepop_jax.run import Run"),
-        ("sheepop_jax.pipeline", "from sheepop_jax import cli"),
-        ("sheepop_jax.pipeline", "import argparse"),
-        ("sheepop_jax.cli", "import jax"),
-        ("sheepop_jax.training.step", "assert x"),
-        ("sheepop_jax.training.step", "import train"),
-        ("sheepop_jax.training.step", "from configs import base"),
-        ("sheepop_jax.utils", "x = 1"),
-        ("configs.quickstart", "from sheepop_jax.config import Config"),
-        ("train", "import orbax.checkpoint"),
-        ("train", "x = 1\n" * MAX_LINES),
-    ],
-)
-def test_checker_sees_what_is_planted(name: str, line: str) -> None:
-    """Each of these lines is exactly one thing wrong."""
-    assert len(problems(name, f'"""Planted."""\n{line}\n', MODULES)) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("sheepop_jax.config", "from sheepop_jax.errors import InputError"),
-        (
-            "sheepop_jax.data.batches",
-            "import grain\nfrom sheepop_jax.data_config import DataConfig",
-        ),
-        ("sheepop_jax.training.storage", "import orbax.checkpoint as ocp"),
-        (
-            "sheepop_jax.training.trainer",
-            "from . import loss\nfrom sheepop_jax.data import batches",
-        ),
-        ("sheepop_jax.evaluation", "from sheepop_jax.training import loss"),
-        ("sheepop_jax.evaluation", "from sheepop_jax.training.loss import cross_entropy"),
-        ("sheepop_jax.data.batches", "np.load(path, allow_pickle=False)"),
-        ("configs.quickstart", "from configs.base import get_config\nimport ml_collections"),
-        ("train", "from absl import app\nfrom sheepop_jax import runtime, evaluation, __version__"),
-    ],
-)
-def test_checker_leaves_the_right_arrows_alone(name: str, line: str) -> None:
-    """The other half: a checker that refuses everything would pass the test above."""
-    assert problems(name, f'"""Fine."""\n{line}\n', MODULES) == []
-
-
-def test_checker_wants_a_docstring() -> None:
-    """An empty `__init__.py` has no job to state; anything else does."""
-    assert problems("sheepop_jax.data", "") == []
-    assert len(problems("sheepop_jax.data.batches", "x = 1\n")) == 1

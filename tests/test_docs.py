@@ -1,4 +1,4 @@
-"""What the documents name exists: functions of the formulas, files of the tree, links."""
+"""What the documents name exists: links, headings, files, functions of the formulas."""
 
 import ast
 import re
@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MATH = ROOT / "docs" / "math.md"
-DESIGN = ROOT / "DESIGN.md"
 
 REFERENCE = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
 
 
 def defined(tree: ast.Module) -> set[str]:
@@ -47,23 +46,6 @@ def missing(root: Path, text: str) -> list[str]:
     return found
 
 
-def badly_framed(text: str) -> list[str]:
-    """Formulas without plain words right before them or a reference right after them."""
-    lines = text.splitlines()
-    fences = [number for number, line in enumerate(lines) if line == "$$"]
-    if len(fences) % 2:
-        return [f"line {fences[-1] + 1}: a formula that does not end"]
-    found = []
-    for first, last in zip(fences[::2], fences[1::2], strict=True):
-        before = lines[first - 2] if first >= 2 and not lines[first - 1] else ""
-        after = lines[last + 2] if len(lines) > last + 2 and not lines[last + 1] else ""
-        if not before or before.startswith(("#", "$$", "Computed by", "```")):
-            found.append(f"line {first + 1}: no plain words before the formula")
-        if not (after.startswith("Computed by ") and REFERENCE.search(after)):
-            found.append(f"line {last + 1}: no `Computed by` after the formula")
-    return found
-
-
 def documents() -> list[Path]:
     """The Markdown files that belong to the repository; those git ignores do not."""
     listed = subprocess.run(
@@ -79,72 +61,57 @@ def documents() -> list[Path]:
     return [ROOT / name for name in sorted(names) if (ROOT / name).is_file()]
 
 
+def anchors(path: Path) -> set[str]:
+    """What `#…` may name in a document, as GitHub makes it from the headings."""
+    found: set[str] = set()
+    for heading in HEADING.findall(FENCED.sub("", path.read_text(encoding="utf-8"))):
+        text = LINK.sub(lambda link: link[1], heading).lower().replace("`", "")
+        slug = re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-")
+        number = next(
+            n for n in range(len(found) + 1) if (f"{slug}-{n}" if n else slug) not in found
+        )
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
 def broken_links(path: Path) -> list[str]:
-    """Relative links of a document that lead nowhere."""
-    text = FENCED.sub("", path.read_text(encoding="utf-8"))
-    targets = [target.partition("#")[0] for target in LINK.findall(text)]
-    relative = [t for t in targets if t and not re.match(r"[a-z]+:", t)]
-    return [t for t in relative if not (path.parent / t).exists()]
-
-
-def tree_of(text: str) -> set[str]:
-    """The paths of the file tree: the first block under "## The files", indented by two."""
-    block = text.split("## The files", 1)[1].split("```")[1]
-    paths, parents = set(), [""]
-    for line in block.strip("\n").splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        path = parents[depth] + name
-        if name.endswith("/"):
-            parents[depth + 1 :] = [path]
-        paths.add(path)
-    return paths
-
-
-def test_math_names_what_exists() -> None:
-    """Every function that a formula points at is in the file that it says."""
-    text = MATH.read_text(encoding="utf-8")
-    assert len(references(text)) > 30
-    assert missing(ROOT, text) == []
-
-
-def test_every_formula_is_framed() -> None:
-    """Plain words, the formula, the function."""
-    assert badly_framed(MATH.read_text(encoding="utf-8")) == []
+    """Links of a document to files that are not there, or to headings that are not in them."""
+    broken = []
+    for _, target in LINK.findall(FENCED.sub("", path.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(path: Path) -> None:
-    """Relative links resolve from where the document lies."""
+def test_what_a_document_names_exists(path: Path) -> None:
+    """Its links and their anchors, and the functions and classes that it places in a file."""
     assert broken_links(path) == []
+    assert missing(ROOT, path.read_text(encoding="utf-8")) == []
 
 
-def test_design_shows_the_files() -> None:
-    """The tree has every file of the package, and nothing else."""
-    tree = tree_of(DESIGN.read_text(encoding="utf-8"))
-    assert [name for name in sorted(tree) if not (ROOT / name).exists()] == []
-    package = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("sheepop_jax/**/*.py")}
-    assert {p for p in package if not p.endswith("__init__.py")} - tree == set()
+def test_design_names_every_file_of_the_package() -> None:
+    text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    names = {path.name for path in ROOT.glob("sheepop_jax/**/*.py")} - {"__init__.py"}
+    assert {name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)} == set()
 
 
-FORMULA = "Words:\n\n$$\nx\n$$\n\nComputed by `a.py: f`\n"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        FORMULA.replace("Words:", "# Heading"),
-        FORMULA.replace("Words:\n\n", ""),
-        FORMULA.replace("Computed by `a.py: f`", "More words."),
-        FORMULA.replace("`a.py: f`", "f"),
-        FORMULA + "\nWords:\n\n$$\ny\n",
-        FORMULA + "\n$$\ny\n$$\n\nComputed by `a.py: g`\n",
-    ],
-)
-def test_bad_frames_are_seen(text: str) -> None:
-    """Each of these has one thing wrong."""
-    assert badly_framed(FORMULA) == []
-    assert len(badly_framed(text)) == 1
+def test_broken_links_are_seen(tmp_path: Path) -> None:
+    """Code blocks and other sites are not looked at."""
+    (tmp_path / "there.md").write_text(
+        "# A `word`, and more\n```\n# no heading\n```\n# Two\n# Two\n"
+    )
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Here\n[a](there.md) [b](there.md#a-word-and-more) [c](#here) [d](https://x.org/y)\n"
+        "[e](gone.md) [f](#gone) [g](there.md#no-heading) [h](there.md#two-1)\n"
+        "```\n[i](in_code.md)\n```\n"
+    )
+    assert broken_links(page) == ["gone.md", "#gone", "there.md#no-heading"]
 
 
 def test_missing_names_are_seen(tmp_path: Path) -> None:
@@ -154,21 +121,3 @@ def test_missing_names_are_seen(tmp_path: Path) -> None:
     assert missing(tmp_path, "`a.py: A` `a.py: A.f` `a.py: A.f.g`") == []
     wrong = "`a.py: f` `a.py: os` `b.py: A`"
     assert missing(tmp_path, wrong) == ["a.py: no f", "a.py: no os", "b.py: no such file"]
-
-
-def test_broken_links_are_seen(tmp_path: Path) -> None:
-    """Code blocks, other sites and places in the same page are not files."""
-    (tmp_path / "there.md").write_text("")
-    page = tmp_path / "page.md"
-    page.write_text(
-        "[a](there.md) [b](there.md#x) [c](#x) [d](https://x.org/y) [e](gone.md)\n"
-        "[f](docs/gone.md)\n"
-        "```\n[g](in_code.md)\n```\n"
-    )
-    assert broken_links(page) == ["gone.md", "docs/gone.md"]
-
-
-def test_tree_is_read_by_indent() -> None:
-    """Folders end in a slash; what follows deeper lies in them."""
-    text = "## The files\n\n```\na.py  x\nb/   y\n  c.py\n  d/\n    e.py\nf.py\n```\n"
-    assert tree_of(text) == {"a.py", "b/", "b/c.py", "b/d/", "b/d/e.py", "f.py"}

@@ -1,11 +1,13 @@
-"""What README.md and GETTING_STARTED.md tell people to type works."""
+"""The commands and programs that the documents show work."""
 
-import os
+import contextlib
+import importlib
+import io
+import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,133 +15,137 @@ import sample
 import train
 from sheepop_jax import __main__ as tools
 from sheepop_jax import cli, runtime
-from sheepop_jax.model.partitioning import abstract_mesh
-from sheepop_jax.pipeline import build_model, plan_run
-from sheepop_jax.training.plan_report import summary
+from sheepop_jax.errors import InputError
+from tests.test_docs import ROOT, documents
+from tests.tiny import MACHINE, TEXT, TINY, one_device, overrides
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "GETTING_STARTED.md"]
-PROGRAM = re.compile(r"python (train\.py|sample\.py|-m sheepop_jax) ?(.*)")
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
-
-def blocks(path, language):
-    """Contents of the fenced code blocks of a language; "" are plain ones."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`([^`]+)`")
+PROGRAM = re.compile(r"python (train\.py|sample\.py|-m sheepop_jax)(?= |$)(.*)")
+SHELL = {"&", "|", ";", "&&", "||", ">", "2>"}
 
 
-def commands():
-    """(program, words) of each command line in plain blocks and in tables."""
+def blocks(text: str, language: str) -> list[str]:
+    """Contents of the fenced blocks of a language."""
+    return [code for name, code in FENCED.findall(text) if name == language]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(program, words) of each command of ours in fenced blocks and between backticks.
+
+    A command with a placeholder, `…` or `configs/NAME.py`, or without a flag is none. What is in
+    brackets may be left out, and is.
+    """
+    fenced = [code.replace("\\\n", " ") for name, code in FENCED.findall(text) if name != "python"]
+    inline = [" ".join(code.split()) for code in INLINE.findall(FENCED.sub("", text))]
     found = []
-    for path in DOCUMENTS:
-        text = "".join(blocks(path, "")) + "\n".join(
-            re.findall(r"`(python [^`]+)`", path.read_text())
-        )
-        for program, rest in PROGRAM.findall(text.replace("\\\n", " ")):
-            rest = rest.replace("[--data FILE]", "--data FILE")
-            found.append((program, shlex.split(rest, comments=True)))
+    for program, rest in PROGRAM.findall("\n".join([*fenced, *inline])):
+        if "…" in rest or re.search(r"configs/[A-Z]", rest):
+            continue
+        rest = re.sub(
+            r"\[[^\]]*\]", "", re.sub(r"\$\w+", "0", rest)
+        )  # a shell's variable: a number
+        words = shlex.split(rest, comments=True)
+        end = next((i for i, word in enumerate(words) if word in SHELL), len(words))
+        if any(word.startswith("--") for word in words[:end]):
+            found.append((program, words[:end]))
     return found
 
 
-def test_there_are_commands_to_check():
-    assert {program for program, _ in commands()} == {"train.py", "sample.py", "-m sheepop_jax"}
-    assert len(commands()) > 8
+COMMANDS = {
+    f"{path.name}: {program} {shlex.join(words)}": (program, words)
+    for path in documents()
+    for program, words in commands(path.read_text(encoding="utf-8"))
+}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_no_placeholder_is_left(path):
-    assert "@@" not in path.read_text()
+def test_every_program_is_shown() -> None:
+    assert {program for program, _ in COMMANDS.values()} == {
+        "train.py",
+        "sample.py",
+        "-m sheepop_jax",
+    }
 
 
-@pytest.mark.parametrize(("program", "words"), commands(), ids=lambda x: str(x)[:60])
-def test_every_command_has_known_flags_and_fields(program, words, monkeypatch):
+@pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: ascii(shown)[1:70])
+def test_a_command_has_known_flags_and_fields(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values may be refused: some commands show that."""
     monkeypatch.chdir(ROOT)
-    match program:
-        case "train.py":
-            flags, overrides = train.parse(words)
-            cli.load_config(flags.config, overrides)
-        case "sample.py":
-            sample.check(sample.parse(words))
-        case _:
-            tools.parse(words)
+    program, words = COMMANDS[shown]
+    if program == "sample.py":
+        sample.check(sample.parse(words))
+        return
+    flags, fields = train.parse(words) if program == "train.py" else tools.parse(words)
+    if "config" in flags:
+        try:
+            cli.load_config(flags.config, fields)
+        except InputError as error:
+            assert not error.field.startswith("--config"), error
 
 
-def environment():
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return {**kept, "PYTHONPATH": str(ROOT)}
+SMALL = {**TINY, "data.tokenizer": "bpe", "data.vocab_size": 280, "model.max_seq_len": 256}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_the_plan_that_is_shown_is_the_plan(path):
-    """Of the quickstart, on one CPU, with the vocabulary that its tokenizer gets."""
-    config = cli.load_config(str(ROOT / "configs/quickstart.py"), [])
-    machine = runtime.imagine("cpu", 1)
-    model = build_model(config, config.data.vocab_size, machine)
-    plan = plan_run(config, model, abstract_mesh(config.mesh, 1), machine)
-    for line in summary(plan):
-        assert line + "\n" in path.read_text()
+@pytest.fixture(scope="module")
+def from_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """README's Python programs, run one after the other on every configuration made small.
+
+    Gives the directory that they ran in, and what they printed.
+    """
+    place = tmp_path_factory.mktemp("readme")
+    (place / "text.txt").write_text(TEXT)
+    fields = {**SMALL, "data.path": "text.txt", "data.cache_dir": "cache"}
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, one_device():
+        patched.chdir(place)
+        patched.setattr(runtime, "prepare", lambda *asked: MACHINE)
+        for path in (ROOT / "configs").glob("*.py"):
+            module: Any = importlib.import_module(f"configs.{path.stem}")
+
+            def small(shipped: Any = module.get_config) -> Any:
+                config = shipped()
+                config.update_from_flattened_dict(fields)
+                return config
+
+            patched.setattr(module, "get_config", small)
+        with contextlib.redirect_stdout(printed):
+            program: dict[str, Any] = {}
+            for code in blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python"):
+                exec(compile(code, "README.md", "exec"), program)
+    return place, printed.getvalue()
 
 
-def test_what_fits_and_how_long_is_what_the_plan_says():
-    table = re.findall(r"^\|(.*)\|$", (ROOT / "GETTING_STARTED.md").read_text(), re.MULTILINE)
-    rows = [[cell.strip() for cell in row.split("|")] for row in table]
-    start = next(i for i, row in enumerate(rows) if row[:2] == ["", "updates"])
-    devices, checked = rows[start][2:], 0
-    for name, updates, *cells in rows[start + 2 :]:
-        if not (config_file := ROOT / f"configs/{name.strip('`')}.py").exists():
-            break
-        config = cli.load_config(str(config_file), [])
-        assert updates == f"{config.train.num_steps:,}"
-        for device, cell in zip(devices, cells, strict=True):
-            machine = runtime.imagine(device, 1)
-            model = build_model(config, config.data.vocab_size, machine)
-            plan = plan_run(config, model, abstract_mesh(config.mesh, 1), machine)
-            hours = plan.seconds(0.4) * config.train.num_steps / 3600
-            said = (
-                f"{plan.memory.total / 1e9:.2g} GB, {hours:.2g} h" if plan.fits else "does not fit"
-            )
-            assert cell == said
-            checked += 1
-    assert checked == 9
+def test_the_programs_of_the_readme_run(from_python: tuple[Path, str]) -> None:
+    place, printed = from_python
+    assert list(place.glob("runs/*/checkpoints/*/manifest.json"))
+    assert len(printed.splitlines()) >= 2  # a figure and a text
 
 
-@pytest.mark.slow
-def test_the_library_from_python_as_the_readme_shows_it(tmp_path):
-    shown = blocks(ROOT / "README.md", "python")
-    assert len(shown) == 2
-    for code in shown:
-        assert len(code.splitlines()) < 20
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(shown)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    bits_per_byte, text = result.stdout.split("\n", 1)
-    assert 1 < float(bits_per_byte) < 8
-    assert text.startswith("def ")
-
-
-@pytest.mark.slow
-def test_make_train_made_short(tmp_path):
-    """The Makefile's own lines, with fewer steps and another directory."""
-    recipe = re.search(r"^train: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+def test_the_recipe_of_make_train_runs(
+    from_python: tuple[Path, str], run_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small, and on the run that README's programs trained."""
+    monkeypatch.chdir(from_python[0])
+    [run] = Path("runs").iterdir()
+    recipe = re.search(r"^train:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert recipe
-    lines = [line.strip().replace("$(PYTHON_IN_VENV)", "python") for line in recipe[1].splitlines()]
-    assert [shlex.split(line)[1] for line in lines] == ["train.py", "sample.py"]
-    short = ["--config.train.num_steps=5", "--config.train.eval_batches=2", f"--workdir={tmp_path}"]
-    train_words = [*shlex.split(lines[0])[1:], *short]
-    sample_words = [w.replace("runs/quickstart", str(tmp_path)) for w in shlex.split(lines[1])[1:]]
-    for words in (train_words, sample_words):
-        result = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-    assert result.stdout.count("class Reader:") >= 2
+    done = []
+    for line in recipe[1].splitlines():
+        program, *words = shlex.split(line)[1:]
+        words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
+        if program == "train.py":
+            fields = {**SMALL, "data.path": "text.txt", "data.cache_dir": "cache"}
+            saved = json.loads((run / "config.json").read_text())["config"]
+            fields["train.num_steps"] = saved["train"]["num_steps"]  # so that none is left
+            words += ["--workdir", str(run), *overrides(fields)]
+        else:
+            words[words.index("--ckpt") + 1] = str(run)
+        with one_device():
+            code, out, err, _ = run_program(program.removesuffix(".py"), words)
+        assert code == 0, err
+        done.append((program, out))
+    assert [program for program, _ in done] == ["train.py", "sample.py"]
+    prompt = words[words.index("--prompt") + 1]
+    assert done[-1][1].count(prompt) == int(words[words.index("--num_samples") + 1])
