@@ -1,4 +1,4 @@
-"""What lies beside bad input: its nearest good values, closed streams, and files not to be trusted.
+"""Good values next to the refused ones, closed streams, and files that must not be executed.
 
 Bad input itself is in test_errors.py, bad data in test_sources.py.
 """
@@ -29,8 +29,8 @@ def texts(run_program: Any, run: Path, *words: str) -> tuple[list[str], str]:
     return [json.loads(line)["completion"] for line in out.splitlines()], err
 
 
-class TestWhatIsGoodBesideIt:
-    """The nearest good values of the flags refused above."""
+class TestNearestGoodValues:
+    """Values next to those that test_errors.py shows refused."""
 
     def test_temperature_0_is_greedy_whatever_the_seed(
         self, tiny_root: Path, run_program: Any
