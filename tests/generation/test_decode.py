@@ -21,6 +21,7 @@ from sheepop_jax.generation.request import (
     truncate_left,
 )
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
+from tests import reference
 
 VOCAB = 307
 GREEDY = SamplingConfig(0.0)
@@ -54,183 +55,171 @@ def uncached(
     return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
+# The default model, up to here, where a position is computed: the context can be raised.
+CONTEXT = 53
+
+
+def greedy(build: Build, prompts: list[list[int]], end_of_text: int = NO_END) -> list[Completion]:
+    """Texts of four prompts by the default model: one compiled program for several tests."""
+    assert len(prompts) == 4
+    return generate(
+        *build(),
+        prompts,
+        sampling=GREEDY,
+        end_of_text=end_of_text,
+        context=CONTEXT,
+        max_new_tokens=42,
+    )
+
+
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "context"),
     [
-        {"model.position": "rope"},
-        {"model.position": "sinusoidal", "model.num_kv_heads": 1},
-        {"model.position": "learned", "model.num_kv_heads": 0, "model.use_bias": True},
-        {"model.position": "rope", "model.num_kv_heads": 2, "model.tie_embeddings": False},
+        ({}, CONTEXT),  # rope, 3 of 6 key/value heads, tied
+        ({"model.position": "sinusoidal", "model.num_kv_heads": 1, "model.num_layers": 1}, 29),
+        (
+            {
+                "model.position": "learned",
+                "model.num_kv_heads": 0,
+                "model.use_bias": True,
+                "model.tie_embeddings": False,
+                "model.num_layers": 1,
+            },
+            29,
+        ),
     ],
+    ids=["rope", "sinusoidal", "learned"],
 )
-def test_cached_is_uncached(build: Build, overrides: dict[str, Any]) -> None:
+def test_cached_is_uncached(build: Build, overrides: dict[str, Any], context: int) -> None:
     """Prompts of different lengths in one batch, token by token, to the end of the context."""
     model, params = build(overrides)
-    got = generate(model, params, PROMPTS, sampling=GREEDY, end_of_text=NO_END, max_new_tokens=18)
+    count = context - len(PROMPTS[2])
+    got = generate(
+        model,
+        params,
+        PROMPTS,
+        sampling=GREEDY,
+        end_of_text=NO_END,
+        context=context,
+        max_new_tokens=count,
+    )
     for prompt, completion in zip(PROMPTS, got, strict=True):
-        assert completion.tokens == uncached(model, params, prompt, 18, slots=29)
+        assert completion.tokens == uncached(model, params, prompt, count, slots=context)
         assert completion.stop_reason == "length"
     assert len(set().union(*tokens_of(got))) > 12  # texts that hang prove little
 
 
-def test_beyond_the_trained_length(build: Build) -> None:
-    """RoPE's positions are computed, so that the context can be raised."""
-    model, params = build()
-    got = generate(
-        model,
-        params,
-        PROMPTS[:2],
-        sampling=GREEDY,
-        end_of_text=NO_END,
-        context=53,
-        max_new_tokens=50,
-    )
-    for prompt, completion in zip(PROMPTS, got, strict=False):
-        assert completion.tokens == uncached(model, params, prompt, 50, slots=53)
+def hot(build: Build, prompts: list[list[int]], **arguments: Any) -> list[Completion]:
+    """Sampled texts by a model of one layer."""
+    model, params = build({"model.num_layers": 1})
+    arguments = {"seed": 11, "end_of_text": NO_END} | arguments
+    return generate(model, params, prompts, sampling=HOT, context=CONTEXT, **arguments)
+
+
+def hot_texts(build: Build, prompts: list[list[int]], **arguments: Any) -> list[list[int]]:
+    return tokens_of(hot(build, prompts, **arguments))
 
 
 def test_neither_batch_nor_padding_changes_a_text(build: Build) -> None:
-    """Alone, in any order, beside longer prompts (another bucket), and with more samples."""
-    model, params = build()
+    """Alone, and after others, a longer one among them, with more samples and more new tokens.
 
-    def texts(prompts: list[list[int]], num_samples: int = 2, count: int = 9) -> list[list[int]]:
-        return tokens_of(
-            generate(
-                model,
-                params,
-                prompts,
-                sampling=HOT,
-                end_of_text=NO_END,
-                max_new_tokens=count,
-                num_samples=num_samples,
-                seed=11,
-            )
-        )
-
-    alone = texts(PROMPTS[:1])
-    assert texts(PROMPTS)[:2] == alone
-    assert texts(PROMPTS[::-1])[-2:] == alone
-    assert texts([*PROMPTS, list(range(20))])[:2] == alone  # the bucket is the whole context
-    assert texts(PROMPTS[:1], num_samples=5)[:2] == alone
-    longer = texts(PROMPTS[:1], count=26)  # another bucket of new tokens
-    assert [text[:9] for text in longer] == alone
+    So in other buckets of prompts and of new tokens.
+    """
+    alone = hot_texts(build, PROMPTS[:1], num_samples=2, max_new_tokens=9)
+    among = hot_texts(build, [list(range(20)), *PROMPTS[::-1]], num_samples=5, max_new_tokens=26)
+    assert [text[:9] for text in among[-5:-3]] == alone
 
 
 def test_samples_and_seeds(build: Build) -> None:
     """Samples differ, the same seed gives the same, and a prompt's order counts."""
-    model, params = build()
+    prompts = [list(range(20)), *PROMPTS[::-1]]
 
-    def texts(prompts: list[list[int]], seed: int) -> list[list[int]]:
-        return tokens_of(
-            generate(
-                model,
-                params,
-                prompts,
-                sampling=HOT,
-                end_of_text=NO_END,
-                max_new_tokens=9,
-                num_samples=5,
-                seed=seed,
-            )
-        )
+    def texts(seed: int) -> list[list[int]]:
+        return hot_texts(build, prompts, num_samples=5, max_new_tokens=26, seed=seed)
 
-    first = texts(PROMPTS, 2**32 - 1)
-    assert len({tuple(text) for text in first}) == len(first) == 20
-    assert texts(PROMPTS, 2**32 - 1) == first
-    other = texts(PROMPTS, 1)
+    first = texts(2**32 - 1)
+    assert len({tuple(text) for text in first}) == len(first) == 25
+    assert texts(2**32 - 1) == first
+    other = texts(1)
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-def test_every_draw_is_fresh(build: Build) -> None:
-    """A model of zeros makes all tokens equal: what comes out is the randomness itself."""
-    model, params = build()
-    params = jax.tree.map(jnp.zeros_like, params)
-    got = tokens_of(
-        generate(
+def test_draws_are_fresh_and_have_the_models_distribution(build: Build) -> None:
+    """With parameters of 0 all tokens are equal: what comes out is the randomness itself."""
+    model, params = build({"model.num_layers": 1})
+    temperature, samples = 1.3, 750
+
+    def draw(params: Any, count: int) -> np.ndarray:
+        found = generate(
             model,
             params,
-            [[1], [2]],
-            sampling=SamplingConfig(1.0),
+            [PROMPTS[0], PROMPTS[3]],
+            sampling=SamplingConfig(temperature),
             end_of_text=NO_END,
-            max_new_tokens=28,
-            num_samples=200,
+            max_new_tokens=count,
+            num_samples=samples,
         )
-    )
-    counts = np.bincount(np.ravel(got), minlength=VOCAB)
+        return np.array(tokens_of(found))
+
+    table = draw(jax.tree.map(jnp.zeros_like, params), 16)
+    counts = np.bincount(np.ravel(table), minlength=VOCAB)
     assert len(counts) == VOCAB  # padding is never drawn
     assert stats.chisquare(counts).pvalue > 1e-3
     # A position, a sample or a prompt that is not folded in shows as columns or rows alike.
-    table = np.array(got)
     for a, b in [
         (table[:, :-1], table[:, 1:]),
         (table[:-1], table[1:]),
-        (table[:200], table[200:]),
+        (table[:samples], table[samples:]),
     ]:
         assert np.mean(a == b) < 3 / VOCAB
 
-
-def test_first_token_has_the_models_distribution(build: Build) -> None:
-    """Chi-square of 1,500 samples of one prompt."""
-    model, params = build()
-    hidden_BTD, _ = model.apply({"params": params}, jnp.array(PROMPTS[:1]))
-    logits = unembed(hidden_BTD[0, -1], output_embedding(params), VOCAB)
-    expected = 1500 * np.asarray(jax.nn.softmax(logits), np.float64)[:VOCAB]
-    got = generate(
-        model,
-        params,
-        PROMPTS[:1],
-        sampling=SamplingConfig(1.0),
-        end_of_text=NO_END,
-        max_new_tokens=1,
-        num_samples=1500,
-    )
-    observed = np.bincount(np.ravel(tokens_of(got)), minlength=VOCAB)
-    common = expected >= 5
-    seen = np.append(observed[common], observed[~common].sum())
-    hoped = np.append(expected[common], expected[~common].sum())
-    assert stats.chisquare(seen, hoped * 1500 / hoped.sum()).pvalue > 1e-3
+    first = draw(params, 1).reshape(2, samples)
+    for prompt, drawn in zip((PROMPTS[0], PROMPTS[3]), first, strict=True):
+        logits = reference.logits(params, model.config, np.array([prompt]))[0, -1, :VOCAB]
+        expected = samples * reference.softmax(logits / temperature)
+        observed = np.bincount(drawn, minlength=VOCAB)
+        common = expected >= 5
+        seen = np.append(observed[common], observed[~common].sum())
+        hoped = np.append(expected[common], expected[~common].sum())
+        assert len(hoped) > 20
+        assert stats.chisquare(seen, hoped * samples / hoped.sum()).pvalue > 1e-3
 
 
 def test_end_of_text_ends_a_row(build: Build) -> None:
     """Each row by itself; the end is not part of the text; the loop stops with the last row."""
-    model, params = build()
-    whole = tokens_of(
-        generate(model, params, PROMPTS, sampling=GREEDY, end_of_text=NO_END, max_new_tokens=16)
-    )
+    whole = tokens_of(greedy(build, PROMPTS))
     end = whole[2][3]
-    got = generate(model, params, PROMPTS, sampling=GREEDY, end_of_text=end, max_new_tokens=16)
+    got = greedy(build, PROMPTS, end_of_text=end)
     for text, completion in zip(whole, got, strict=True):
-        cut = text.index(end) if end in text else 16
+        cut = text.index(end) if end in text else 42
         assert completion.tokens == text[:cut]
         assert completion.stop_reason == ("end_of_text" if end in text else "length")
     assert {completion.stop_reason for completion in got} == {"end_of_text", "length"}
 
+    model, params = build()
     request = build_request(
-        PROMPTS[2:3], [16], context=29, sampling=GREEDY, seed=0, end_of_text=end
+        PROMPTS[2:3] * 4, [42] * 4, context=CONTEXT, sampling=GREEDY, seed=0, end_of_text=end
     )
+    slots = bucket(42, CONTEXT)
     tokens, lengths = decode(
-        params, request, model=model, kind=GREEDY.kind, num_samples=1, new_slots=16
+        params, request, model=model, kind=GREEDY.kind, num_samples=1, new_slots=slots
     )
     written = whole[2].index(end) + 1
-    assert lengths.tolist() == [written - 1]
+    assert lengths.tolist() == [written - 1] * 4
     assert tokens[0, :written].tolist() == whole[2][:written]
-    assert tokens[0, written:].tolist() == [0] * (16 - written)  # no step was taken for these
+    assert not tokens[:, written:].any()  # no step was taken for these
 
 
 def test_end_of_text_as_the_last_allowed_token(build: Build) -> None:
-    model, params = build()
-    (text,) = tokens_of(
-        generate(model, params, [[5]], sampling=GREEDY, end_of_text=NO_END, max_new_tokens=4)
-    )
-    (got,) = generate(model, params, [[5]], sampling=GREEDY, end_of_text=text[3], max_new_tokens=4)
-    assert got == Completion(text[:3], "end_of_text")
+    arguments: dict[str, Any] = {"num_samples": 2, "max_new_tokens": 9}
+    text = hot(build, PROMPTS[:1], **arguments)[0].tokens
+    assert text[8] not in text[:8]
+    got = hot(build, PROMPTS[:1], end_of_text=text[8], **arguments)[0]
+    assert got == Completion(text[:8], "end_of_text")
 
 
 def test_empty_prompt_starts_from_end_of_text(build: Build) -> None:
-    model, params = build()
-    empty, explicit = generate(
-        model, params, [[], [9]], sampling=HOT, end_of_text=9, max_new_tokens=7
-    )
+    empty, explicit, *_ = greedy(build, [[], [9], [5], [5]], end_of_text=9)
     assert empty == explicit
 
 
@@ -245,8 +234,9 @@ def test_no_tokens_asked_for(build: Build) -> None:
 
 def test_second_call_compiles_nothing(build: Build, compilations: list[str]) -> None:
     """Other prompts, lengths, seeds and settings of the same buckets and kind."""
-    model, params = build()
+    model, params = build({"model.num_layers": 1})
     samples = 7  # as no other test here asks for
+    compilations.clear()  # of parameters
     generate(
         model,
         params,
@@ -285,7 +275,7 @@ def while_bodies(hlo: str) -> list[str]:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_loop_copies_and_casts_nothing_big(build: Build, dtype: Any) -> None:
     """Neither a cache nor the embedding is copied, transposed or cast at each step."""
-    model, params = build(dtype=dtype)
+    model, params = build({"model.num_layers": 1}, dtype)
     request = build_request(PROMPTS, [16] * 4, context=29, sampling=HOT, seed=0, end_of_text=NO_END)
     arguments = {"model": model, "kind": HOT.kind, "num_samples": 1, "new_slots": 16}
     traced = decode.trace(params, request, **arguments)
@@ -308,39 +298,54 @@ def test_loop_copies_and_casts_nothing_big(build: Build, dtype: Any) -> None:
 
 def test_bf16_decodes(build: Build) -> None:
     """The first tokens are those of a full forward in bf16."""
-    model, params = build(dtype=jnp.bfloat16)
+    model, params = build({"model.num_layers": 1}, jnp.bfloat16)
     got = generate(model, params, PROMPTS, sampling=GREEDY, end_of_text=NO_END, max_new_tokens=3)
     for prompt, completion in zip(PROMPTS, got, strict=True):
         assert completion.tokens == uncached(model, params, prompt, 3, slots=29)
 
 
 def test_bad_ids_and_bad_logits(build: Build) -> None:
-    model, params = build()
-    with pytest.raises(InputError, match=r"prompt: got \[-1, 5\]; expected token ids from 0 to"):
-        generate(model, params, [[5, -1]], sampling=GREEDY, end_of_text=0)
-    with pytest.raises(InputError, match="307"):
-        generate(model, params, [[307]], sampling=GREEDY, end_of_text=0)
+    model, params = build({"model.num_layers": 1})
+    for ids, got in [([5, -1], [-1, 5]), ([307], [307, 307])]:
+        with pytest.raises(InputError) as error:
+            generate(model, params, [ids], sampling=GREEDY, end_of_text=0)
+        assert (error.value.field, error.value.got) == ("prompt", got)
+        assert "306" in error.value.expected
     params = jax.tree.map(lambda p: p * np.float32(np.nan), params)
-    with pytest.raises(InputError, match="not numbers"):
-        generate(model, params, [[5]], sampling=HOT, end_of_text=0)
+    with pytest.raises(InputError) as error:
+        generate(
+            model,
+            params,
+            PROMPTS[:1],
+            sampling=HOT,
+            end_of_text=0,
+            context=CONTEXT,
+            max_new_tokens=9,
+            num_samples=2,
+        )
+    assert error.value.field == "parameters" and "not numbers" in error.value.got
 
 
 def test_context_rules(build: Build) -> None:
     """What does not fit is refused with the limit; by default each row takes what is left."""
-    model, params = build()
+    model, params = build({"model.num_layers": 1})
     prompt = list(range(25))
-    with pytest.raises(InputError, match="--max_new_tokens: got 5; expected at most 4"):
+    with pytest.raises(InputError) as error:
         generate(model, params, [prompt], sampling=GREEDY, end_of_text=0, max_new_tokens=5)
+    assert (error.value.field, error.value.got) == ("--max_new_tokens", 5)
+    assert "at most 4" in error.value.expected
     for length in (29, 30):
-        with pytest.raises(InputError, match=f"'{length} tokens'; expected fewer than .* 29"):
+        with pytest.raises(InputError) as error:
             generate(model, params, [list(range(length))], sampling=GREEDY, end_of_text=0)
+        assert error.value.got == f"{length} tokens" and "29" in error.value.expected
     short, full = generate(model, params, [[5], prompt], sampling=GREEDY, end_of_text=NO_END)
     assert (len(short.tokens), len(full.tokens)) == (28, 4)
     assert new_token_limit(3, None, 29) == 26
     assert new_token_limit(3, None, 1000) == 256
     assert new_token_limit(3, 997, 1000) == 997
-    with pytest.raises(InputError, match="--max_new_tokens: got -1"):
+    with pytest.raises(InputError) as error:
         new_token_limit(3, -1, 29)
+    assert (error.value.field, error.value.got) == ("--max_new_tokens", -1)
 
 
 def test_truncate_left() -> None:
@@ -353,8 +358,10 @@ def test_truncate_left() -> None:
     assert truncate_left(ids[:28], None, 29) == ids[:28]  # it fits
     assert len(truncate_left(list(range(2000)), None, 1000)) == 744
     assert truncate_left(ids, 28, 29) == ids[-1:]
-    with pytest.raises(InputError, match="--max_new_tokens: got 29; expected at most 28"):
+    with pytest.raises(InputError) as error:
         truncate_left(ids, 29, 29)
+    assert (error.value.field, error.value.got) == ("--max_new_tokens", 29)
+    assert "at most 28" in error.value.expected
 
 
 def test_raising_the_context(make_config: Callable[..., Any]) -> None:
@@ -363,12 +370,15 @@ def test_raising_the_context(make_config: Callable[..., Any]) -> None:
         assert resolve_context(config, None) == 29
         assert resolve_context(config, 17) == 17
         if position == "learned":
-            with pytest.raises(InputError, match="--context: got 30; expected at most .* = 29"):
+            with pytest.raises(InputError) as error:
                 resolve_context(config, 30)
+            assert (error.value.field, error.value.got) == ("--context", 30)
+            assert "29" in error.value.expected
         else:
             assert resolve_context(config, 30) == 30
-    with pytest.raises(InputError, match="--context: got 1"):
+    with pytest.raises(InputError) as error:
         resolve_context(config, 1)
+    assert (error.value.field, error.value.got) == ("--context", 1)
 
 
 def test_buckets() -> None:

@@ -11,6 +11,7 @@ from sheepop_jax.generation.request import SamplingConfig
 from sheepop_jax.generation.sampling import keep_top_k, keep_top_p, most_probable, sample
 
 ROWS, VOCAB = 7, 113
+DRAWS = 40_000
 
 top_k, top_p, best = map(jax.jit, (keep_top_k, keep_top_p, most_probable))
 draw_jit = jax.jit(sample, static_argnames="kind")
@@ -83,22 +84,20 @@ def compiled_for(request, monkeypatch):
     return lambda keep: jax.jit(lambda logits, x: keep(logits, x))  # a trace of its own
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("k", [1, 2, 17, VOCAB - 5, VOCAB, 10 * VOCAB])
-def test_top_k_is_brute_force(k: int, ties: bool, compiled_for) -> None:
+def test_top_k_is_brute_force(compiled_for) -> None:
     top_k = compiled_for(keep_top_k)
-    for seed in range(5):
-        logits = random_logits(seed, ties=ties)
-        np.testing.assert_array_equal(top_k(logits, k), brute_top_k(logits, k))
+    for ties in (False, True):
+        for seed, k in enumerate([1, 2, 17, VOCAB - 5, VOCAB, 10 * VOCAB]):
+            logits = random_logits(seed, ties=ties)
+            np.testing.assert_array_equal(top_k(logits, k), brute_top_k(logits, k))
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.83, 0.999])
-def test_top_p_is_brute_force(p: float, ties: bool, compiled_for) -> None:
+def test_top_p_is_brute_force(compiled_for) -> None:
     top_p = compiled_for(keep_top_p)
-    for seed in range(5):
-        logits = random_logits(seed, ties=ties)
-        np.testing.assert_array_equal(top_p(logits, p), brute_top_p(logits, p))
+    for ties in (False, True):
+        for seed, p in enumerate([1e-6, 0.1, 0.5, 0.83, 0.999] * 2):
+            logits = random_logits(seed, ties=ties)
+            np.testing.assert_array_equal(top_p(logits, p), brute_top_p(logits, p))
 
 
 def test_top_p_of_known_probabilities() -> None:
@@ -146,12 +145,12 @@ def test_top_1_is_greedy_with_ties() -> None:
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1e4, 1e300])
+@pytest.mark.parametrize("temperature", [0.3, 1e300])
 def test_padding_is_never_chosen(temperature: float) -> None:
     """Not even at a temperature that makes all else equal."""
-    logits = np.repeat(random_logits(3)[:1], 5000, 0)
+    logits = np.repeat(random_logits(3)[:1], DRAWS, 0)
     logits[:, 20:] = -np.inf
-    tokens = draw(logits, SamplingConfig(temperature), keys(5000))
+    tokens = draw(logits, SamplingConfig(temperature), keys(DRAWS))
     assert tokens.max() < 20
 
 
@@ -168,7 +167,6 @@ def expected_distribution(row: np.ndarray, config: SamplingConfig) -> np.ndarray
 @pytest.mark.parametrize(
     "config",
     [
-        SamplingConfig(1.0),
         SamplingConfig(0.6),
         SamplingConfig(2.0, top_k=11),
         SamplingConfig(2.5, top_p=0.7),
@@ -176,8 +174,8 @@ def expected_distribution(row: np.ndarray, config: SamplingConfig) -> np.ndarray
     ],
 )
 def test_frequencies(config: SamplingConfig) -> None:
-    """Chi-square of 60,000 draws; the order of the filters shows in the last case."""
-    count, row = 60_000, random_logits(4)[0]
+    """Chi-square; the order of the filters shows in the last case, that of the temperature too."""
+    count, row = DRAWS, random_logits(4)[0]
     tokens = draw(np.repeat(row[None], count, 0), config, keys(count, seed=5))
     expected = expected_distribution(row, config) * count
     observed = np.bincount(tokens, minlength=VOCAB)
@@ -189,27 +187,18 @@ def test_frequencies(config: SamplingConfig) -> None:
     assert stats.chisquare(seen, hoped * count / hoped.sum()).pvalue > 1e-3
 
 
-def test_order_of_the_filters() -> None:
-    """top_p counts within what top_k left, of the probabilities at this temperature."""
-    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
-    for config, allowed in [
-        (SamplingConfig(1.0, top_p=0.65), {0, 1}),
-        (SamplingConfig(1.0, top_k=2, top_p=0.55), {0}),  # 0.4 of 0.7 reaches 0.55
-        (SamplingConfig(0.25, top_p=0.65), {0}),
-    ]:
-        tokens = draw(np.repeat(logits, 300, 0), config, keys(300))
-        assert set(tokens.tolist()) == allowed
-
-
 def test_rows_and_keys_are_their_own() -> None:
     """A row's token depends on its own key and logits only; another key gives another token."""
     logits = random_logits(6)
     config = SamplingConfig(3.0, top_k=50, top_p=0.9)
     together = draw(logits, config, keys(ROWS))
-    alone = [draw(logits[i : i + 1], config, keys(ROWS)[i : i + 1])[0] for i in range(ROWS)]
-    assert together.tolist() == alone
-    many = draw(np.repeat(logits[:1], 50, 0), config, keys(50))
-    assert len(set(many.tolist())) > 5
+    # Each row among strangers, with its own key and logits.
+    for i in range(ROWS):
+        others, other_keys = random_logits(7 + i), keys(ROWS, seed=7 + i)
+        others[i] = logits[i]
+        assert draw(others, config, other_keys.at[i].set(keys(ROWS)[i]))[i] == together[i]
+    many = [draw(np.repeat(logits[:1], ROWS, 0), config, keys(ROWS, seed)) for seed in range(7)]
+    assert len(set(np.ravel(many).tolist())) > 5
 
 
 def test_new_values_compile_nothing(compilations: list[str]) -> None:
@@ -226,17 +215,19 @@ def test_new_values_compile_nothing(compilations: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "flag"),
+    ("name", "value"),
     [
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"temperature": float("inf")}, "--temperature"),
-        ({"top_k": -1}, "--top_k"),
-        ({"top_p": 0.0}, "--top_p"),
-        ({"top_p": 1.01}, "--top_p"),
-        ({"top_p": float("nan")}, "--top_p"),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
     ],
 )
-def test_bad_settings_are_refused_by_name(values: dict[str, float], flag: str) -> None:
-    with pytest.raises(InputError, match=flag):
-        SamplingConfig(**values)
+def test_bad_settings_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(InputError) as error:
+        SamplingConfig(**{name: value})
+    assert error.value.field == f"--{name}"
+    assert error.value.got is value

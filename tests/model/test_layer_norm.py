@@ -65,6 +65,19 @@ def test_bf16_in_and_out_with_fp32_between():
         np.testing.assert_allclose(sums, wanted, rtol=1e-5, atol=1e-5)  # no sum in bf16
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mean", "tolerance"), [(jnp.float32, 8192, 2e-3), (jnp.bfloat16, 256, 2**-7)]
+)
+def test_statistics_survive_a_large_mean(dtype, mean, tolerance):
+    """E[x²] - E[x]² would lose the variance in fp32, and any sum would lose it in bf16."""
+    x = mean + 2.0 * np.random.default_rng(0).integers(0, 3, SHAPE)  # exact in bf16
+    ones, zeros = np.ones(SHAPE[-1], np.float32), np.zeros(SHAPE[-1], np.float32)
+    value = layer_norm(jnp.asarray(x, dtype), ones, zeros, EPSILON, dtype)
+    assert value.dtype == dtype
+    expected = reference(x, {"scale": ones, "bias": zeros}, EPSILON)
+    np.testing.assert_allclose(np.float32(value), expected, atol=tolerance)
+
+
 def test_it_is_flax_s_layer_norm():
     x, _, scale, bias = draw()
     params = {"params": {"scale": scale, "bias": bias}}

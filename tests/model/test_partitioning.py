@@ -63,35 +63,39 @@ def test_mesh_sizes(sizes, devices, expected):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (1, 1, 1), (2, 2, 4), (-1, 3, 1), (-1, 16, 1)])
 def test_a_mesh_that_leaves_out_or_lacks_devices_is_refused(sizes):
-    with pytest.raises(InputError, match=r"mesh: got .*number of devices, 8") as caught:
+    with pytest.raises(InputError) as error:
         mesh_of(*sizes)
+    assert error.value.field == "mesh"
     for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
-        assert f"{name} {size}" in str(caught.value)
+        assert f"{name} {size}" in error.value.got
+    assert "8" in error.value.expected
 
 
 @pytest.mark.parametrize(
-    ("sizes", "overrides", "message"),
+    ("sizes", "overrides", "field", "got", "axes"),
     [
-        ((4, 2, 1), {"train.batch_size": 4}, r"train\.batch_size: got 4; .*data x fsdp = 8"),
-        ((1, 8, 1), {"train.batch_size": 8}, r"model\.d_model: got 60; .*fsdp = 8"),
-        ((1, 1, 8), {}, r"model\.num_heads: got 6; .*tensor = 8"),
-        ((4, 1, 2), {"model.num_kv_heads": 3}, r"model\.num_kv_heads: got 3; .*tensor = 2"),
-        ((4, 1, 2), {"model.d_ff": 79}, r"model\.d_ff: got 79; .*tensor = 2"),
+        ((4, 2, 1), {"train.batch_size": 4}, "train.batch_size", 4, "data x fsdp = 8"),
+        ((1, 8, 1), {"train.batch_size": 8}, "model.d_model", 60, "fsdp = 8"),
+        ((1, 1, 8), {}, "model.num_heads", 6, "tensor = 8"),
+        ((4, 1, 2), {"model.num_kv_heads": 3}, "model.num_kv_heads", 3, "tensor = 2"),
+        ((4, 1, 2), {"model.d_ff": 79}, "model.d_ff", 79, "tensor = 2"),
     ],
 )
-def test_check_mesh_names_the_field_and_the_rule(make_config, sizes, overrides, message):
+def test_check_mesh_names_the_field_and_the_rule(make_config, sizes, overrides, field, got, axes):
     config = make_config(DIVISIBLE | overrides)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as error:
         partitioning.check_mesh(config, mesh_of(*sizes))
+    assert (error.value.field, error.value.got) == (field, got)
+    assert axes in error.value.expected
 
 
 def test_check_mesh_names_an_axis_that_does_not_divide_the_vocabulary(make_config):
     options = {"model.num_heads": 6, "model.num_kv_heads": 6, "model.d_ff": 78}
     mesh = partitioning.make_mesh(MeshConfig(1, 1, 6), jax.devices()[:6])
-    with pytest.raises(
-        InputError, match=rf"mesh\.tensor: got 6; .*divisor of {tf.VOCAB_MULTIPLE},"
-    ):
+    with pytest.raises(InputError) as error:
         partitioning.check_mesh(make_config(DIVISIBLE | options), mesh)
+    assert (error.value.field, error.value.got) == ("mesh.tensor", 6)
+    assert str(tf.VOCAB_MULTIPLE) in error.value.expected
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 2), (1, 4, 2), (4, 2, 1), (1, 1, 1)])
@@ -207,7 +211,7 @@ def test_constrain_inside_a_mesh_decides_the_layout():
 
 
 def test_the_forward_pass_pins_the_embedding_and_each_sublayers_output(make_config):
-    config = make_config(DIVISIBLE | {"model.num_layers": 3})
+    config = make_config(DIVISIBLE | {"model.num_layers": 2})
     model = tf.Transformer(config.model, VOCAB)
     boxed, state = abstract_state(config)
 
@@ -228,14 +232,12 @@ def test_the_forward_pass_pins_the_embedding_and_each_sublayers_output(make_conf
 
     assert constraints() == 0
     with jax.set_mesh(mesh_of(2, 2, 2)):
-        assert constraints() == 1 + 2 * 3
+        assert constraints() == 1 + 2 * 2
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"model.position": "rope", "model.tie_embeddings": True}]
-)
-def test_a_mesh_changes_neither_logits_nor_gradients(make_config, random_params, overrides):
-    config = make_config(DIVISIBLE | overrides)
+def test_a_mesh_changes_neither_logits_nor_gradients(make_config, random_params):
+    """Rotary positions and a tied output: training/test_meshes.py."""
+    config = make_config(DIVISIBLE)
     mesh = mesh_of(2, 2, 2)
     partitioning.check_mesh(config, mesh)
     model = tf.Transformer(config.model, VOCAB)

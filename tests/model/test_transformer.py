@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
@@ -19,18 +18,25 @@ from tests import reference
 
 VOCAB = 131  # padded to 256
 B, T = 3, 11
-MODEL = {
-    "position": ("rope", "sinusoidal", "learned"),
-    "use_bias": (False, True),
-    "num_kv_heads": (0, 2),
-}
+POSITIONS = ("rope", "sinusoidal", "learned")
+FIELDS = "position", "use_bias", "num_kv_heads", "tie_embeddings", "activation", "num_layers"
+# Every pair of values of two fields, but of the activation and the depth with the others.
 OPTIONS = [
     pytest.param(
-        {f"model.{name}": value for name, value in zip(MODEL, values, strict=True)},
+        {f"model.{name}": value for name, value in zip(FIELDS, values, strict=True)},
         id="-".join(map(str, values)),
     )
-    for values in itertools.product(*MODEL.values())
+    for values in [
+        ("rope", False, 0, True, "gelu", 2),
+        ("rope", True, 2, False, "gelu_tanh", 1),
+        ("sinusoidal", False, 2, False, "relu", 1),
+        ("sinusoidal", True, 0, True, "gelu", 1),
+        ("learned", False, 0, False, "gelu_tanh", 1),
+        ("learned", True, 2, True, "relu", 1),
+    ]
 ]
+# For the cache and for documents, that only positions and heads have to do with.
+GROUPED = [("rope", 2), ("sinusoidal", 0), ("learned", 2)]
 EVERYTHING = {"model.use_bias": True, "model.num_kv_heads": 2, "model.position": "learned"}
 
 
@@ -90,32 +96,12 @@ def relative_error(got, expected) -> float:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_logits_are_the_reference(make_model, random_params, options):
-    model = make_model(options)
+    model = make_model(options | {"model.rope_theta": 500.0, "model.norm_eps": 0.1})
     params, tokens_BT = random_params(model), token_ids()
+    assert ("output_embedding" in params) != model.config.tie_embeddings
     got_BTV, cache = jit_logits(model)(params, tokens_BT)
     expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
     assert cache is None
-    assert relative_error(got_BTV, expected_BTV) < 1e-5
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_activations_and_output_layers_are_the_reference(
-    make_model, random_params, activation, tied
-):
-    model = make_model(
-        {
-            "model.activation": activation,
-            "model.tie_embeddings": tied,
-            "model.num_layers": 1,
-            "model.rope_theta": 500.0,
-            "model.norm_eps": 0.1,
-        }
-    )
-    params, tokens_BT = random_params(model), token_ids()
-    assert ("output_embedding" in params) != tied
-    got_BTV, _ = jit_logits(model)(params, tokens_BT)
-    expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
     assert relative_error(got_BTV, expected_BTV) < 1e-5
 
 
@@ -123,10 +109,11 @@ def test_activations_and_output_layers_are_the_reference(
 def test_activations_are_the_closed_form(activation):
     x = np.linspace(-9, 9, 101)
     expected = reference.ACTIVATIONS[activation](x)
-    np.testing.assert_allclose(tf.activate(jnp.float32(x), activation), expected, atol=1e-6)
     step = 1e-4
     slope = (reference.ACTIVATIONS[activation](x + step) - expected) / step
-    found = jax.vmap(jax.grad(lambda x: tf.activate(x, activation)))(jnp.float32(x))
+    value_and_slope = jax.vmap(jax.value_and_grad(lambda x: tf.activate(x, activation)))
+    value, found = jax.jit(value_and_slope)(jnp.float32(x))
+    np.testing.assert_allclose(value, expected, atol=1e-6)
     off_the_kink = x != 0  # of relu
     np.testing.assert_allclose(found[off_the_kink], slope[off_the_kink], atol=2e-4)
 
@@ -148,7 +135,7 @@ def test_what_the_configuration_refuses_the_model_does_not_guess(make_model):
         jax.eval_shape(model.copy(config=config).init, jax.random.key(0), token_ids())
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 3)], ids=str)
 def test_unembed_is_a_product_with_the_padded_rows_at_minus_infinity(shape):
     generator = np.random.default_rng(0)
     hidden = generator.standard_normal((*shape, 60), np.float32)
@@ -177,35 +164,46 @@ def test_unembed_in_bf16_sums_in_fp32():
 
 # --- causality ---
 
+# The window's first document may have begun before it; documents of one token at both ends.
+LENGTHS = ((11,), (4, 7), (1, 5, 4, 1))
+SEGMENTS_BT = np.array([np.repeat(np.arange(len(row)), row) for row in LENGTHS], np.int32)
 
-@pytest.mark.parametrize("position", MODEL["position"])
-def test_no_position_sees_its_future_or_another_row(make_model, random_params, position):
-    """By gradients: exactly zero for s > t and in other rows, and not zero for s <= t."""
-    model = make_model({"model.position": position, "model.num_kv_heads": 2})
-    params = random_params(model)
-    rows, length = 2, 5
-    tokens_BT = np.random.default_rng(0).permutation(VOCAB)[: rows * length].astype(np.int32)
-    tokens_BT = tokens_BT.reshape(rows, length)  # all different: one embedding row each
-    probe_BTD = np.random.default_rng(1).standard_normal((rows, length, 60)).astype(np.float32)
+
+def who_sees_whom(model, params, segments_BT) -> np.ndarray:
+    """By gradients: whether hidden state [b, t] depends at all on token [c, s]: [B, T, B, S]."""
+    rows = len(segments_BT)
+    tokens_BT = np.random.default_rng(0).permutation(VOCAB)[: rows * T].astype(np.int32)
+    tokens_BT = tokens_BT.reshape(rows, T)  # all different: one embedding row each
+    probe_BTD = np.random.default_rng(1).standard_normal((rows, T, 60)).astype(np.float32)
 
     @jax.jit
     @jax.jacrev
     def gradients(embedding_VD):
         changed = params | {"embedding": embedding_VD}
-        hidden_BTD, _ = model.apply({"params": changed}, tokens_BT)
+        segments = segments_BT if segments_BT.any() else None
+        hidden_BTD, _ = model.apply({"params": changed}, tokens_BT, segments_BT=segments)
         return (hidden_BTD * probe_BTD).sum(-1)
 
     gradients_BTBSD = np.asarray(gradients(params["embedding"]))[:, :, tokens_BT]
-    sees_BTBS = np.abs(gradients_BTBSD).max(-1) > 0
-    expected_BTBS = np.einsum("bc,ts->btcs", np.eye(rows), np.tril(np.ones((length, length))))
+    return np.abs(gradients_BTBSD).max(-1) > 0
+
+
+@pytest.mark.parametrize(
+    ("position", "segments"), [("rope", False), ("learned", True)], ids=["whole", "documents"]
+)
+def test_no_position_sees_its_future_another_document_or_another_row(
+    make_model, random_params, position, segments
+):
+    """Exactly zero there, and not zero for what comes before in the same document."""
+    model = make_model({"model.position": position, "model.num_kv_heads": 2, "model.num_layers": 1})
+    segments_BT = SEGMENTS_BT[1:] * segments
+    sees_BTBS = who_sees_whom(model, random_params(model), segments_BT)
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None]
+    expected_BTBS = np.einsum("bc,bts->btcs", np.eye(len(segments_BT)), np.tril(same_BTS))
     np.testing.assert_array_equal(sees_BTBS, expected_BTBS.astype(bool))
 
 
 # --- documents ---
-
-# The window's first document may have begun before it; documents of one token at both ends.
-LENGTHS = ((11,), (4, 7), (1, 5, 4, 1))
-SEGMENTS_BT = np.array([np.repeat(np.arange(len(row)), row) for row in LENGTHS], np.int32)
 
 
 def by_document(function, tokens_BT) -> np.ndarray:
@@ -217,10 +215,12 @@ def by_document(function, tokens_BT) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("kv_heads", [0, 2])
-@pytest.mark.parametrize("position", MODEL["position"])
+@pytest.mark.parametrize(("position", "kv_heads"), GROUPED)
 def test_a_packed_window_is_its_documents_alone(make_model, random_params, position, kv_heads):
-    model = make_model({"model.position": position, "model.num_kv_heads": kv_heads})
+    """The first row is one document: to it segments change nothing."""
+    model = make_model(
+        {"model.position": position, "model.num_kv_heads": kv_heads, "model.num_layers": 1}
+    )
     params, tokens_BT = random_params(model), token_ids()
 
     @jax.jit
@@ -232,129 +232,78 @@ def test_a_packed_window_is_its_documents_alone(make_model, random_params, posit
     got_BTV = logits(params, tokens_BT, SEGMENTS_BT)
     expected_BTV = by_document(lambda one: reference.logits(params, model.config, one), tokens_BT)
     assert relative_error(got_BTV, expected_BTV[..., :VOCAB]) < 1e-5
-    unmasked_BTV = logits(params, tokens_BT, None)
-    assert relative_error(got_BTV[:1], unmasked_BTV[:1]) < 1e-6  # a window of one document
-    assert relative_error(got_BTV[1:], unmasked_BTV[1:]) > 1e-2
 
 
-@pytest.mark.parametrize("position", MODEL["position"])
-def test_no_gradient_crosses_a_documents_border(make_model, random_params, position):
-    """Exactly zero, and not zero for what comes before in the same document."""
-    model = make_model({"model.position": position, "model.num_kv_heads": 2})
-    params = random_params(model)
-    segments_BT = SEGMENTS_BT[1:]
-    tokens_BT = np.random.default_rng(0).permutation(VOCAB)[: 2 * T].astype(np.int32)
-    tokens_BT = tokens_BT.reshape(2, T)  # all different: one embedding row each
-    probe_BTD = np.random.default_rng(1).standard_normal((2, T, 60)).astype(np.float32)
-
-    @jax.jit
-    @jax.jacrev
-    def gradients(embedding_VD):
-        changed = params | {"embedding": embedding_VD}
-        hidden_BTD, _ = model.apply({"params": changed}, tokens_BT, segments_BT=segments_BT)
-        return (hidden_BTD * probe_BTD).sum(-1)
-
-    gradients_BTBSD = np.asarray(gradients(params["embedding"]))[:, :, tokens_BT]
-    for row, other in np.ndindex(2, 2):
-        sees_TS = np.abs(gradients_BTBSD[row, :, other]).max(-1) > 0
-        same_TS = segments_BT[row][:, None] == segments_BT[row]
-        np.testing.assert_array_equal(sees_TS, np.tril(same_TS) & (row == other))
-
-
-def test_segments_are_refused_where_they_would_be_ignored(make_model, random_params):
-    model = make_model()
-    params, tokens_BT = random_params(model), token_ids()
+def test_segments_are_refused_where_they_would_be_ignored(make_model):
+    model, key = make_model({"model.num_layers": 1}), jax.random.key(0)
     with pytest.raises(ValueError, match="segments with a cache"):
         cache = empty_cache(model, [0] * B, slots=T)
-        model.apply({"params": params}, tokens_BT, cache, segments_BT=SEGMENTS_BT)
+        jax.eval_shape(model.init, key, token_ids(), cache, None, SEGMENTS_BT)
     with pytest.raises(ValueError, match="segments with cuDNN"):
         on_cudnn = model.copy(implementation="cudnn")
-        on_cudnn.apply({"params": params}, tokens_BT, segments_BT=SEGMENTS_BT)
+        jax.eval_shape(on_cudnn.init, key, token_ids(), None, None, SEGMENTS_BT)
 
 
 # --- the cache ---
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_cached_logits_are_the_full_forward_logits(make_model, random_params, options):
-    """Token by token, and a prefill with steps after it, at every position."""
+@pytest.mark.parametrize(("position", "kv_heads"), GROUPED)
+def test_cached_logits_are_the_full_forward_logits(make_model, random_params, position, kv_heads):
+    """From a padded prefill and from an empty cache; computed positions beyond those trained."""
+    options = {"model.position": position, "model.num_kv_heads": kv_heads}
+    if position != "learned":
+        options |= {"model.max_seq_len": 5, "data.seq_len": 5}
     model = make_model(options)
-    params, tokens_BT = random_params(model), token_ids()
-    logits = jit_logits(model)
-    full_BTV, _ = logits(params, tokens_BT)
-    for prefill in (1, 4):
-        cache = empty_cache(model, [0] * B, slots=T + 2)
-        piece, cache = logits(params, tokens_BT[:, :prefill], cache)
-        pieces = [piece]
-        for t in range(prefill, T):
-            piece, cache = logits(params, tokens_BT[:, t : t + 1], cache)
-            pieces.append(piece)
-        assert relative_error(jnp.concatenate(pieces, axis=1), full_BTV) < 1e-5
-        assert cache.index == T and cache.index.dtype == jnp.int32
-        np.testing.assert_array_equal(cache.start, [0] * B)
-        for layer in cache.keys + cache.values:
-            assert layer[:, :T].all() and not layer[:, T:].any()
-    assert logits._cache_size() == 3  # the whole, the prefill, and one program for all steps
-
-
-@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-def test_decoding_goes_on_beyond_the_trained_length(make_model, random_params, position):
-    options = {"model.position": position, "model.max_seq_len": 5, "data.seq_len": 5}
-    model = make_model(options)
-    params, tokens_BT = random_params(model), token_ids()
-    logits = jit_logits(model)
-    cache, pieces = empty_cache(model, [0] * B, slots=T), []
-    for t in range(T):
-        piece, cache = logits(params, tokens_BT[:, t : t + 1], cache)
-        pieces.append(piece)
-    expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
-    assert relative_error(jnp.concatenate(pieces, axis=1), expected_BTV) < 1e-5
-
-
-@pytest.mark.parametrize("position", MODEL["position"])
-def test_a_padded_prompt_in_a_batch_is_the_same_prompt_alone(make_model, random_params, position):
-    model = make_model({"model.position": position, "model.num_kv_heads": 2})
     params, tokens_BT = random_params(model), token_ids(rows=4)
-    logits, bucket = jit_logits(model), 8
-    start = [5, 0, 3, 8]  # slots of padding; the last row is nothing else
+    logits, bucket, slots = jit_logits(model), 8, T + 2
+
+    def decode(start, padded_BT, prefill):
+        """Logits [B, T, V] of a prefill, and of one token at a time after it."""
+        cache = empty_cache(model, start, slots)
+        widths = [prefill] * (prefill > 0) + [1] * (T - prefill)
+        pieces = []
+        for piece_BT in np.split(padded_BT, np.cumsum(widths)[:-1], axis=1):
+            piece, cache = logits(params, piece_BT, cache)
+            pieces.append(piece)
+        assert cache.index == T and cache.index.dtype == jnp.int32
+        np.testing.assert_array_equal(cache.start, start)
+        for layer in cache.keys + cache.values:
+            assert np.isfinite(layer).all() and layer[:, :T].all() and not layer[:, T:].any()
+        return np.asarray(jnp.concatenate(pieces, axis=1))
+
+    expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
+    assert relative_error(decode([0] * 4, tokens_BT, prefill=0), expected_BTV) < 1e-5
+
+    start = [5, 0, 3, 8]  # slots of padding; the last row's prefill is nothing else
     answers = []
     for seed in (1, 2):
         padded_BT = token_ids(rows=4, seed=seed)  # what pads are must not matter
         for row, pads in enumerate(start):
             padded_BT[row, pads:] = tokens_BT[row, : T - pads]
-        cache = empty_cache(model, start, slots=T + 1)
-        piece, cache = logits(params, padded_BT[:, :bucket], cache)
-        pieces = [piece]
-        for t in range(bucket, T):
-            piece, cache = logits(params, padded_BT[:, t : t + 1], cache)
-            pieces.append(piece)
-        answers.append(np.asarray(jnp.concatenate(pieces, axis=1)))
+        answers.append(decode(start, padded_BT, prefill=bucket))
         assert np.isfinite(answers[-1]).all()  # in padding too
-        for layer in cache.keys + cache.values:
-            assert np.isfinite(layer).all()
-    expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
     for row, pads in enumerate(start):
         np.testing.assert_array_equal(answers[0][row, pads:], answers[1][row, pads:])
         assert relative_error(answers[0][row, pads:], expected_BTV[row, : T - pads]) < 1e-5
+    assert logits._cache_size() == 2  # the prefill, and one program for all steps
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["whole", "cached"])
-def test_cudnn_attention_is_for_whole_contexts_alone(
-    monkeypatch, make_model, random_params, cached
-):
+def test_cudnn_attention_is_for_whole_contexts_alone(monkeypatch, make_model, random_params):
     calls = []
 
     def stand_in(q_BTHC, k_BTKC, v_BTKC):
-        calls.append(q_BTHC.shape)
+        calls.append((q_BTHC.shape, k_BTKC.shape, v_BTKC.shape))
         return attn.attend(q_BTHC, k_BTKC, v_BTKC, attn.causal_mask(q_BTHC.shape[1]))
 
-    model = make_model({"model.num_layers": 3}, implementation="xla")
-    params, tokens_BT = random_params(model), token_ids()
-    model = model.copy(implementation="cudnn")
     monkeypatch.setattr(attn, "attend_causal_cudnn", stand_in)
-    cache = empty_cache(model, [0] * B, slots=T) if cached else None
-    got_BTV, _ = jit_logits(model)(params, tokens_BT, cache)
-    assert len(calls) == (0 if cached else model.config.num_layers)
+    model = make_model({"model.num_layers": 1}, implementation="cudnn")
+    params, tokens_BT = random_params(model), token_ids()
+    calls.clear()
+    cache = empty_cache(model, [0] * B, slots=T)
+    jax.eval_shape(jit_logits(model), params, tokens_BT, cache)
+    assert not calls
+    got_BTV, _ = jit_logits(model)(params, tokens_BT)
+    assert calls == [((B, T, 6, 10), (B, T, 3, 10), (B, T, 3, 10))]
     expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
     assert relative_error(got_BTV, expected_BTV) < 1e-5
 
@@ -425,24 +374,28 @@ def test_padded_vocab_size(vocab_size, padded):
     assert tf.padded_vocab_size(vocab_size) == padded
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_padded_rows_never_matter(make_model, random_params, tied):
-    model = make_model({"model.tie_embeddings": tied, "model.num_layers": 1})
+def test_padded_rows_never_matter(make_model, random_params):
+    """Of both tables; a tied model has one in both places."""
+    model = make_model({"model.tie_embeddings": False, "model.num_layers": 1})
     params = random_params(model)
-    names = ["embedding"] if tied else ["embedding", "output_embedding"]
+    names = ["embedding", "output_embedding"]
     changed = params | {name: params[name].at[VOCAB:].set(1e6) for name in names}
 
     @jax.jit
-    def nll(params):
-        hidden_BTD, _ = model.apply({"params": params}, token_ids())
-        logits_BTV = tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)
-        return -jax.nn.log_softmax(logits_BTV)[..., :VOCAB]
+    def nll_and_gradients(params):
+        def mean(params):
+            hidden_BTD, _ = model.apply({"params": params}, token_ids())
+            logits_BTV = tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)
+            nll_BTV = -jax.nn.log_softmax(logits_BTV)[..., :VOCAB]
+            return nll_BTV[..., 0].mean(), nll_BTV
 
-    np.testing.assert_array_equal(nll(params), nll(changed))
-    gradients = jax.jit(jax.grad(lambda params: nll(params)[..., 0].mean()))(params)
+        return jax.grad(mean, has_aux=True)(params)
+
+    gradients, nll_BTV = nll_and_gradients(params)
+    np.testing.assert_array_equal(nll_BTV, nll_and_gradients(changed)[1])
     for name in names:
         assert np.isfinite(gradients[name]).all() and not gradients[name][VOCAB:].any()
-    assert gradients[names[-1]][:VOCAB].any(axis=1).all()
+    assert gradients["output_embedding"][:VOCAB].any(axis=1).all()
 
 
 def test_init_statistics(make_model):
@@ -471,28 +424,14 @@ def test_init_statistics(make_model):
 # --- dropout ---
 
 
-def test_dropout_off_is_deterministic_and_needs_no_key(make_model, random_params):
-    model = make_model({"model.dropout": 0.5, "model.attention_dropout": 0.5})
-    none = make_model({"model.dropout": 0.0, "model.attention_dropout": 0.0})
+def test_dropout_is_off_without_keys_and_at_a_rate_of_0(make_model, random_params):
+    rates = "model.dropout", "model.attention_dropout"
+    model, none = (
+        make_model({name: rate for name in rates} | {"model.num_layers": 1}) for rate in (0.5, 0.0)
+    )
     params, tokens_BT = random_params(model), token_ids()
     off = jit_hidden(model)(params, tokens_BT)
-    np.testing.assert_array_equal(off, jit_hidden(model)(params, tokens_BT))
-    np.testing.assert_array_equal(off, jit_hidden(none)(params, tokens_BT))
-    # At a rate of 0 it is off with keys too.
-    hidden = jit_hidden(none)(params, tokens_BT, jax.random.key(1))
-    np.testing.assert_array_equal(off, hidden)
-
-
-@pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
-def test_each_dropout_is_a_function_of_the_key(make_model, random_params, field):
-    rates = {"model.dropout": 0.0, "model.attention_dropout": 0.0, f"model.{field}": 0.3}
-    model = make_model(rates | {"model.num_layers": 1})
-    params, tokens_BT = random_params(model), token_ids()
-    hidden = jit_hidden(model)
-    one, again = (hidden(params, tokens_BT, jax.random.key(1)) for _ in range(2))
-    other, off = hidden(params, tokens_BT, jax.random.key(2)), jit_hidden(model)(params, tokens_BT)
-    np.testing.assert_array_equal(one, again)
-    assert relative_error(one, other) > 0.01 and relative_error(one, off) > 0.01
+    np.testing.assert_array_equal(off, jit_hidden(none)(params, tokens_BT, jax.random.key(1)))
 
 
 def silent(params):
@@ -509,19 +448,25 @@ def normalized(x_BTD, eps):
     return reference.layer_norm(np.asarray(x_BTD, np.float64), ones, eps)
 
 
+RATE, WIDTH = 0.4, 360
+
+
+@pytest.fixture
+def dropping(make_model):
+    """Two layers, one compiled program for all the sites where it drops."""
+    options = {
+        "model.dropout": RATE,
+        "model.norm_eps": 1.0,  # so large an ε lets the scale through LayerNorm
+        "model.use_bias": True,
+        "model.d_model": WIDTH,
+    }
+    return make_model(options)
+
+
 @pytest.mark.parametrize("site", ["embedding", "attention", "feed_forward"])
-def test_dropout_rate_and_scale_at_each_site(make_model, random_params, site):
+def test_dropout_rate_and_scale_at_each_site(dropping, random_params, site):
     """One part of the model puts out ones, the others zeros: what is dropped can be read off."""
-    rate, eps = 0.3, 1.0  # so large an ε lets the scale through LayerNorm
-    model = make_model(
-        {
-            "model.dropout": rate,
-            "model.norm_eps": eps,
-            "model.use_bias": True,
-            "model.num_layers": 1,
-        }
-    )
-    params = silent(random_params(model))
+    params = silent(random_params(dropping))
     match site:
         case "embedding":
             params["embedding"] += 1
@@ -530,20 +475,24 @@ def test_dropout_rate_and_scale_at_each_site(make_model, random_params, site):
         case "feed_forward":
             params["block_0"]["feed_forward"]["down"]["bias"] += 1
     tokens_BT = token_ids(rows=53, length=47)
-    hidden = jit_hidden(model)
+    hidden = jit_hidden(dropping)
     hidden_BTD = hidden(params, tokens_BT, jax.random.key(0))
     kept_BTD = np.asarray(hidden_BTD) > 0
-    error = 5 * math.sqrt(rate * (1 - rate) / kept_BTD.size)
-    assert abs(kept_BTD.mean() - (1 - rate)) < error
+    error = 5 * math.sqrt(RATE * (1 - RATE) / kept_BTD.size)
+    assert abs(kept_BTD.mean() - (1 - RATE)) < error
     for axis in range(3):  # drawn for every component, none shared along an axis
         assert kept_BTD.any(axis).all() and not kept_BTD.all(axis).any()
-    expected_BTD = normalized(kept_BTD / (1 - rate), eps)  # the mean is kept
+    expected_BTD = normalized(kept_BTD / (1 - RATE), dropping.config.norm_eps)  # the mean is kept
     np.testing.assert_allclose(hidden_BTD, expected_BTD, rtol=1e-4, atol=1e-5)
+    # A function of the key.
+    np.testing.assert_array_equal(hidden_BTD, hidden(params, tokens_BT, jax.random.key(0)))
+    other_BTD = np.asarray(hidden(params, tokens_BT, jax.random.key(1))) > 0
+    assert abs((other_BTD == kept_BTD).mean() - (RATE**2 + (1 - RATE) ** 2)) < 2 * error
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.2, 0.3])
-def test_dropout_keeps_the_mean_in_bf16(rate):
+def test_dropout_keeps_the_mean_in_bf16():
     """What is kept is x / (1 - rate), rounded once; with 1 - rate in bf16 it is off by 0.2%."""
+    rate = 0.1
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (1, 1 << 14)), jnp.bfloat16)
     found = dropout(x, rate, jax.random.split(jax.random.key(0), 1), 0)
     kept = np.asarray(found, np.float64) != 0
@@ -551,22 +500,23 @@ def test_dropout_keeps_the_mean_in_bf16(rate):
     assert np.mean(np.asarray(found, np.float64)[kept]) == pytest.approx(wanted.mean(), rel=3e-4)
 
 
-def test_dropouts_of_the_sublayers_and_layers_are_independent(make_model, random_params):
+def test_dropouts_of_the_sublayers_and_layers_are_independent(dropping, random_params):
     """Sublayers i of 2 layers put out 4^i: base 4 digits tell which were kept."""
-    rate = 0.5
-    options = {"model.dropout": rate, "model.use_bias": True, "model.d_model": 360}
-    model = make_model(options)
-    params = silent(random_params(model))
+    params = silent(random_params(dropping))
     for i in range(2):
         params[f"block_{i}"]["attention"]["output"]["bias"] += 4.0 ** (2 * i)
         params[f"block_{i}"]["feed_forward"]["down"]["bias"] += 4.0 ** (2 * i + 1)
-    hidden = jit_hidden(model)
-    hidden_BTD = np.asarray(hidden(params, token_ids(), jax.random.key(0)))
-    for hidden_D in hidden_BTD.reshape(-1, 360):
-        values = np.unique(hidden_D.round(4))  # LayerNorm keeps the order of a row
-        assert len(values) == 2**4
-        shares = [(np.abs(hidden_D - value) < 1e-3).mean() for value in values]
-        assert max(shares) < 0.16  # 1/16, and five standard errors of 360 draws
+    tokens_BT = token_ids(rows=53, length=47)
+    hidden_BTD = np.asarray(jit_hidden(dropping)(params, tokens_BT, jax.random.key(0)))
+    counts = np.zeros(2**4)
+    hidden_MD = hidden_BTD[0]
+    for hidden_D in hidden_MD:
+        values, found = np.unique(hidden_D.round(4), return_counts=True)
+        assert len(values) == 2**4  # LayerNorm keeps the order of a row
+        counts += found
+    kept = np.array([number.bit_count() for number in range(2**4)])
+    shares = (1 - RATE) ** kept * RATE ** (4 - kept)
+    assert (np.abs(counts / hidden_MD.size - shares) < 5 * np.sqrt(shares / hidden_MD.size)).all()
 
 
 def test_attention_dropout_rate_and_scale(make_model, random_params):
@@ -585,7 +535,12 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
     params["block_0"]["attention"]["value"]["bias"] += 1
     params["block_0"]["attention"]["output"]["kernel"] += jnp.eye(60)
     hidden = jit_hidden(model)
-    hidden_BD = hidden(params, token_ids(rows, 1), jax.random.key(0))[:, 0]
+    one, again, other = (
+        hidden(params, token_ids(rows, 1), jax.random.key(seed))[:, 0] for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert relative_error(one, other) > 0.01
+    hidden_BD = one
     kept_BHC = (np.asarray(hidden_BD) > 0).reshape(rows, 6, 10)
     all_kept = (np.asarray(hidden_BD) == 0).all(axis=1)  # LayerNorm of equal numbers is 0
     all_kept &= np.random.default_rng(0).random(rows) >= rate**6 / ((1 - rate) ** 6 + rate**6)
@@ -597,10 +552,10 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
     np.testing.assert_allclose(hidden_BD, expected_BD, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model, random_params):
+def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model):
     """Queries that see the same keys, in two blocks: one mask for both would keep the same."""
     model = make_model({"model.dropout": 0.0, "model.attention_dropout": 0.5})
-    params, drawn = random_params(model), []
+    drawn = []
 
     def drop(first_query):
         keys_B = jax.random.split(jax.random.key(0), 2)
@@ -615,7 +570,7 @@ def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model, rando
         patch.setattr(attn, "CAUSAL_BLOCK", 4)
         patch.setattr(tf, "dropout", record)
         keys_B = jax.random.split(jax.random.key(0), B)
-        model.apply({"params": params}, token_ids(), dropout_keys_B=keys_B)
+        jax.eval_shape(model.init, keys_B[0], token_ids(), None, keys_B)
     sites = [site for ndim, site in drawn if ndim == 5]
     assert len(set(sites)) > 1 and len(sites) == len(set(sites)) * model.config.num_layers
     assert (drop(0) != drop(4)).any()
@@ -624,61 +579,57 @@ def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model, rando
 # --- memory and precision ---
 
 
-@pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["whole", "segments"])
-def test_remat_changes_neither_values_nor_gradients(
-    make_model, random_params, segments_BT, monkeypatch
+def test_remat_keeps_less_and_changes_neither_values_nor_gradients(
+    make_model, random_params, monkeypatch
 ):
-    monkeypatch.setattr(attn, "CAUSAL_BLOCK", 4)  # several blocks
+    """With "dots" only the products with matrices are kept, with "full" not even those."""
+    monkeypatch.setattr(attn, "CAUSAL_BLOCK", 8)  # two blocks
     probe_BTD = np.random.default_rng(0).standard_normal((B, T, 60)).astype(np.float32)
-    tokens_BT, results, exponentials = token_ids(), [], []
+    layers, results, exponentials, kept = 3, [], [], {}
     for remat in ("none", "dots", "full"):
-        options = {"model.attention_dropout": 0.2, "model.num_layers": 1}
-        model = make_model(options | {"model.remat": remat})
+        options = {"model.dropout": 0.0, "model.attention_dropout": 0.2}
+        model = make_model(options | {"model.num_layers": layers, "model.remat": remat})
         params = random_params(model)
 
         def loss(params, model=model):
-            key = jax.random.key(1, impl="rbg")  # threefry compiles for seconds
+            key = jax.random.key(1, impl="unsafe_rbg")  # threefry compiles for seconds
             hidden_BTD, _ = model.apply(
                 {"params": params},
-                tokens_BT,
+                token_ids(),
                 dropout_keys_B=jax.random.split(key, B),
-                segments_BT=segments_BT,
+                segments_BT=SEGMENTS_BT,
             )
             return (hidden_BTD * probe_BTD).sum()
 
-        step = jax.value_and_grad(loss)
-        program = str(jax.make_jaxpr(step)(params))
-        assert program.count(" remat2[") == 1  # the block, or the activation; never one in another
-        exponentials.append(program.count(" exp "))
-        results.append(jax.jit(step)(params))
+        traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+        text = str(traced.jaxpr)
+        # The block, or the activation; never one in another.
+        assert text.count(" remat2[") == layers
+        exponentials.append(text.count(" exp "))
+        compiled = traced.lower().compile()
+        kept[remat] = compiled.memory_analysis().temp_size_in_bytes
+        results.append(compiled(params))
     assert min(exponentials[1:]) > exponentials[0]
+    assert kept["full"] < 0.8 * kept["dots"] < 0.6 * kept["none"], kept
     for plain, *rematerialized in zip(*map(jax.tree.leaves, results), strict=True):
         for other in rematerialized:
             np.testing.assert_allclose(other, plain, rtol=1e-5, atol=1e-4)
-
-
-def test_remat_keeps_less_for_the_backward_pass(make_model, random_params):
-    """With "dots" only the products with matrices, with "full" not even those."""
-    kept = {}
-    for remat in ("none", "dots", "full"):
-        model = make_model({"model.remat": remat, "model.num_layers": 6})
-        tokens_BT = jax.ShapeDtypeStruct((8, T), np.int32)
-
-        def loss(params, tokens_BT, model=model):
-            return (model.apply({"params": params}, tokens_BT)[0] ** 2).sum()
-
-        program = jax.jit(jax.grad(loss)).lower(random_params(model), tokens_BT).compile()
-        kept[remat] = program.memory_analysis().temp_size_in_bytes
-    assert kept["full"] < 0.8 * kept["dots"] < 0.6 * kept["none"], kept
 
 
 def test_remat_keeps_the_parameters_names(make_model):
     assert shapes_of(make_model({"model.remat": "dots"})) == shapes_of(make_model())
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["whole", "cached"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("position", MODEL["position"])
+@pytest.mark.parametrize(
+    ("position", "dtype", "cached"),
+    [
+        ("rope", jnp.float32, False),
+        ("rope", jnp.bfloat16, True),
+        ("sinusoidal", jnp.bfloat16, False),
+        ("sinusoidal", jnp.float32, True),
+        ("learned", jnp.bfloat16, True),
+    ],
+)
 def test_dtypes(make_model, position, dtype, cached):
     """Parameters and logits are fp32; the residual stream and the cache are what is asked for."""
     model = make_model({"model.position": position, "model.use_bias": True}, dtype=dtype)
@@ -707,26 +658,10 @@ def test_dtypes(make_model, position, dtype, cached):
         assert cache.index.dtype == cache.start.dtype == jnp.int32
 
 
-def test_bf16_is_near_fp32(make_model, random_params):
-    exact, model = make_model(), make_model(dtype=jnp.bfloat16)
+def test_bf16_is_near_the_reference(make_model, random_params):
+    model = make_model(dtype=jnp.bfloat16)
     params, tokens_BT = random_params(model), token_ids()
-    expected_BTV, _ = jit_logits(exact)(params, tokens_BT)
+    expected_BTV = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
     for cache in (None, empty_cache(model, [0] * B, slots=T, dtype=jnp.bfloat16)):
         got_BTV, _ = jit_logits(model)(params, tokens_BT, cache)
         assert 1e-4 < relative_error(got_BTV, expected_BTV) < 0.03
-
-
-@pytest.mark.parametrize(
-    ("dtype", "mean", "tolerance"), [(jnp.float32, 8192, 2e-3), (jnp.bfloat16, 256, 2**-7)]
-)
-def test_the_norms_statistics_survive_a_large_mean(
-    make_model, random_params, dtype, mean, tolerance
-):
-    """E[x²] - E[x]² would lose the variance in fp32, and any sum would lose it in bf16."""
-    model = make_model({"model.num_layers": 1}, dtype=dtype)
-    params = silent(random_params(model))
-    x_VD = mean + 2.0 * np.random.default_rng(0).integers(0, 3, (256, 60))  # exact in bf16
-    params["embedding"] = jnp.asarray(x_VD, jnp.float32)
-    hidden_BTD = jit_hidden(model)(params, token_ids())
-    expected_BTD = normalized(x_VD[token_ids()], model.config.norm_eps)
-    np.testing.assert_allclose(np.float32(hidden_BTD), expected_BTD, atol=tolerance)
