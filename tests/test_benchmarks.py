@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.lib import contest
 from benchmarks.lib.contest import Contender, take_turns
 
 ROOT = Path(__file__).parent.parent
@@ -19,11 +21,38 @@ def run(*words):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_each_explains_itself(name):
-    result = run(ROOT / "benchmarks" / name, "--help")
-    assert result.returncode == 0 and result.stderr == ""
-    assert "usage:" in result.stdout and len(result.stdout.splitlines()) > 4
+# Each program as `python benchmarks/NAME --help` would run it, but in one interpreter: with its own
+# folder on the path, and with modules of ours to import anew.
+HELP = """
+import contextlib, io, json, runpy, sys
+from pathlib import Path
+
+help, before = {}, sys.path[1:]
+for program in sys.argv[1:]:
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("benchmarks", "sheepop_jax", "configs"):
+            del sys.modules[name]
+    sys.path[:] = [str(Path(program).parent), *before]
+    sys.argv = [program, "--help"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as end:
+            assert end.code in (0, None), program
+    help[Path(program).name] = out.getvalue()
+print(json.dumps(help))
+"""
+
+
+def test_each_explains_itself(tmp_path):
+    command = [sys.executable, "-c", HELP, *(str(ROOT / "benchmarks" / name) for name in PROGRAMS)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    texts = json.loads(result.stdout)
+    assert list(texts) == PROGRAMS
+    for name, text in texts.items():
+        assert text.startswith(f"usage: {name}") and len(text.splitlines()) > 4, name
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -31,6 +60,7 @@ def test_each_stands_in_the_document(name):
     assert f"benchmarks/{name}" in (ROOT / "BENCHMARKS.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_data_benchmark_on_a_tiny_corpus(tmp_path):
     words = ["--gigabytes", "0.0015", "--vocab_size", "300", "--workdir", tmp_path]
     result = run(ROOT / "benchmarks" / "data.py", *words)
@@ -59,37 +89,48 @@ def test_a_contest_from_command_to_table(tmp_path):
     assert len(rows) == 2 and found["about"]["jax"] in result.stdout
 
 
-def contender(tmp_path, name, ready, turn):
-    """A shell script that is ready after so many seconds, and takes so many for a turn."""
+def contender(tmp_path, name, ready):
+    """A shell script that says what it is told to when it is ready, and then takes turns."""
     script = tmp_path / name
-    answer = f"sleep {turn}; echo '{{\"seconds\": {turn}}}'"
+    answer = "echo '{\"seconds\": 0.5}'"
     script.write_text(
-        f"#!/bin/sh\nsleep {ready}; echo '{{}}'\nwhile read line; do {answer}; done\n"
-        "echo '{\"peak_MB\": 1}'\n"
+        f"#!/bin/sh\n{ready}\nwhile read line; do {answer}; done\necho '{{\"peak_MB\": 1}}'\n"
     )
     script.chmod(0o755)
     return Contender(name, "none", python=str(script))
 
 
-def test_a_contest_ends_in_time_with_those_that_are_ready(tmp_path, capfd):
-    quick, slow = contender(tmp_path, "quick", 0, 0.2), contender(tmp_path, "slow", 60, 0)
-    started = time.monotonic()
-    assert take_turns([quick, slow], 500, within=1.0) == [quick]
-    assert time.monotonic() - started < 10
-    assert 1 <= len(quick.seconds) < 50 and quick.about == {"peak_MB": 1}
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock(0, 5, …)`: what the contest reads from its clock, one reading after another."""
+
+    def set_to(*readings):
+        later = iter(readings)
+        fake = SimpleNamespace(monotonic=lambda: next(later), time=time.time)
+        monkeypatch.setattr(contest, "time", fake)
+
+    return set_to
+
+
+def test_a_contest_ends_in_time_with_those_that_are_ready(tmp_path, capfd, clock):
+    """Its end, the readiness of both, and each turn after the first that counts are clocked."""
+    quick = contender(tmp_path, "quick", "echo '{}'")
+    silent = contender(tmp_path, "silent", "exec sleep 600")
+    clock(0, 0, 600, 599, 601)
+    assert take_turns([quick, silent], 500, within=600) == [quick]
+    assert quick.seconds == [0.5, 0.5] and quick.about == {"peak_MB": 1}
     said = capfd.readouterr().err
-    assert "slow: left out" in said and "no time for more than" in said
-    with pytest.raises(SystemExit, match="slow could not start"):
-        take_turns([slow, quick], 1, within=0.2)
-    again = contender(tmp_path, "quick", 0, 0)
-    assert take_turns([again], 3) == [again] and len(again.seconds) == 3
+    assert "silent: left out" in said and "no time for more than 2 of 500 turns" in said
+    clock(0, 600)
+    with pytest.raises(SystemExit, match="silent could not start"):
+        take_turns([silent, quick], 1, within=600)
 
 
-def test_a_contender_that_cannot_start(capfd):
-    words = ["loss", "small", "--platform", "cpu"]
-    here, missing = Contender("here", "ours", words), Contender("missing", "ours", words, "false")
+def test_a_contender_that_cannot_start(tmp_path, capfd):
+    here = contender(tmp_path, "here", "echo '{}'")
+    missing = Contender("missing", "none", python="false")
     with pytest.raises(SystemExit, match="missing could not start"):
         take_turns([missing, here], 1)
-    [only] = take_turns([here, missing], 2)
-    assert only is here and len(here.seconds) == 2 and min(here.seconds) > 0
+    assert take_turns([here, missing], 3) == [here]
+    assert here.seconds == [0.5] * 3  # and not the first turn, which does not count
     assert "missing: left out" in capfd.readouterr().err

@@ -1,6 +1,7 @@
 """Every shipped configuration: valid, and good for one train step, without running it."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 from pathlib import Path
@@ -45,12 +46,13 @@ def assigns(node):
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute)
 
 
-@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_train_step_under_eval_shape(name, segments):
+def test_a_train_step_under_eval_shape(name):
+    """With two of the layers, which are all alike: each takes long to trace."""
     config = load(name)
     vocab_size = min(config.data.vocab_size, 50257)
-    model = Transformer(config.model, vocab_size)
+    layers = min(config.model.num_layers, 2)
+    model = Transformer(dataclasses.replace(config.model, num_layers=layers), vocab_size)
     schedule = make_schedule(config.optimizer, config.train.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     step = make_train_step(model, optimizer, schedule, config.seed)
@@ -59,7 +61,7 @@ def test_a_train_step_under_eval_shape(name, segments):
         jax.ShapeDtypeStruct(shape, np.int32),
         jax.ShapeDtypeStruct(shape, np.int32),
         jax.ShapeDtypeStruct(shape, np.float32),
-        jax.ShapeDtypeStruct(shape, np.int32) if segments else None,
+        jax.ShapeDtypeStruct(shape, np.int32) if config.data.document_mask else None,
     )
     state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
     after, metrics = jax.eval_shape(step, state, batch)

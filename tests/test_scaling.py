@@ -15,9 +15,19 @@ TEXT = (ROOT / "docs/scaling.md").read_text()
 COMMANDS = re.findall(r"^python -m sheepop_jax (plan .*)$", TEXT, re.MULTILINE)
 
 
-@pytest.mark.parametrize("table", ["main_table", "traffic_table", "storage_table"])
+TABLES = ["main_table", "traffic_table", "storage_table"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", TABLES)
 def test_tables_are_those_of_the_program(table):
     assert getattr(paper_plan, table)() in TEXT, "python benchmarks/paper_plan.py prints them"
+
+
+def test_each_table_has_the_first_row_of_the_program(monkeypatch):
+    monkeypatch.setattr(paper_plan, "ROWS", paper_plan.ROWS[:1])
+    for table in TABLES:
+        assert f"\n{getattr(paper_plan, table)()}\n" in TEXT, table
 
 
 def test_every_row_has_its_command():
