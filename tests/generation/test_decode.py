@@ -212,9 +212,11 @@ def test_end_of_text_ends_a_row(build: Build) -> None:
 
 def test_end_of_text_as_the_last_allowed_token(build: Build) -> None:
     arguments: dict[str, Any] = {"num_samples": 2, "max_new_tokens": 9}
-    text = hot(build, PROMPTS[:1], **arguments)[0].tokens
-    assert text[8] not in text[:8]
-    got = hot(build, PROMPTS[:1], end_of_text=text[8], **arguments)[0]
+    for seed in range(9):
+        text = hot(build, PROMPTS[:1], seed=seed, **arguments)[0].tokens
+        if text[8] not in text[:8]:
+            break
+    got = hot(build, PROMPTS[:1], seed=seed, end_of_text=text[8], **arguments)[0]
     assert got == Completion(text[:8], "end_of_text")
 
 
@@ -235,31 +237,24 @@ def test_no_tokens_asked_for(build: Build) -> None:
 def test_second_call_compiles_nothing(build: Build, compilations: list[str]) -> None:
     """Other prompts, lengths, seeds and settings of the same buckets and kind."""
     model, params = build({"model.num_layers": 1})
-    samples = 7  # as no other test here asks for
-    compilations.clear()  # of parameters
+    jax.jit(lambda x: 7 * x)(np.float32(3))
+    assert compilations  # the listener hears
+    compilations.clear()
+    hot(build, PROMPTS[:1], num_samples=2, max_new_tokens=9)
+    assert len(compilations) <= 1  # one program, if no test before compiled it
+    compilations.clear()
     generate(
-        model,
+        Transformer(model.config, VOCAB, jnp.float32),  # an equal model, not the same one
         params,
-        PROMPTS[:2],
-        sampling=HOT,
-        end_of_text=0,
-        max_new_tokens=9,
-        num_samples=samples,
-    )
-    assert len(compilations) == 1  # the listener hears, and all of it is one program
-    again = Transformer(model.config, VOCAB, jnp.float32)  # an equal model, not the same one
-    generate(
-        again,
-        params,
-        [PROMPTS[3], PROMPTS[2]],
+        PROMPTS[2:3],
         sampling=SamplingConfig(0.3, 7, 0.5),
         end_of_text=4,
         max_new_tokens=13,
-        num_samples=samples,
+        num_samples=2,
         seed=5,
-        context=27,
+        context=CONTEXT - 2,
     )
-    assert len(compilations) == 1
+    assert not compilations
 
 
 def while_bodies(hlo: str) -> list[str]:
@@ -276,8 +271,10 @@ def while_bodies(hlo: str) -> list[str]:
 def test_loop_copies_and_casts_nothing_big(build: Build, dtype: Any) -> None:
     """Neither a cache nor the embedding is copied, transposed or cast at each step."""
     model, params = build({"model.num_layers": 1}, dtype)
-    request = build_request(PROMPTS, [16] * 4, context=29, sampling=HOT, seed=0, end_of_text=NO_END)
-    arguments = {"model": model, "kind": HOT.kind, "num_samples": 1, "new_slots": 16}
+    request = build_request(
+        PROMPTS, [16] * 4, context=29, sampling=GREEDY, seed=0, end_of_text=NO_END
+    )
+    arguments = {"model": model, "kind": GREEDY.kind, "num_samples": 1, "new_slots": 16}
     traced = decode.trace(params, request, **arguments)
 
     cache, embedding = (4, 32, 3, 10), (384, 60)
