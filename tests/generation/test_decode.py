@@ -293,14 +293,6 @@ def test_loop_copies_and_casts_nothing_big(build: Build, dtype: Any) -> None:
     assert not re.findall(rf"= \w+\[(?:{shapes})\]\S* (?:copy|transpose|convert)\(.*", body)
 
 
-def test_bf16_decodes(build: Build) -> None:
-    """The first tokens are those of a full forward in bf16."""
-    model, params = build({"model.num_layers": 1}, jnp.bfloat16)
-    got = generate(model, params, PROMPTS, sampling=GREEDY, end_of_text=NO_END, max_new_tokens=3)
-    for prompt, completion in zip(PROMPTS, got, strict=True):
-        assert completion.tokens == uncached(model, params, prompt, 3, slots=29)
-
-
 def test_bad_ids_and_bad_logits(build: Build) -> None:
     model, params = build({"model.num_layers": 1})
     for ids, got in [([5, -1], [-1, 5]), ([307], [307, 307])]:
