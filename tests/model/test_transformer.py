@@ -584,7 +584,8 @@ def test_remat_keeps_less_and_changes_neither_values_nor_gradients(
 ):
     """With "dots" only the products with matrices are kept, with "full" not even those."""
     monkeypatch.setattr(attn, "CAUSAL_BLOCK", 8)  # two blocks
-    probe_BTD = np.random.default_rng(0).standard_normal((B, T, 60)).astype(np.float32)
+    rows = 24  # so many that activations take more memory than gradients
+    probe_BTD = np.random.default_rng(0).standard_normal((rows, T, 60)).astype(np.float32)
     layers, results, exponentials, kept = 3, [], [], {}
     for remat in ("none", "dots", "full"):
         options = {"model.dropout": 0.0, "model.attention_dropout": 0.2}
@@ -595,9 +596,9 @@ def test_remat_keeps_less_and_changes_neither_values_nor_gradients(
             key = jax.random.key(1, impl="unsafe_rbg")  # threefry compiles for seconds
             hidden_BTD, _ = model.apply(
                 {"params": params},
-                token_ids(),
-                dropout_keys_B=jax.random.split(key, B),
-                segments_BT=SEGMENTS_BT,
+                token_ids(rows),
+                dropout_keys_B=jax.random.split(key, rows),
+                segments_BT=np.tile(SEGMENTS_BT, (rows // B, 1)),
             )
             return (hidden_BTD * probe_BTD).sum()
 
