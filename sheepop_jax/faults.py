@@ -1,7 +1,10 @@
-"""Named points at which a test lets the process die, as if it were killed there.
+"""Named points at which a test kills the process, or looks at what a kill would leave.
 
 SHEEPOP_JAX_FAULT=NAME kills at the first passing of a point, NAME:K at the K-th. Exit code 137 is
 what a shell reports of `kill -9`: nothing is flushed, no handler runs.
+
+A test in the same process sets `observer`. It is called at every passing with the point's name and
+with `before`, and can copy the files: a kill at the point would leave the same files.
 """
 
 import os
@@ -12,12 +15,16 @@ from collections.abc import Callable
 _NAME, _, _nth = os.environ.get("SHEEPOP_JAX_FAULT", "").partition(":")
 _left = int(_nth) if _nth.isdecimal() else 1  # passings until death
 
+observer: Callable[[str, Callable[[], object]], None] | None = None
+
 
 def fault_point(name: str, before: Callable[[], object] = lambda: None) -> None:
     """Dies here if it was asked for; `before` is called first."""
     if name == _NAME and _is_the_one():
         before()
         _die()
+    if observer is not None:
+        observer(name, before)
 
 
 def fault_during(name: str, begun: Callable[[], bool]) -> None:

@@ -45,25 +45,23 @@ def asked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "field", "got"),
     [
-        (("host:1", None, None), r"^processes: got \['host:1'\]; .*together; try none of them"),
-        ((None, 2, 0), r"^processes: got \[2, 0\]"),
-        (("host:1", 2, None), r"^processes: got \['host:1', 2\]"),
-        (("host", 2, 0), r"^--coordinator_address: got 'host'; expected HOST:PORT, or auto$"),
-        (("host:port", 2, 0), r"^--coordinator_address: got 'host:port'"),
-        (("auto", 2, 0), r"^--coordinator_address: got 'auto'; expected HOST:PORT where"),
-        (("host:1", 0, 0), r"^--num_processes: got 0; expected at least 1$"),
-        (
-            ("host:1", 2, 2),
-            r"^--process_id: got 2; expected at least 0 and below --num_processes 2",
-        ),
-        (("host:1", 2, -1), r"^--process_id: got -1"),
+        (("host:1", None, None), "processes", ["host:1"]),
+        ((None, 2, 0), "processes", [2, 0]),
+        (("host:1", 2, None), "processes", ["host:1", 2]),
+        (("host", 2, 0), "--coordinator_address", "host"),
+        (("host:port", 2, 0), "--coordinator_address", "host:port"),
+        (("auto", 2, 0), "--coordinator_address", "auto"),
+        (("host:1", 0, 0), "--num_processes", 0),
+        (("host:1", 2, 2), "--process_id", 2),
+        (("host:1", 2, -1), "--process_id", -1),
     ],
 )
-def test_flags_that_do_not_fit_together_are_refused(given, message):
-    with pytest.raises(InputError, match=message):
+def test_flags_that_do_not_fit_together_are_refused(given, field, got):
+    with pytest.raises(InputError) as error:
         Membership(*given)
+    assert (error.value.field, error.value.got) == (field, got)
 
 
 def test_the_command_refuses_them_before_jax_starts(capsys):
@@ -71,7 +69,7 @@ def test_the_command_refuses_them_before_jax_starts(capsys):
     with pytest.raises(SystemExit) as left:
         train.main(words)
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith("error: processes: got [2]; expected ")
+    assert capsys.readouterr().err.startswith("error: processes: ")
 
 
 @pytest.mark.parametrize("one", [ALONE, Membership("host:1", 1, 0)])
@@ -159,8 +157,10 @@ def test_who_is_not_found_is_one_line(asked, monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED: nobody\nthere")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
-    with pytest.raises(InputError, match=r"^--coordinator_address: got 'h:1'.*nobody there\)$"):
+    with pytest.raises(InputError) as error:
         join(Membership("h:1", 2, 1))
+    assert (error.value.field, error.value.got) == ("--coordinator_address", "h:1")
+    assert "nobody there" in error.value.expected
 
 
 def test_what_goes_round_is_json(monkeypatch):
@@ -174,8 +174,9 @@ def test_what_goes_round_is_json(monkeypatch):
     def refuses():
         raise InputError("a", 1, "2", "3")
 
-    with pytest.raises(InputError, match=r"^a: got 1; expected 2; try 3$"):
+    with pytest.raises(InputError) as error:
         processes.decided(refuses)
+    assert str(error.value) == str(InputError("a", 1, "2", "3"))
 
 
 def test_an_answer_comes_one_question_later(monkeypatch):

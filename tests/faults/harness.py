@@ -1,31 +1,76 @@
-"""Runs of train.py that die and go on, and what must be equal in the end."""
+"""Runs that die and resume, as processes and in this process, and what must be equal in the end."""
 
 import ast
 import hashlib
 import json
+import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
-from sheepop_jax.training import storage
-from tests.test_train_cli import ROOT, TINY, environment
+from configs import base
+from sheepop_jax import faults, pipeline
+from sheepop_jax.config import Config
+from sheepop_jax.runtime import Runtime
+from sheepop_jax.training import resume, storage, trainer
+from sheepop_jax.training.checkpoint import Checkpoints
 
+ROOT = Path(__file__).resolve().parents[2]
 KILLED = 137
-# Of a line of the log, what does not depend on the clock.
+# The fields of a log line that do not depend on the clock.
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "skipped", "val_loss", "val_accuracy")
-FIELDS = {**TINY, "model.dropout": 0.1, "train.sample_tokens": 0, "checkpoint.keep": 1}
+TINY = {
+    "model.d_model": 12,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.d_ff": 20,
+    "model.max_seq_len": 32,
+    "data.tokenizer": "char",
+    "data.seq_len": 16,
+    "optimizer.warmup_steps": 2,
+    "train.platform": "cpu",
+    "train.num_steps": 6,
+    "train.batch_size": 3,
+    "train.grad_accum_steps": 2,
+    "train.log_every": 1,
+    "train.eval_every": 4,
+    "train.sample_tokens": 5,
+    "checkpoint.save_every": 2,
+}
+FIELDS = {
+    **TINY,
+    "model.dropout": 0.1,
+    "train.num_steps": 8,
+    "train.sample_tokens": 0,
+    "checkpoint.keep": 1,
+}
+
+# Everything that the tests read in the log. Change a pattern here when its message changes.
+SAVED = re.compile(r"^saved step (\d+)$", re.M)
+RESUMED = re.compile(r"^going on from step (\d+)$", re.M)
+FRESH = re.compile(r"^no checkpoint yet", re.M)
+STEP = re.compile(r"^step (\d+)/\d+", re.M)
+EVALUATED = re.compile(r"^step \d+  held-out", re.M)
+FINISHED_BEFORE = re.compile(r"^nothing to do", re.M)
+DAMAGED = re.compile(r"damaged")
+CHANGED = re.compile(r"^changed since the run began: (\S+) ", re.M)
+STOPPED_BY_ANOTHER = re.compile(r"^another process is to stop", re.M)
 
 
 def fault_names():
-    """Every name given to `fault_point` or `fault_during` anywhere in the package."""
+    """Every name passed to `fault_point` or `fault_during` anywhere in the package."""
     names = []
     for path in sorted((ROOT / "sheepop_jax").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -34,26 +79,46 @@ def fault_names():
     return names
 
 
+def environment():
+    """The environment of a user: without the flags of the tests."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+def core():
+    """One core for each pytest worker."""
+    cores = sorted(os.sched_getaffinity(0))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    return cores[int(worker) % len(cores)]
+
+
+def places(directory):
+    """A text in a directory, and the fields that name it and the cache of its tokens."""
+    text = directory / "text.txt"
+    if not text.exists():
+        text.write_text("".join(f"line {i} says {i * i}\n" for i in range(120)))
+    return {"data.path": str(text), "data.cache_dir": str(directory / "cache")}
+
+
 @dataclass
 class Result:
-    """How a process ended, and what it printed."""
+    """What a run said, and how its process ended."""
 
-    code: int
-    stderr: str
-    seconds: float  # from its first line to its end
-    seconds_to_first_step: float  # from its start; 0 if it did not get there
+    said: str
+    code: int = 0
+    at: list[float] = field(default_factory=list)  # seconds from the start to each line
 
     @property
     def saved(self):
         """Steps that it said were saved."""
-        return [int(step) for step in re.findall(r"^saved step (\d+)$", self.stderr, re.M)]
+        return [int(step) for step in SAVED.findall(self.said)]
 
     @property
     def began_at(self):
-        """The step that it went on from; 0 for a fresh start, None if it did not get there."""
-        if found := re.search(r"^going on from step (\d+)$", self.stderr, re.M):
+        """The step that it resumed from; 0 for a fresh start, None if it did not get there."""
+        if found := RESUMED.search(self.said):
             return int(found[1])
-        return 0 if "beginning at step 0" in self.stderr else None
+        return 0 if FRESH.search(self.said) else None
 
 
 @dataclass
@@ -71,18 +136,16 @@ class Runner:
     devices: int = 1
 
     def words(self, workdir):
-        text = self.directory / "text.txt"
-        if not text.exists():
-            text.write_text("".join(f"line {i} says {i * i}\n" for i in range(120)))
-        places = {"data.path": text, "data.cache_dir": self.directory / "cache"}
-        fields = {**FIELDS, **places, **self.fields}
+        fields = {**FIELDS, **places(self.directory), **self.fields}
         words = ["--config", "configs/base.py", "--workdir", workdir]
         return [*map(str, words), *(f"--config.{name}={value}" for name, value in fields.items())]
 
     def start(self, words, *, fault="", patch="", stdout=subprocess.DEVNULL):
-        """`train.py` with these words, on its way; stderr is a pipe."""
+        """`train.py` with these words; stderr is a pipe."""
         code = (
             f"import os, sys; os.sched_setaffinity(0, {{{core()}}})\n"
+            # Drawing is half of the time of so short a run.
+            "from sheepop_jax.training import curve; curve.draw_curve = lambda directory: None\n"
             f"{patch}\nimport train\nsys.exit(train.main(sys.argv[1:]))"
         )
         env = {**environment(), "XDG_CACHE_HOME": str(self.directory)}
@@ -97,37 +160,136 @@ class Runner:
             text=True,
         )
 
-    def run(self, workdir, *, fault="", patch="", kill_after=None):
+    def run(self, workdir, *, fault="", patch="", kill_at=None):
         """One process, to its end.
 
-        `fault` is a point to die at. `patch` is code that runs before train.main. `kill_after`
-        seconds after its first line, the process is killed.
+        `fault` is a point to die at. `patch` is code that runs before train.main. `kill_at` is a
+        number of lines and of seconds: after so many lines and then seconds, it is killed.
         """
         started = time.perf_counter()
         process = self.start(self.words(workdir), fault=fault, patch=patch)
-        lines, first_line, first_step, timer = [], started, 0.0, None
+        lines, at, timer = [], [], None
         with process.stderr:
             for line in process.stderr:
-                if not lines:
-                    first_line = time.perf_counter()
-                if not lines and kill_after is not None:
-                    timer = threading.Timer(kill_after, process.kill)
-                    timer.start()
-                if not first_step and re.match(r"step \d+/", line):
-                    first_step = time.perf_counter() - started
                 lines.append(line)
+                at.append(time.perf_counter() - started)
+                if kill_at and len(lines) == kill_at[0]:
+                    timer = threading.Timer(kill_at[1], process.kill)
+                    timer.start()
         code = process.wait()
         if timer:
             timer.cancel()
             timer.join()
-        return Result(code, "".join(lines), time.perf_counter() - first_line, first_step)
+        return Result("".join(lines), code, at)
 
 
-def core():
-    """One core for each of the processes that run tests side by side."""
-    cores = sorted(os.sched_getaffinity(0))
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    return cores[int(worker) % len(cores)]
+@dataclass
+class Here:
+    """Trains in this process. All runs of one object share a compiled step.
+
+    Attributes:
+        directory: of the text and the data's cache.
+        fields: overrides of the configuration.
+        devices: how many of this process's devices are used.
+    """
+
+    directory: Path
+    fields: dict[str, object] = field(default_factory=dict)
+    devices: int = 1
+    _compiled: dict[str, object] = field(default_factory=dict)
+
+    def run(self, workdir, *, observer=None):
+        """One run to its end, or to the exception that ends it."""
+        config = base.get_config()
+        config.update_from_flattened_dict({**FIELDS, **places(self.directory), **self.fields})
+        log, level = logging.getLogger("sheepop_jax"), logging.getLogger("sheepop_jax").level
+        result = Result("")
+        listener = logging.Handler()
+        listener.emit = lambda record: self._hear(result, record)
+        log.addHandler(listener)
+        log.setLevel(logging.INFO)
+        some = jax.devices()[: self.devices]
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(jax, "devices", lambda: some)
+                patch.setattr(trainer._Loop, "_compile", self._once(trainer._Loop._compile))
+                patch.setattr(resume, "jit_init", self._once(resume.jit_init))
+                patch.setattr(trainer, "draw_curve", lambda directory: None)
+                patch.setattr(faults, "observer", observer(result) if observer else None)
+                if observer:
+                    patch.setattr(Checkpoints, "_commit", observer.alone(Checkpoints._commit))
+                machine = Runtime("cpu", "cpu", self.devices, 0.0)
+                pipeline.train(Config.from_dict(config), workdir, machine)
+        finally:
+            log.removeHandler(listener)
+            log.setLevel(level)
+        return result
+
+    def _hear(self, result, record):
+        result.said += record.getMessage() + "\n"
+
+    def _once(self, make):
+        def made(*arguments):
+            if make.__name__ not in self._compiled:
+                self._compiled[make.__name__] = make(*arguments)
+            return self._compiled[make.__name__]
+
+        return made
+
+
+@dataclass
+class Snapshot:
+    """The files of a run at one passing of a fault point, and what the run had said by then."""
+
+    path: Path
+    said: Result
+
+
+@dataclass
+class Snapshots:
+    """Copies a run's directory at fault points, as a kill at that moment would leave it.
+
+    A kill keeps every file as it is and loses what is only in memory: buffers that are not flushed,
+    a save that is under way, batches. So does a copy. The run itself is not disturbed, and one run
+    gives the files of many kills. A copy does not show how a process ends, which the tests with
+    real processes do. It is made while no save is under way in another thread, or at a point of
+    the save, so that it is of one moment.
+
+    Attributes:
+        workdir: of the run.
+        directory: for the copies.
+        wanted: point → passings to copy at.
+    """
+
+    workdir: Path
+    directory: Path
+    wanted: dict[str, tuple[int, ...]]
+    found: dict[tuple[str, int], Snapshot] = field(default_factory=dict)
+    _passed: Counter = field(default_factory=Counter)
+    _lock: object = field(default_factory=threading.RLock)
+
+    def __call__(self, result: Result) -> Callable:
+        def observer(name, before):
+            with self._lock:
+                self._passed[name] += 1
+                nth = self._passed[name]
+                if nth not in self.wanted.get(name, ()):
+                    return
+                before()
+                path = self.directory / f"{name}-{nth}"
+                shutil.copytree(self.workdir, path)
+                self.found[name, nth] = Snapshot(path, Result(result.said))
+
+        return observer
+
+    def alone(self, commit):
+        """A save that holds the lock, so that no copy is made in the middle of it."""
+
+        def locked(*arguments):
+            with self._lock:
+                return commit(*arguments)
+
+        return locked
 
 
 def outcome(workdir):
@@ -139,6 +301,19 @@ def log_of(workdir):
     """The lines of the log without what the clock decides; fails on a line that is torn."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [[line.get(name) for name in COMPARED] for line in lines]
+
+
+def largest_difference(found, expected):
+    """Relative, over all numbers of two logs that must have the same lines."""
+    assert len(found) == len(expected)
+    worst = 0.0
+    for line, other in zip(found, expected, strict=True):
+        for value, wanted in zip(line, other, strict=True):
+            if wanted is None or isinstance(wanted, bool | int):
+                assert value == wanted
+            else:
+                worst = max(worst, abs(value - wanted) / abs(wanted))
+    return worst
 
 
 def digests(workdir):

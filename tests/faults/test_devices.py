@@ -1,36 +1,22 @@
-"""A run that goes on with another number of devices: the same batches, the same losses."""
+"""A run that resumes with another number of devices: the same batches, the same losses."""
 
-import numpy as np
-import pytest
-
-from tests.faults.harness import KILLED, Runner, log_of
+from tests.faults.harness import Here, Snapshots, largest_difference, log_of
 
 # Sums over a batch that is split have another order; measured 1e-6 and less.
 TOLERANCE = 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2], ids=["data", "fsdp"])
-def test_the_number_of_devices_may_change(shared, tmp_path, fsdp):
-    fields = {"train.batch_size": 4, "model.d_model": 32, "mesh.data": -1}
-    one = Runner(shared, fields)
-    whole = tmp_path / "whole"
-    assert one.run(whole).code == 0
-    workdir = tmp_path / "run"
-    assert one.run(workdir, fault="after-rename:1").code == KILLED
-    began = []
-    for devices, fault in ((2, "after-rename:1"), (4, "")):
-        more = Runner(shared, {**fields, "mesh.fsdp": fsdp}, devices=devices)
-        result = more.run(workdir, fault=fault)
-        assert result.code == (KILLED if fault else 0), result.stderr
-        assert f"{devices} x cpu" in result.stderr
-        began.append(result.began_at)
-    assert began == [2, 4]
-    expected, found = log_of(whole), log_of(workdir)
-    assert [line[0] for line in found] == [line[0] for line in expected]
-    for line, other in zip(found, expected, strict=True):
-        for value, wanted in zip(line, other, strict=True):
-            if wanted is None or isinstance(wanted, bool):
-                assert value == wanted
-            else:
-                np.testing.assert_allclose(value, wanted, rtol=TOLERANCE)
+def test_the_number_of_devices_may_change(shared, tmp_path):
+    """One device, then two that share the batch, then four that also share the parameters."""
+    fields = {"train.batch_size": 4, "mesh.data": -1}
+    expected = None
+    workdir, began = tmp_path / "one", []
+    for devices, fsdp in ((1, 1), (2, 1), (4, 2)):
+        runs = Here(shared, {**fields, "mesh.fsdp": fsdp}, devices)
+        first_save = Snapshots(workdir, tmp_path / f"after{devices}", {"after-rename": (1,)})
+        began.append(runs.run(workdir, observer=first_save).began_at)
+        expected = expected or log_of(workdir)
+        found = log_of(workdir)
+        assert largest_difference(found, expected) < TOLERANCE
+        workdir = first_save.found["after-rename", 1].path
+    assert began == [0, 2, 4]

@@ -1,51 +1,53 @@
-"""A save that cannot be: one line says why, exit 1, and the run goes on from the one before."""
+"""A save that cannot be: one line says why, exit 1, and the run resumes from the one before."""
 
+import dataclasses
 import logging
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from sheepop_jax.training import storage
-from tests.faults.harness import KILLED, outcome
-from tests.test_train_cli import ROOT, environment
+from sheepop_jax.training.checkpoint import Checkpoints, SaveFailed
+from tests.faults.harness import ROOT, environment, outcome
 
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
-NOT_FINITE = """
-import dataclasses, jax
-from sheepop_jax.training import trainer
-make = trainer.make_train_step
-def made(*arguments):
-    step = make(*arguments)
-    def stepped(state, batch):
-        new, metrics = step(state, batch)
-        bad = jax.numpy.where(state.step == 5, jax.numpy.nan, 1)  # in the sixth step, saved next
-        return dataclasses.replace(new, params=jax.tree.map(lambda p: p * bad, new.params)), metrics
-    return stepped
-trainer.make_train_step = made
-"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("patch", "reason"), [(FULL, "MB free there"), (NOT_FINITE, "not finite")], ids=["full", "nan"]
-)
-def test_a_failed_save_is_one_line_and_the_run_can_go_on(
-    patch, reason, runner, undisturbed, tmp_path
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(
+    runner, here, undisturbed, snapshots, tmp_path
 ):
     """A limit on the size of files stands for the full disk."""
-    workdir = tmp_path / "run"
-    assert runner.run(workdir, fault="after-rename:2").code == KILLED
-    failed = runner.run(workdir, patch=patch)
-    assert failed.code == 1 and failed.began_at == 4
-    assert not failed.saved and "Traceback" not in failed.stderr, failed.stderr
-    told = [line for line in failed.stderr.splitlines() if "not saved" in line]
-    assert told == failed.stderr.splitlines()[-1:]
-    assert told[0].startswith(f"error: {workdir}/checkpoints/00000006: not saved (")
-    assert reason in told[0] and "older checkpoints are intact" in told[0]
-    again = runner.run(workdir)
-    assert (again.code, again.began_at) == (0, 4), again.stderr
+    workdir = shutil.copytree(snapshots["after-rename", 2].path, tmp_path / "run")
+    failed = runner.run(workdir, patch=FULL)
+    assert failed.code == 1 and failed.began_at == 4, failed.said
+    assert not failed.saved and "Traceback" not in failed.said, failed.said
+    [told] = [line for line in failed.said.splitlines() if line.startswith("error: ")]
+    assert told == failed.said.splitlines()[-1]
+    assert told.startswith(f"error: {workdir}/checkpoints/00000006: ") and "MB free" in told
+    assert here.run(workdir).began_at == 4
+    assert outcome(workdir) == undisturbed
+
+
+def test_parameters_that_are_not_finite_end_the_run_and_it_can_go_on(
+    here, undisturbed, snapshots, tmp_path
+):
+    workdir = shutil.copytree(snapshots["after-rename", 2].path, tmp_path / "run")
+    save = Checkpoints.save
+
+    def poisoned(self, state, figures):
+        bad = jax.numpy.nan if state.step == 6 else 1
+        params = jax.tree.map(lambda p: p * bad, state.params)
+        save(self, dataclasses.replace(state, params=params), figures)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", poisoned)
+        with pytest.raises(SaveFailed, match="00000006.*not finite"):
+            here.run(workdir)
+    assert here.run(workdir).began_at == 4
     assert outcome(workdir) == undisturbed
 
 

@@ -14,23 +14,31 @@ import pytest
 
 from sheepop_jax import processes
 from sheepop_jax.training.stop import EXIT_STOPPED
-from tests.faults.harness import KILLED, Runner, digests, log_of, outcome
-from tests.test_train_cli import environment
-
-pytestmark = pytest.mark.slow
+from tests.faults.harness import (
+    KILLED,
+    RESUMED,
+    STEP,
+    STOPPED_BY_ANOTHER,
+    Here,
+    Runner,
+    digests,
+    environment,
+    largest_difference,
+    log_of,
+    outcome,
+)
 
 # Sums over rows that are split have another order. The largest that was seen is 4.3e-7.
 TOLERANCE = 1e-5
 STEPS = 10
 FIELDS = {
-    "model.d_model": 32,
     "train.batch_size": 4,
     "train.num_steps": STEPS,
     "train.sample_tokens": 4,
     "mesh.data": -1,
     "mesh.fsdp": 2,
 }
-ACROSS = {**FIELDS, "mesh.fsdp": 1, "mesh.tensor": 2}
+ACROSS = {**FIELDS, "model.d_model": 16, "mesh.fsdp": 1, "mesh.tensor": 2}
 
 
 @dataclass
@@ -102,43 +110,69 @@ def whole(two, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(shared, tmp_path_factory):
-    """One process with one device."""
+    """The log of this process with one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    result = Runner(shared, {**FIELDS, "mesh.fsdp": 1}).run(workdir)
-    assert result.code == 0, result.stderr
+    Here(shared, {**FIELDS, "mesh.fsdp": 1}).run(workdir)
     return log_of(workdir)
 
 
-def largest_difference(found, expected):
-    """Relative, over all numbers of two logs that must have the same lines."""
-    assert len(found) == len(expected)
-    worst = 0.0
-    for line, other in zip(found, expected, strict=True):
-        for value, wanted in zip(line, other, strict=True):
-            if wanted is None or isinstance(wanted, bool | int):
-                assert value == wanted
-            else:
-                worst = max(worst, abs(value - wanted) / abs(wanted))
-    return worst
+# A process that sends itself SIGTERM after step 3. Steps are slow from there on, so that the signal
+# is noticed before the last one.
+STOPS = """
+import os, signal, time
+from sheepop_jax.training.health import Health
+look = Health.look
+def slow(self, step, metrics):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if step >= 3:
+        time.sleep(1)
+    look(self, step, metrics)
+Health.look = slow
+"""
 
 
-def test_two_processes_train_as_one_device_does(whole, alone):
-    workdir, first, other = whole
-    worst = largest_difference(log_of(workdir), alone)
+def test_two_processes_stop_die_and_resume_as_one_device_trains(two, alone, tmp_path):
+    """One run: a signal to one process, the death of one, and then to its end."""
+    workdir = tmp_path / "run"
+    stopped = together(two, workdir, patches=("", STOPS))
+    assert [process.code for process in stopped] == [EXIT_STOPPED] * 2, stopped[0].stderr
+    assert STOPPED_BY_ANOTHER.search(stopped[0].stderr)
+    step = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert 3 <= step < STEPS - 2
+    assert largest_difference(training(log_of(workdir)), training(alone)[:step]) < TOLERANCE
+
+    died = together(two, workdir, faults=("", "save-begun:2"))
+    assert int(RESUMED.search(died[0].stderr)[1]) == step
+    assert died[1].code == KILLED, died[1].stderr
+    assert died[0].code not in (0, EXIT_STOPPED)
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name[0] != ".")
+    assert step < saved < STEPS
+
+    first, other = together(two, workdir)
+    assert (first.code, other.code) == (0, 0), first.stderr + other.stderr
+    assert int(RESUMED.search(first.stderr)[1]) == saved
+    # An evaluation that a signal ends is not done again: only the training lines are all there.
+    worst = largest_difference(training(log_of(workdir)), training(alone))
     print(f"largest relative difference over {STEPS} steps: {worst:.1e}")
     assert worst < TOLERANCE
-    assert "4 x cpu (cpu, process 0 of 2)" in first.stderr
-
-
-def test_only_the_first_process_speaks(whole):
-    _, first, other = whole
-    assert first.stdout.startswith(str(whole[0])) and first.stdout.count("\n") == 1
+    assert log_of(workdir)[-1][-2:] == pytest.approx(alone[-1][-2:], rel=TOLERANCE)
+    assert "process 0 of 2" in first.stderr
+    # Only the first process prints.
+    assert first.stdout.startswith(str(workdir)) and first.stdout.count("\n") == 1
+    assert STEP.findall(first.stderr)[-1] == str(STEPS)
     assert other.stdout == ""
-    kept = [line for line in other.stderr.splitlines() if not line.startswith("[Gloo]")]
-    assert kept == []
-    assert first.stderr.count(f"step {STEPS}/{STEPS}") == 1 and "sample: " in first.stderr
+    assert [line for line in other.stderr.splitlines() if not line.startswith("[Gloo]")] == []
+    assert len(digests(workdir)) > 15  # one process can read what two have written
 
 
+def training(log):
+    """The lines of training steps."""
+    return [line for line in log if line[1] is not None]
+
+
+# The rest is for `make soak`: each with processes of its own.
+@pytest.mark.slow
 def test_a_tensor_axis_goes_across_processes(shared, alone, tmp_path):
     """Each process then holds all rows of the batch, and half of each matrix."""
     wide = Runner(shared, {**ACROSS, "mesh.tensor": 4, "model.num_heads": 4}, devices=2)
@@ -196,6 +230,7 @@ def move(devices, source, target, count=1):
     return said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_to_two_processes_and_back(shared, tmp_path):
     fields = {"model.d_model": 32, "train.batch_size": 8, "train.num_steps": 2, "mesh.fsdp": 8}
     eight, two, again = (tmp_path / name for name in ("eight", "two", "again"))
@@ -210,6 +245,7 @@ def test_a_checkpoint_of_eight_devices_goes_to_two_processes_and_back(shared, tm
     assert digests(again) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dying", [0, 1])
 def test_when_one_dies_the_other_ends_and_the_relaunch_goes_on(two, whole, tmp_path, dying):
     workdir = tmp_path / "run"
@@ -218,42 +254,40 @@ def test_when_one_dies_the_other_ends_and_the_relaunch_goes_on(two, whole, tmp_p
     ended = together(two, workdir, faults=faults)
     assert ended[dying].code == KILLED, ended[dying].stderr
     assert ended[1 - dying].code not in (0, EXIT_STOPPED)
-    outlived = ended[1 - dying].seconds - ended[dying].seconds
-    assert outlived < 15
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name[0] != ".") == [
         "00000004"
     ]
     again = together(two, workdir)
     assert [process.code for process in again] == [0, 0], again[0].stderr + again[1].stderr
-    assert "going on from step 4" in again[0].stderr
+    assert RESUMED.search(again[0].stderr)[1] == "4"
     assert outcome(workdir) == outcome(whole[0])
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(two, tmp_path):
     """Its connections stay open, so only the heartbeat tells."""
-    stopped = []
 
     def freeze(running):
-        stopped.append(time.monotonic())
         os.kill(running[1].pid, signal.SIGSTOP)
-        threading.Timer(processes.HEARTBEAT_SECONDS + 20, running[1].kill).start()
+        # Its end would tell the other one too: that comes much later.
+        threading.Timer(processes.HEARTBEAT_SECONDS + 120, running[1].kill).start()
 
-    started = time.monotonic()
-    first, _ = together(two, tmp_path / "run", when=(0, r"step 3/", freeze))
+    first, frozen = together(two, tmp_path / "run", when=(0, r"step 3/", freeze))
     assert first.code not in (0, EXIT_STOPPED)
-    assert started + first.seconds - stopped[0] < 15 + 5  # the machine is busy with other tests
+    assert first.seconds < frozen.seconds - 30
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_after_the_same_step(two, whole, tmp_path):
     workdir = tmp_path / "run"
     ended = together(
         two, workdir, when=(0, r"step 3/", lambda running: running[1].send_signal(signal.SIGTERM))
     )
     assert [process.code for process in ended] == [EXIT_STOPPED] * 2, ended[0].stderr
-    assert "another process is to stop" in ended[0].stderr
+    assert STOPPED_BY_ANOTHER.search(ended[0].stderr)
     again = together(two, workdir)
     assert [process.code for process in again] == [0, 0]
-    step = int(re.search(r"going on from step (\d+)", again[0].stderr)[1])
+    step = int(RESUMED.search(again[0].stderr)[1])
     assert 3 <= step <= STEPS
     # An evaluation that a signal ends is not done again: the checkpoints and the losses are equal.
     found, expected = outcome(workdir), outcome(whole[0])
@@ -268,15 +302,17 @@ def test_a_signal_to_one_stops_both_after_the_same_step(two, whole, tmp_path):
     assert [x for x in found["log"] if x[1]] == [x for x in expected["log"] if x[1]]
 
 
+@pytest.mark.slow
 def test_what_the_first_process_refuses_all_refuse(two, whole):
     other = Runner(two.directory, {**FIELDS, "train.batch_size": 8}, devices=2)
     ended = together(other, whole[0])
     for process in ended:
         assert process.code == 2
-        assert "train.batch_size 4 -> 8" in process.stderr
+        assert f"error: {whole[0]}: " in process.stderr
         assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_save_is_done_for_none_before_it_is_committed(two, tmp_path):
     """Else the others would be at the end, waiting for the first, which may still be hashing."""
     slow = """
@@ -302,6 +338,7 @@ Checkpoints.wait = look
     assert "found [2]" in ended[1].stderr and "found []" not in ended[1].stderr
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both(two, tmp_path):
     """The other waits in the middle of a step; the first must not wait for it in turn."""
     fails = """
@@ -314,4 +351,3 @@ health.Health.look = look
     ended = together(two, tmp_path / "run", patches=("", fails))
     assert ended[1].code == 1 and "error: as planned" in ended[1].stderr
     assert ended[0].code not in (0, EXIT_STOPPED)
-    assert abs(ended[0].seconds - ended[1].seconds) < 15

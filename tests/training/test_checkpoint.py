@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,17 +108,20 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert_same(checkpoints.restore(4, abstract(make_state(4))), make_state(4, seed=2))
 
 
-@pytest.mark.parametrize("name", ["0", "best", "3", "newest", "-1"])
-def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path, name):
+def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     save_all(checkpoints, [2, 7])
-    with pytest.raises(InputError, match=r"--step: got .* 2, 7"):
-        checkpoints.resolve(name)
+    for name in ("0", "best", "3", "newest", "-1"):
+        with pytest.raises(InputError) as error:
+            checkpoints.resolve(name)
+        assert (error.value.field, error.value.got) == ("--step", name)
+        assert "2, 7" in error.value.expected
 
 
 def test_no_checkpoint_at_all_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError) as error:
         Checkpoints(tmp_path / "nowhere").resolve("latest")
+    assert error.value.field == str(tmp_path / "nowhere")
 
 
 def damage_truncate(path):
@@ -134,23 +138,22 @@ def damage_delete(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_delete])
-def test_every_damaged_file_is_detected(tmp_path, damage):
+def test_every_damaged_file_is_detected(tmp_path):
     checkpoints = Checkpoints(tmp_path / "whole")
     save_all(checkpoints, [6])
     root = tmp_path / "whole" / "00000006"
     names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
     assert len(names) > 4
-    target = abstract(make_state(6))
     for name in names:
         content = (root / name).read_bytes()
-        if not content and damage is not damage_delete:
-            continue  # nothing to damage in an empty file
-        damage(root / name)
-        with pytest.raises(DamagedCheckpoint, match=name.name):
-            checkpoints.verify(6)
-        (root / name).write_bytes(content)
-    assert_same(checkpoints.restore(6, target), make_state(6, seed=6))
+        for damage in (damage_truncate, damage_flip, damage_delete):
+            if not content and damage is not damage_delete:
+                continue  # nothing to damage in an empty file
+            damage(root / name)
+            with pytest.raises(DamagedCheckpoint, match=name.name):
+                checkpoints.verify(6)
+            (root / name).write_bytes(content)
+    assert_same(checkpoints.restore(6, abstract(make_state(6))), make_state(6, seed=6))
 
 
 def test_a_checkpoint_under_another_number_or_of_another_format_is_damaged(tmp_path, monkeypatch):
@@ -326,12 +329,14 @@ def test_another_model_is_refused_with_a_diff_before_any_array_is_read(
 
     with monkeypatch.context() as patch:
         patch.setattr("sheepop_jax.training.storage.read", read)
-        with pytest.raises(InputError, match=message) as caught:
+        with pytest.raises(InputError) as caught:
             checkpoints.restore(2, abstract(target))
-        assert "00000002" in str(caught.value) and "\n" not in str(caught.value)
+        assert re.search(message, caught.value.got)
+        assert "00000002" in caught.value.field and "\n" not in str(caught.value)
         if other is not other_optimizer:
-            with pytest.raises(InputError, match=message):
+            with pytest.raises(InputError) as caught:
                 checkpoints.restore_params(2, abstract(target.params))
+            assert re.search(message, caught.value.got)
     assert checkpoints.steps() == [2]
     checkpoints.restore(2, abstract(make_state(2)))
 
@@ -348,34 +353,31 @@ from sheepop_jax.training.step import TrainState
 def make():
     one = jnp.int32(1)
     many = [{f"k{i}": jnp.full((2000, 1000), n, jnp.float32) for i in range(6)} for n in range(3)]
-    return TrainState(one, one + 0, many[0], many[1:])
+    return TrainState(one, one + 0, many[0], tuple(many[1:]))
 
 def peak():
     # Not getrusage: what it gives is no less than the parent's.
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-checkpoints = Checkpoints(Path(sys.argv[2]))
-if sys.argv[1] == "save":
-    checkpoints.save(make(), {})
-    checkpoints.wait()
-else:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda leaf: leaf.update(sharding=here), jax.eval_shape(make))
-    before = peak()
-    state = jax.block_until_ready(checkpoints.restore(1, target))
-    print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+target = jax.tree.map(lambda leaf: leaf.update(sharding=here), jax.eval_shape(make))
+before = peak()
+state = jax.block_until_ready(Checkpoints(Path(sys.argv[1])).restore(1, target))
+print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 """
-    shown = [
-        subprocess.run(
-            [sys.executable, "-c", code, word, str(tmp_path)],
-            env={**process_env, "PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for word in ("save", "restore")
-    ]
-    assert 0.9 < float(shown[1]) < 1.7, shown
+    one = jnp.int32(1)
+    many = [{f"k{i}": jnp.full((2000, 1000), n, jnp.float32) for i in range(6)} for n in range(3)]
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(TrainState(one, one + 0, many[0], tuple(many[1:])), {})
+    checkpoints.wait()
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**process_env, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert 0.9 < float(shown) < 1.7
 
 
 def test_a_directory_that_was_set_aside_says_why(tmp_path):
@@ -418,16 +420,18 @@ def test_deleting_leaves_a_whole_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=4)
     save_all(checkpoints, [1, 2, 3, 4])
     for call, steps in ((delete, [5]), (delete, [1, 2, 3, 4]), (keep_only, [5]), (keep_only, [])):
-        with pytest.raises(InputError, match="--delete|--keep"):
+        with pytest.raises(InputError) as error:
             call(checkpoints, steps)
+        assert error.value.field == {delete: "--delete", keep_only: "--keep"}[call]
     assert checkpoints.steps() == [1, 2, 3, 4]
     delete(checkpoints, [1])
     assert checkpoints.steps() == [2, 3, 4]
     (tmp_path / "00000003" / MANIFEST).unlink()
-    with pytest.raises(InputError, match="whole checkpoint left"):
-        keep_only(checkpoints, [3])
-    with pytest.raises(InputError, match="whole checkpoint left"):
-        delete(checkpoints, [2, 4])
+    for call, steps in ((keep_only, [3]), (delete, [2, 4])):
+        with pytest.raises(InputError) as error:
+            call(checkpoints, steps)
+        assert error.value.got == ", ".join(map(str, steps))
+    assert checkpoints.steps() == [2, 3, 4]
     assert keep_only(checkpoints, [4]) == [2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["00000004"]
 

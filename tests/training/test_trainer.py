@@ -16,14 +16,41 @@ from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.training import resume, trainer
 from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints
 from sheepop_jax.training.health import TrainingDiverged
 from sheepop_jax.training.metrics import read_metrics
 from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
 from sheepop_jax.training.trainer import Job, fit
+from tests.faults.harness import DAMAGED, SAVED
 
 VOCAB = 101
+FIGURES = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+COMPILED = {}  # by all that a step depends on
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """Runs share one compiled step, and draw no curves; `monkeypatch.undo()` takes it back."""
+    compile_step, jit_init = trainer._Loop._compile, resume.jit_init
+
+    def compiled(self, batch):
+        config = self.job.config
+        assert config.optimizer.schedule == "constant"  # else it depends on the number of steps
+        key = repr((config.model, config.optimizer, batch.inputs.shape))
+        if key not in COMPILED:
+            COMPILED[key] = compile_step(self, batch)
+        return COMPILED[key]
+
+    def initialised(fresh, shardings):
+        if "init" not in COMPILED:
+            COMPILED["init"] = jit_init(fresh, shardings)
+        return COMPILED["init"]
+
+    monkeypatch.setattr(trainer._Loop, "_compile", compiled)
+    monkeypatch.setattr(resume, "jit_init", initialised)
+    monkeypatch.setattr(trainer, "draw_curve", lambda directory: None)
 
 
 @pytest.fixture
@@ -36,6 +63,8 @@ def make_job(make_config, tmp_path):
             "train.eval_every": 3,
             "checkpoint.save_every": 2,
             "train.num_steps": num_steps,
+            "model.num_layers": 1,
+            "optimizer.schedule": "constant",
         }
         config = make_config({**settings, **(overrides or {})})
         tokens = np.random.default_rng(0).integers(0, VOCAB, 500, dtype=np.int32)
@@ -46,7 +75,6 @@ def make_job(make_config, tmp_path):
             accum=config.train.grad_accum_steps,
             batch_size=config.train.batch_size,
         )
-        figures = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
         return Job(
             config=config,
             directory=directory,
@@ -54,7 +82,7 @@ def make_job(make_config, tmp_path):
             mesh=make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
             batches=batches,
             num_steps=num_steps,
-            evaluate=evaluate or (lambda params: {"val_loss": 3.0, **figures}),
+            evaluate=evaluate or (lambda params: {"val_loss": 3.0, **FIGURES}),
             sample=lambda params: "text",
             peak_flops=0.0,
         )
@@ -76,7 +104,9 @@ def arrays_of(job):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
 
 
-def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job):
+def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(trainer, "draw_curve", drawn.append)
     job = make_job(num_steps=7)
     fit(job, StopSignal())
     lines = read_metrics(job.directory)
@@ -84,7 +114,11 @@ def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job):
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6, 7]
     checkpoints = Checkpoints(job.directory / "checkpoints")
     assert checkpoints.steps() == [3, 6, 7]  # the best (the first of equals) and the latest two
-    assert (job.directory / "training_curve.png").exists()
+    assert len(drawn) == 6 and set(drawn) == {job.directory}  # with each save, and at the end
+    train, held_out = lines[-2:]
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(train)
+    names = {"val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy", "train_seconds"}
+    assert names <= set(held_out)
 
 
 def test_only_an_evaluated_step_is_saved_with_held_out_figures(make_job):
@@ -110,11 +144,13 @@ def test_another_process_than_the_first_writes_no_log(make_job, capsys, monkeypa
     assert capsys.readouterr().err == ""
 
 
-def test_the_clock_counts_updates_only_and_goes_on_after_a_restart(make_job):
+def test_the_clock_counts_updates_only_and_goes_on_after_a_restart(make_job, monkeypatch):
+    clock, evaluations = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1e4 * len(evaluations))
+
     def evaluate(params):
-        time.sleep(0.4)
-        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
-        return {"val_loss": 3.0, **rest}
+        evaluations.append(params)  # takes hours
+        return {"val_loss": 3.0, **FIGURES}
 
     for num_steps in (3, 6):
         overrides = {"train.eval_every": 1, "checkpoint.keep": 9}
@@ -122,7 +158,7 @@ def test_the_clock_counts_updates_only_and_goes_on_after_a_restart(make_job):
     job = make_job()
     lines = training_lines(job.directory)
     seconds = [0.0] + [line["train_seconds"] for line in lines]
-    assert seconds == sorted(seconds) and seconds[-1] < 1.6  # the evaluations took 2.4
+    assert seconds == sorted(seconds) and seconds[-1] < 1e4
     for line, before, after in zip(lines, seconds[:-1], seconds[1:], strict=True):
         tokens = line["tokens_per_second"] * (after - before)
         if line["step"] != 4:  # a session of its own starts from what was saved, a little later
@@ -136,33 +172,25 @@ def test_the_state_is_donated(make_job):
 
     def evaluate(params):
         held.append(params)
-        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
-        return {"val_loss": 3.0, **rest}
+        return {"val_loss": 3.0, **FIGURES}
 
     fit(make_job(num_steps=2, evaluate=evaluate, overrides={"train.eval_every": 1}), StopSignal())
     assert [leaf.is_deleted() for leaf in jax.tree.leaves(held[0])].count(False) == 0
 
 
-def test_who_settles_memory_is_told_of_the_step_once(make_job):
+def test_who_settles_memory_is_told_of_the_step_once(make_job, monkeypatch):
+    monkeypatch.undo()
     told = []
     job = make_job(num_steps=3)
     fit(dataclasses.replace(job, on_compiled=lambda *figures: told.append(figures)), StopSignal())
     [(flops, temporaries)] = told
+    assert (job.directory / "training_curve.png").exists()
     lines = training_lines(job.directory)
     a_token = lines[-1]["flops_per_second"] / lines[-1]["tokens_per_second"]
     train = job.config.train
     tokens = train.batch_size * train.grad_accum_steps * job.config.data.seq_len
     assert flops == pytest.approx(tokens * a_token)
     assert 1e4 < temporaries < 1e9
-
-
-def test_lines_have_what_the_contract_names(make_job):
-    job = make_job(num_steps=3)
-    fit(job, StopSignal())
-    train, held_out = read_metrics(job.directory)[-2:]
-    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(train)
-    names = {"val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy", "train_seconds"}
-    assert names <= set(held_out)
 
 
 @pytest.mark.parametrize("first", [2, 3])
@@ -213,7 +241,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_own_steps(make_job, caplog):
     newest = job.directory / "checkpoints" / "00000004"
     (newest / MANIFEST).write_text("{}")
     fit(job, StopSignal())
-    assert "damaged" in caplog.text
+    assert DAMAGED.search(caplog.text)
     assert Checkpoints(job.directory / "checkpoints").steps()[-1] == 4
     assert [line["step"] for line in training_lines(job.directory)] == [1, 2, 3, 4]
 
@@ -222,16 +250,16 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(make_job):
     job = make_job(num_steps=2)
     fit(job, StopSignal())
     (job.directory / "checkpoints" / "00000002" / MANIFEST).unlink()
-    with pytest.raises(InputError, match="only damaged checkpoints"):
+    with pytest.raises(InputError) as error:
         fit(job, StopSignal())
+    assert error.value.field == str(job.directory / "checkpoints")
 
 
 def test_the_best_by_validation_loss_is_kept(make_job):
     losses = iter([2.0, 1.0, 3.0, 4.0])
 
     def evaluate(params):
-        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
-        return {"val_loss": next(losses), **rest}
+        return {"val_loss": next(losses), **FIGURES}
 
     overrides = {"train.eval_every": 2, "checkpoint.save_every": 0, "checkpoint.keep": 1}
     job = make_job(num_steps=7, evaluate=evaluate, overrides=overrides)
@@ -244,8 +272,7 @@ def test_a_restart_remembers_the_best(make_job):
     losses = iter([2.0, 1.0, 1.5, 3.0])
 
     def evaluate(params):
-        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
-        return {"val_loss": next(losses), **rest}
+        return {"val_loss": next(losses), **FIGURES}
 
     overrides = {"train.eval_every": 1, "checkpoint.save_every": 0, "checkpoint.keep": 9}
     for num_steps in (2, 4):
@@ -286,7 +313,7 @@ def test_non_finite_updates_in_a_row_end_the_run(make_job, monkeypatch):
         return batch._replace(weights=batch.weights * np.float32(np.inf if step > 1 else 1))
 
     monkeypatch.setattr(TrainBatches, "batch_at", poisoned)
-    with pytest.raises(TrainingDiverged, match="3 updates in a row .* at step 5"):
+    with pytest.raises(TrainingDiverged, match="3 .* at step 5"):
         fit(job, StopSignal())
     skipped = [line["step"] for line in training_lines(job.directory) if line["skipped"]]
     assert skipped == [3, 4]
@@ -325,17 +352,16 @@ def test_no_save_while_updates_are_skipped(make_job, monkeypatch, caplog):
     caplog.clear()
     with caplog.at_level("INFO"):
         fit(job, StopSignal())
-    saved = [int(said.split()[-1]) for said in caplog.messages if said.startswith("saved step")]
+    saved = [int(step) for step in SAVED.findall("\n".join(caplog.messages))]
     assert saved[0] in (6, 7) and saved[-2:] == [8, 9]
 
 
 def test_the_best_is_kept_although_updates_are_skipped(make_job, monkeypatch):
     """Skipped updates leave parameters alone: what evaluates better than ever is worth keeping."""
     scores = iter([1.0, 2.0, 3.0])
-    rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
     job = make_job(
         num_steps=8,
-        evaluate=lambda params: {"val_loss": next(scores), **rest},
+        evaluate=lambda params: {"val_loss": next(scores), **FIGURES},
         overrides={"checkpoint.save_every": 0, "checkpoint.keep": 1},
     )
     whole = TrainBatches.batch_at
@@ -357,8 +383,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_job, interrup
             if self._name:
                 raise StopRequested(self._name)
 
-    stop, figures = AtTheEvaluation(), {"val_loss": 2.5, "val_perplexity": 12.0}
-    figures |= {"val_bits_per_byte": 1.0, "val_accuracy": 0.5}
+    stop, figures = AtTheEvaluation(), {**FIGURES, "val_loss": 2.5}
 
     def evaluate(params):
         evaluations.append(None)
@@ -387,14 +412,14 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_job, interrup
             np.testing.assert_array_equal(old, new)
 
 
-def test_nothing_compiles_after_the_first_steps(make_job):
+def test_nothing_compiles_after_the_first_steps(make_job, monkeypatch):
+    monkeypatch.undo()
     job = make_job(num_steps=9)
     compiled = []
 
     def evaluate(params):
         compiled.append(len(events))
-        rest = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
-        return {"val_loss": 1.0, **rest}
+        return {"val_loss": 1.0, **FIGURES}
 
     events: list[str] = []
 

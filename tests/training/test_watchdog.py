@@ -1,6 +1,5 @@
 """A late step is said once, with the stacks of all threads."""
 
-import re
 import threading
 import time
 
@@ -10,49 +9,84 @@ from sheepop_jax.training import watchdog
 from sheepop_jax.training.watchdog import Watchdog
 
 
+class Clock:
+    """Stands still unless a test moves it."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
 @pytest.fixture
-def dog(monkeypatch):
-    monkeypatch.setattr(watchdog, "_AT_LEAST_SECONDS", 1.0)
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(watchdog, "time", found)
+    monkeypatch.setattr(watchdog, "_LOOK_SECONDS", 0.01)
+    return found
+
+
+@pytest.fixture
+def dog(clock):
     found = Watchdog()
     yield found
     found.close()
     assert not found._thread.is_alive()
 
 
-def steps(dog, count, seconds=0.005):
+def steps(dog, clock, count):
     dog.resume()
     for step in range(count):
-        time.sleep(seconds)
+        clock.now += 0.02
         dog.step(step)
 
 
-def wait_for(caplog, count, seconds=20.0):
-    until = time.monotonic() + seconds
+def wait_for(caplog, count):
+    until = time.monotonic() + 60
     while len(caplog.records) < count and time.monotonic() < until:
         time.sleep(0.01)
     assert len(caplog.records) == count
 
 
-def test_a_late_step_is_said_once_and_the_next_one_again(dog, caplog):
-    steps(dog, 5)
+def looked(dog, monkeypatch):
+    """Returns once the thread has looked at the clock as it is now."""
+    limit, seen = dog.limit, threading.Event()
+    monkeypatch.setattr(dog, "limit", lambda: (limit(), seen.set())[0])
+    assert seen.wait(60)
+    seen.clear()  # what it saw first may have begun before
+    assert seen.wait(60)
+
+
+def test_a_late_step_is_said_once_and_the_next_one_again(dog, clock, caplog, monkeypatch):
+    steps(dog, clock, 5)
+    clock.now += 9.9
+    looked(dog, monkeypatch)
+    assert not caplog.records
+    clock.now += 3.1
     wait_for(caplog, 1)
-    assert re.search(r"the step after 4 has taken \d s so far, the median is 0\.0", caplog.text)
+    assert caplog.records[0].args[:3] == (4, 13.0, pytest.approx(0.02))
     assert f"0x{threading.main_thread().ident:x}".lstrip("0x") in caplog.text
     assert "test_watchdog.py" in caplog.text
-    time.sleep(1.5)
+    clock.now += 1000
+    time.sleep(0.1)
     assert len(caplog.records) == 1
     dog.step(5)
+    clock.now += 1000
     wait_for(caplog, 2)
 
 
-def test_nothing_is_late_while_paused_or_before_there_is_a_median(dog, caplog):
+def test_nothing_is_late_while_paused_or_before_there_is_a_median(dog, clock, caplog, monkeypatch):
     dog.resume()
-    time.sleep(1.4)  # the first step: there is nothing to compare with
-    steps(dog, 5)
+    clock.now += 1000  # the first step: there is nothing to compare with
+    looked(dog, monkeypatch)
+    steps(dog, clock, 5)
     dog.pause()
-    time.sleep(1.6)
+    clock.now += 1000
+    time.sleep(0.1)
     assert not caplog.records
     dog.resume()
+    clock.now += 1000
     wait_for(caplog, 1)
 
 
