@@ -183,10 +183,11 @@ def test_a_bad_field_is_one_line_before_jax_is_imported(tmp_path):
         ("x = 1\n", "get_config"),
     ],
 )
-def test_a_config_file_that_does_not_work(tmp_path, call, content, message):
+def test_a_config_file_that_does_not_work(tmp_path, content, message):
+    """In a process: the module of a config file keeps the names of the one loaded before."""
     path = tmp_path / "mine.py"
     path.write_text(content)
-    result = call(train.main, "--config", path)
+    result = run("train.py", "--config", path)
     assert message in only_error(result, "--config: ")
     assert len(result.stderr.splitlines()) == 1
 
