@@ -14,7 +14,16 @@ from sheepop_jax.training import storage
 from sheepop_jax.training.checkpoint import Checkpoints, SaveFailed
 from tests.faults.harness import ROOT, environment, outcome
 
-FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+# From the first save on: the compile cache may be written before.
+FULL = """
+import resource
+from sheepop_jax.training.checkpoint import Checkpoints
+save = Checkpoints.save
+def full(*arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+    save(*arguments)
+Checkpoints.save = full
+"""
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(
