@@ -1,8 +1,6 @@
 """A small corpus in files, a `DataConfig` over it, and the texts back from a stream."""
 
-import json
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,32 +8,55 @@ import pytest
 from sheepop_jax.data import encode, stream
 from sheepop_jax.data import tokenizer as tokenizer_module
 from sheepop_jax.data.batches import EvaluationBatches, Layout
+from sheepop_jax.data.prepare import prepare
 from sheepop_jax.data.sources import paths
-from tests.data.preparing import CHILD, ROOT, UNIT_BYTES
+from sheepop_jax.data.windows import WindowOrder
+from tests.data.preparing import UNIT_BYTES
 
 WORDS = ["sheep", "grass", "hill", "and", "the", "wool\n", "  ", "r\u00e9\U0001f411"]
+
+
+def write_texts(directory):
+    """31 files."""
+    directory.mkdir()
+    generator = np.random.default_rng(5)
+    for i in range(31):
+        path = directory / f"{i:02}.txt"
+        path.write_text(" ".join(generator.choice(WORDS, 41)), encoding="utf-8", newline="")
+
+
+def make_data_config(make_config, directory, **fields):
+    """A `DataConfig` over directory/text with its cache in directory/cache."""
+    here = {"path": str(directory / "text"), "cache_dir": str(directory / "cache")}
+    fields = {**here, "val_split": "document", "val_fraction": 0.2, **fields}
+    if "mixture" in fields:
+        fields["path"] = ""
+    return make_config({f"data.{name}": value for name, value in fields.items()}).data
+
+
+def hurry(patch):
+    """Nothing waits for the disk, and a file that was written just now may be remembered."""
+    patch.setattr("os.fsync", lambda file: None)  # takes 50 ms on a busy disk
+    patch.setattr(paths, "_SETTLED_SECONDS", 0)
 
 
 @pytest.fixture
 def data_config(tmp_path, make_config, monkeypatch):
     """A `DataConfig` over tmp_path/text (31 files) with its cache in tmp_path/cache."""
-    monkeypatch.setattr("os.fsync", lambda file: None)  # takes 50 ms on a busy disk
-    monkeypatch.setattr(paths, "_SETTLED_SECONDS", 0)
-    text = tmp_path / "text"
-    text.mkdir()
-    generator = np.random.default_rng(5)
-    for i in range(31):
-        path = text / f"{i:02}.txt"
-        path.write_text(" ".join(generator.choice(WORDS, 41)), encoding="utf-8", newline="")
+    hurry(monkeypatch)
+    write_texts(tmp_path / "text")
+    return partial(make_data_config, make_config, tmp_path)
 
-    def make(**fields):
-        here = {"path": str(text), "cache_dir": str(tmp_path / "cache")}
-        fields = {**here, "val_split": "document", "val_fraction": 0.2, **fields}
-        if "mixture" in fields:
-            fields["path"] = ""
-        return make_config({f"data.{name}": value for name, value in fields.items()}).data
 
-    return make
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, make_config):
+    """The same texts prepared in some ten units by a process alone; not to be changed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    write_texts(root / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        patch.setattr(encode, "_UNIT_BYTES", UNIT_BYTES)
+        return prepare(make_data_config(make_config, root))
 
 
 @pytest.fixture
@@ -44,6 +65,19 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(encode, "_UNIT_BYTES", 61)
     monkeypatch.setattr(stream, "_BATCH_CHARS", 17)
     monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 29)
+
+
+class Still:
+    """In place of grain's shuffle, which takes 0.2 ms a window."""
+
+    def __getitem__(self, turn):
+        return 0, 0
+
+
+@pytest.fixture
+def unshuffled(monkeypatch):
+    """Only whose turn it is counts."""
+    monkeypatch.setattr(WindowOrder, "_shuffle", lambda self, source: Still())
 
 
 @pytest.fixture
@@ -61,30 +95,6 @@ def documents_of():
         return [tokenizer.decode(tokens[start + 1 : stop]) for start, stop in spans]
 
     return documents
-
-
-@pytest.fixture
-def start(process_env):
-    """`start(config, …)`: a real process that prepares."""
-    started = []
-
-    def start(config, **options):
-        given = {"config": config.__dict__, "unit_bytes": UNIT_BYTES, **options}
-        process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, json.dumps(given)],
-            cwd=ROOT,
-            env=process_env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture

@@ -1,67 +1,68 @@
-"""What the tests of a preparation share."""
+"""Preparations in processes of their own, which may die at a given point."""
 
-import re
-from pathlib import Path
+import importlib
+import multiprocessing
+import os
+import signal
+from functools import partial
 
-ROOT = Path(__file__).parents[2]
-UNIT_BYTES = 700  # some ten units
-
-# A process that prepares, and dies before or after the n-th call of a function if it is told to.
-CHILD = """
-import dataclasses, importlib, json, logging, os, signal, sys, time
-import numpy as np
-from sheepop_jax.data import cache, encode, prepare, spool
-from sheepop_jax.data.batches import Layout, TrainBatches
+from sheepop_jax.data import encode
+from sheepop_jax.data.prepare import prepare
 from sheepop_jax.data.sources import paths
 from sheepop_jax.data_config import DataConfig
 
-options = json.loads(sys.argv[1])
-logging.basicConfig(level="INFO", format="%(message)s")
-paths._SETTLED_SECONDS = 0
-encode._UNIT_BYTES = options["unit_bytes"]
-encode._TAKE_OVER_SECONDS = options.get("take_over", 60)
-if "die" in options:
-    place, name, calls, when = options["die"]
+UNIT_BYTES = 700  # some ten units
+
+# One process imports the library; each preparation is a fork of it.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload([__name__])
+
+
+def start(config, die=None):
+    """A process that prepares; `die` is (module, function, n-th call, "before" or "after" it)."""
+    process = _PROCESSES.Process(target=_prepare, args=(config.__dict__, die), daemon=True)
+    process.start()
+    return process
+
+
+def _prepare(fields, die):
+    os.fsync = lambda file: None
+    paths._SETTLED_SECONDS = 0
+    encode._UNIT_BYTES = UNIT_BYTES
+    if die:
+        _let_die(*die)
+    prepare(DataConfig(**fields))
+
+
+def _let_die(place, name, calls, when):
     holder = importlib.import_module(f"sheepop_jax.data.{place}")
     for part in name.split(".")[:-1]:
         holder = getattr(holder, part)
     name, count = name.split(".")[-1], 0
-    inner = getattr(holder, name)
+    inner, kill = getattr(holder, name), partial(os.kill, os.getpid(), signal.SIGKILL)
+
     def dying(*arguments, **named):
-        global count
+        nonlocal count
         count += 1
         if count == calls and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         found = inner(*arguments, **named)
         if count == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         return found
+
     setattr(holder, name, dying)
-encode_unit = encode._encode_unit
-def told(directory, unit, *rest):
-    print("unit", unit.number, flush=True)
-    time.sleep(options.get("slow", 0))
-    encode_unit(directory, unit, *rest)
-encode._encode_unit = told
-config = DataConfig(**options["config"])
-share = options.get("share", [0, 1])
-data = prepare.prepare(config, *share)
-if "steps" in options:
-    layout = Layout.of(config, data.tokenizer.end_of_text)
-    rows = range(8)[share[0] * 8 // share[1] : (share[0] + 1) * 8 // share[1]]
-    batches = TrainBatches(data.train, layout, seed=3, accum=2, batch_size=8, weights=data.weights,
-                           rows=rows)
-    for batch in batches.iterate(0, options["steps"]):
-        print("batch", json.dumps([array.tolist() for array in batch[:3]]))
-"""
+
+
+def killed(config, death):
+    """Lets a preparation die."""
+    process = start(config, death)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def content_of(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def units_in(output):
-    return [int(number) for number in re.findall(r"^unit (\d+)$", output, re.M)]
 
 
 def names_in(directory):

@@ -92,7 +92,7 @@ def test_rows_of_a_mixture_come_from_their_sources():
     streams = [stream(151), TokenStream.from_array(np.arange(1000, 1080), 1, 1)]
     batches = train_batches(streams=streams, weights=[0.75, 0.25])
     order = window_order(streams, LAYOUT, SEED, [0.75, 0.25])
-    for step in range(20):
+    for step in (0, 1, 20):
         inputs = batches.batch_at(step).inputs
         assert np.count_nonzero(inputs[..., 0] >= 1000) == 2  # of 8, in every batch
         for a, b in itertools.product(range(2), range(4)):
@@ -118,7 +118,7 @@ def test_documents_shorter_than_a_window_are_padded():
     assert sum(sum(row[1]) for row in rows.values()) == len(found) - 1
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=15, deadline=None, database=None)
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=9),
     seq_len=st.integers(1, 9),
@@ -178,8 +178,8 @@ def test_a_layout_is_as_configured(make_config):
 
 def test_iterating_ahead_gives_the_same_batches():
     batches = train_batches()
-    found = list(batches.iterate(3, 20))
-    assert len(found) == 17
+    found = list(batches.iterate(3, 9))
+    assert len(found) == 6
     for step, batch in enumerate(found, start=3):
         np.testing.assert_equal(batch, batches.batch_at(step))
     assert list(batches.iterate(5, 5)) == []

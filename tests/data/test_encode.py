@@ -54,7 +54,7 @@ def spool_of(tmp_path_factory, make_config):
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

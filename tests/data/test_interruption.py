@@ -1,7 +1,8 @@
 """A preparation that is killed, stopped or out of room, and goes on."""
 
 import logging
-import signal
+import re
+import shutil
 
 import pytest
 
@@ -9,83 +10,71 @@ from sheepop_jax.data import encode, progress
 from sheepop_jax.data import prepare as module
 from sheepop_jax.data.prepare import prepare
 from sheepop_jax.errors import InputError
-from tests.data.preparing import content_of, names_in, units_in
+from tests.data.preparing import content_of, killed, names_in
 
+ALL = 99  # units
+# Where, and how many units are done by then.
 DEATHS = {
-    "reading": ("spool", "_copy", 9, "before"),
-    "read, not yet renamed": ("prepare", "write_spool", 1, "after"),
-    "before the tokenizer": ("prepare", "train_bpe", 1, "before"),
-    "after the tokenizer": ("prepare", "encode_units", 1, "before"),
-    "before the first token file": ("encode", "_Writer.close", 1, "before"),
-    "between the files of a unit": ("encode", "_Writer.close", 3, "after"),
-    "before a unit's marker": ("encode", "write_text", 4, "before"),
-    "between units": ("encode", "write_text", 4, "after"),
-    "before the manifest": ("prepare", "make_manifest", 1, "before"),
-    "before the rename": ("prepare", "write_text", 2, "after"),
-    "after the rename": ("prepare", "_Preparation._open", 1, "before"),
-    "while the text is deleted": ("cache", "shutil.rmtree", 1, "before"),
+    "reading": (("spool", "_copy", 9, "before"), 0),
+    "read, not yet renamed": (("prepare", "write_spool", 1, "after"), 0),
+    "before the tokenizer": (("prepare", "train_bpe", 1, "before"), 0),
+    "after the tokenizer": (("prepare", "encode_units", 1, "before"), 0),
+    "before the first token file": (("encode", "_Writer.close", 1, "before"), 0),
+    "between the files of a unit": (("encode", "_Writer.close", 3, "after"), 1),
+    "before a unit's marker": (("encode", "write_text", 4, "before"), 3),
+    "between units": (("encode", "write_text", 4, "after"), 4),
+    "before the manifest": (("prepare", "make_manifest", 1, "before"), ALL),
+    "before the rename": (("prepare", "write_text", 2, "after"), ALL),
+    "after the rename": (("prepare", "_Preparation._open", 1, "before"), ALL),
+    "while the text is deleted": (("cache", "shutil.rmtree", 1, "before"), ALL),
 }
+LEFT = {"reading": [".reading"], "read, not yet renamed": [".reading"]}
+LEFT |= {"after the rename": [".spool"], "while the text is deleted": [".deleted"]}
 
 
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_killed_preparation_goes_on_from_the_units_that_are_done(
-    config, tmp_path, start, encoded, death
+def test_a_killed_preparation_resumes_from_the_units_that_are_done(
+    config, tmp_path, undisturbed, encoded, death, monkeypatch, caplog
 ):
-    whole = prepare(config(cache_dir=str(tmp_path / "undisturbed")))
-    total = len(encoded)
-    assert total == len(whole.manifest["units"]) > 7
-    encoded.clear()
-    process = start(config(), die=DEATHS[death])
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    [pending] = [*(tmp_path / "cache").glob(".tokens-*")] or [None]
-    done = [int(p.stem[5:]) for p in pending.glob("unit-*.json")] if pending else []
-    started = units_in(output)
-    assert not pending or len(started) - len(done) in (0, 1)
-    data = prepare(config())
-    # None that is done is encoded again; none at all once the shards have their name.
-    renamed = death in ("after the rename", "while the text is deleted")
-    assert encoded == ([] if renamed else [n for n in range(total) if n not in done])
-    assert content_of(data.directory) == content_of(whole.directory)
-    assert data.identity == whole.identity
-    left = [n for n in names_in(tmp_path / "cache") if n != data.directory.name]
-    allowed = {"reading": ".reading", "read, not yet renamed": ".reading"}
-    allowed |= {"after the rename": ".spool", "while the text is deleted": ".deleted"}
-    assert [n.split("-")[0] for n in left] == ([allowed[death]] if death in allowed else [])
-
-
-def test_text_that_was_read_is_not_read_again(config, start, monkeypatch, caplog):
-    start(config(), die=DEATHS["between units"]).communicate(timeout=60)
-    monkeypatch.setattr(module, "write_spool", None)
-    monkeypatch.setattr(module, "train_bpe", None)
+    place, done = DEATHS[death]
+    killed(config(), place)
+    begun = death not in ("reading", "read, not yet renamed")
+    if begun:  # the text is not read again, nor does a tokenizer that is there learn again
+        monkeypatch.setattr(module, "write_spool", None)
+        if death != "before the tokenizer":
+            monkeypatch.setattr(module, "train_bpe", None)
     with caplog.at_level(logging.INFO, "sheepop_jax"):
-        prepare(config())
-    assert "the text was read before" in caplog.text
-    assert "were encoded before; going on" in caplog.text
+        data = prepare(config())
+    # None that is done is encoded again.
+    assert encoded == list(range(done, len(undisturbed.manifest["units"])))
+    assert content_of(data.directory) == content_of(undisturbed.directory)
+    assert data.identity == undisturbed.identity
+    left = [n.split("-")[0] for n in names_in(tmp_path / "cache") if n != data.directory.name]
+    assert left == LEFT.get(death, [])
+    if death == "between units":
+        assert "the text was read before" in caplog.text
+        assert "were encoded before; going on" in caplog.text
 
 
-def test_a_text_that_is_deleted_in_part_is_read_again(config, tmp_path, start):
-    start(config(), die=DEATHS["between units"]).communicate(timeout=60)
-    for name in ("text.bin", "documents.bin", "spool.json"):
-        [spool] = (tmp_path / "cache").glob(".spool-*")
-        (spool / name).unlink()
-        process = start(config(), die=DEATHS["before the manifest"])
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-    [spool] = (tmp_path / "cache").glob(".spool-*")
-    (spool / "spool.json").write_text("")
-    assert prepare(config()).train_tokens > 0
+def test_a_text_that_is_deleted_in_part_is_read_again(config, tmp_path, undisturbed):
+    killed(config(), DEATHS["between units"][0])
+    for name in ("text.bin", "documents.bin", "spool.json", "spool.json, empty"):
+        cache = tmp_path / name
+        shutil.copytree(tmp_path / "cache", cache)
+        [spool] = cache.glob(".spool-*")
+        file = spool / name.removesuffix(", empty")
+        file.unlink() if file.name == name else file.write_text("")
+        data = prepare(config(cache_dir=str(cache)))
+        assert content_of(data.directory) == content_of(undisturbed.directory)
 
 
-def test_weights_are_those_asked_for_though_the_text_was_read_for_others(config, tmp_path, start):
+def test_weights_are_those_asked_for_though_the_text_was_read_for_others(config, tmp_path):
     def mixture(weight):
         text = str(tmp_path / "text")
         parts = {"a": {"weight": weight, "path": f"{text}/0*"}}
         return {**parts, "b": {"weight": 1.0, "path": f"{text}/1*"}}
 
-    process = start(config(mixture=mixture(1.0)), die=DEATHS["between units"])
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    killed(config(mixture=mixture(1.0)), DEATHS["between units"][0])
     assert prepare(config(mixture=mixture(4.0))).weights == [0.8, 0.2]
     assert prepare(config(mixture=mixture(1.0))).weights == [0.5, 0.5]  # not those that are there
 
@@ -172,10 +161,11 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(
                 patch.setattr(encode, "write_text", late)
             case "manifest":
                 patch.setattr(module, "make_manifest", full)
-        said = rf"data\.cache_dir: got '{tmp_path}/cache \(No space left on device; \d+ MB free\)'"
-        with pytest.raises(InputError, match=said) as caught:
+        with pytest.raises(InputError) as error:
             prepare(config())
-    assert "\n" not in str(caught.value)
+    assert error.value.field == "data.cache_dir"
+    said = rf"{tmp_path}/cache \(No space left on device; \d+ MB free\)"
+    assert re.fullmatch(said, str(error.value.got))
     kinds = (
         [name.split("-")[0] for name in names_in(tmp_path / "cache")] if phase != "reading" else []
     )

@@ -58,7 +58,7 @@ def test_a_table_of_the_sources(data_config, tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["stream", "one_per_window"])
-def test_the_shares_of_a_mixture(data_config, tmp_path, packing):
+def test_the_shares_of_a_mixture(data_config, tmp_path, packing, unshuffled):
     other = tmp_path / "other"
     other.mkdir()
     for i in range(90):
@@ -99,8 +99,8 @@ def test_random_windows_are_windows(data_config):
     for packing in ("stream", "one_per_window"):
         layout = Layout(13, 0, packing)
         shown = random_windows(data, layout, 3, 40)
-        assert shown == random_windows(data, layout, 3, 40)
-        assert shown != random_windows(data, layout, 4, 40)
+        assert shown[:9] == random_windows(data, layout, 3, 9)
+        assert shown[:9] != random_windows(data, layout, 4, 9)
         assert len(shown) == 40 and len(set(shown)) > 20
         assert any("<|endoftext|>" in text for text in shown)
         for text in shown:  # a character may be cut in two at either end

@@ -1,6 +1,6 @@
 """Windows and their order as functions: each once an epoch, shares, no memory."""
 
-import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own(length):
     n = order.num_windows
     assert n == max(1, (length - T) // T)
     slack = min(T - 1, length - 1 - n * T)
-    epochs, offsets = [], []
-    for epoch in range(23):
+    epochs = []
+    for epoch in range(4):
         spans = [order.span(epoch * n + i) for i in range(n)]
         assert all(source == 0 and stop - start == T + 1 for source, start, stop in spans)
         starts = [start for _, start, _ in spans]
@@ -35,19 +35,22 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own(length):
         assert sorted(starts) == [offset + w * T for w in range(n)]
         assert max(starts) + T + 1 <= length
         epochs.append(tuple(start - offset for start in starts))
-        offsets.append(offset)
+    offsets = [order.offset(0, epoch) for epoch in range(40)]
     assert offsets[0] == 0
-    if length >= 2 * T:  # with room for it, every offset turns up
-        assert set(offsets) == set(range(slack + 1))
+    assert set(offsets) == set(range(slack + 1))  # every offset turns up
     if n > 10:
-        assert len(set(epochs)) == 23
+        assert len(set(epochs)) == 4
         assert epochs[0] != tuple(sorted(epochs[0]))
 
 
 def test_the_seed_decides_order_and_offsets():
-    spans = {seed: [order_of(151, seed).span(k) for k in range(60)] for seed in (1, 2, 2**32 - 1)}
-    assert spans[1] != spans[2] != spans[2**32 - 1]
-    assert spans[1] == [order_of(151, 1).span(k) for k in range(60)]
+    def spans(seed):
+        order = order_of(151, seed)
+        return [order.span(k) for k in range(10)], [order.offset(0, epoch) for epoch in range(10)]
+
+    for part in (0, 1):
+        assert spans(1)[part] == spans(1)[part]
+        assert spans(1)[part] != spans(2)[part] != spans(2**32 - 1)[part]
 
 
 def test_the_order_is_the_one_that_runs_were_made_with():
@@ -59,12 +62,15 @@ def test_the_order_is_the_one_that_runs_were_made_with():
 
 def test_a_window_far_away_costs_nothing():
     streams = [StreamWindows(10**12, 1024), StreamWindows(10**11, 1024)]
-    begun = time.process_time()
-    order = WindowOrder(streams, SEED, [0.9, 0.1])
-    for k in (10**11 + 17, 10**12):
-        source, start, stop = order.span(k)
-        assert 0 <= start < stop <= (10**12, 10**11)[source]
-    assert time.process_time() - begun < 0.5
+    tracemalloc.start()
+    try:
+        order = WindowOrder(streams, SEED, [0.9, 0.1])
+        for k in (10**11 + 17, 10**12):
+            source, start, stop = order.span(k)
+            assert 0 <= start < stop <= (10**12, 10**11)[source]
+        assert tracemalloc.get_traced_memory()[1] < 2**21  # the pattern of 10,000 turns
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_stream_shorter_than_a_window_is_refused():
@@ -82,7 +88,7 @@ def stream_of(lengths, end_of_text=0):
     return TokenStream.from_array(np.array(tokens, np.int32), 1, len(lengths))
 
 
-@settings(max_examples=100, deadline=None, database=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12), seq_len=st.integers(1, 12))
 def test_windows_of_documents_hold_each_target_once(lengths, seq_len):
     stream = stream_of(lengths)
@@ -119,19 +125,6 @@ def test_windows_of_documents_come_once_an_epoch_too():
         assert sorted(spans) == expected
         epochs.append(tuple(spans))
     assert len(set(epochs)) > 1
-
-
-class Still:
-    """In place of grain's shuffle, which takes 0.2 ms a window."""
-
-    def __getitem__(self, turn):
-        return 0, 0
-
-
-@pytest.fixture
-def unshuffled(monkeypatch):
-    """Only whose turn it is counts."""
-    monkeypatch.setattr(WindowOrder, "_shuffle", lambda self, source: Still())
 
 
 WEIGHTS = [
@@ -178,24 +171,23 @@ def test_each_source_of_a_mixture_has_its_windows_once_in_its_epoch():
     assert order.lengths == [20, 10, 4]
     assert order.num_windows == 34
     spans = [[], [], []]
-    again = WindowOrder(sources, SEED, [0.6, 0.3, 0.1])
-    for k in range(400):
+    for k in range(140):
         source, start, stop = order.span(k)
-        assert again.span(k) == (source, start, stop)
         spans[source].append((start, stop))
     for number, windows in enumerate(sources):
         n, seen = len(windows), []
-        assert len(spans[number]) > 9 * n
+        assert len(spans[number]) > 3 * n
         for epoch in range(len(spans[number]) // n):
             part = spans[number][epoch * n : (epoch + 1) * n]
             offset = order.offset(number, epoch)
             assert sorted(part) == [windows.span(i, offset) for i in range(n)]
             seen.append(tuple(start - offset for start, _ in part))
-        assert len(set(seen)) > 5
+        assert len(set(seen)) == len(seen)
     # The first source's order is that of a run on it alone; the others have their own.
-    assert spans[0][:60] == [order_of(151).span(k)[1:] for k in range(60)]
+    alone = order_of(151)
+    assert spans[0][:30] == [alone.span(k)[1:] for k in range(30)]
     one = WindowOrder([StreamWindows(151, T), StreamWindows(151, T)], SEED, [0.5, 0.5])
-    both = [one.span(k) for k in range(200)]
+    both = [one.span(k) for k in range(40)]
     first, second = ([span[1:] for span in both if span[0] == source] for source in (0, 1))
-    assert first[:20] != second[:20]  # already in the first epoch, where offsets are 0
+    assert first != second  # already in the first epoch, where offsets are 0
     assert [one.offset(0, e) for e in range(9)] != [one.offset(1, e) for e in range(9)]

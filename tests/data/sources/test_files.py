@@ -6,6 +6,7 @@ import lzma
 import os
 import sysconfig
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from sheepop_jax.errors import InputError
 PACK = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
-    ".xz": lzma.compress,
+    ".xz": partial(lzma.compress, preset=0),
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 EACH_KIND = pytest.mark.parametrize("suffix", PACK)
@@ -230,7 +231,7 @@ class TestCompressed:
 
     @EACH_KIND
     def test_large_text(self, a, suffix):
-        text = "".join(f"line {number}\n" for number in range(300_000))
+        text = "".join(f"line {number}\n" for number in range(100_000))
         assert read(a(PACK[suffix](text.encode()), f"a{suffix}")) == [text]
 
     @EACH_KIND
@@ -275,8 +276,9 @@ class TestCompressed:
 
     @EACH_KIND
     def test_a_bomb_is_refused_in_bounded_memory(self, a, suffix, monkeypatch):
-        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", 2**22)
-        path = a(PACK[suffix](b"x" * 2**26), f"a{suffix}")
+        size = 2**26 if suffix == ".zst" else 2**23  # a kilobyte of zst holds up to 32 MB
+        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", size // 16)
+        path = a(PACK[suffix](b"x" * size), f"a{suffix}")
         tracemalloc.start()
         try:
             with pytest.raises(InputError, match="over 250 times its size.*decompressing it your"):
@@ -286,7 +288,7 @@ class TestCompressed:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert peak < 2**25 * 1.5
+        assert peak < size * 0.75
 
     @EACH_KIND
     def test_expansion_is_bounded_exactly(self, a, suffix, monkeypatch):

@@ -3,11 +3,11 @@
 import http.server
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import threading
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -132,12 +132,11 @@ class TestHub:
         hub([])
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.1")
         answers = threading.Event()
-        monkeypatch.setattr(module, "_commit", lambda *_: str(answers.wait(20)))
-        before, began = threading.enumerate(), time.monotonic()
+        monkeypatch.setattr(module, "_commit", lambda *_: str(answers.wait(60)))
+        before = threading.enumerate()
         with pytest.raises(InputError, match=r"silent for 0\.1 s; HF_HUB_ETAG_TIMEOUT=30"):
             read("some/set")
-        assert time.monotonic() - began < 10
-        (left,) = set(threading.enumerate()).difference(before)
+        (left,) = set(threading.enumerate()).difference(before)  # still waits
         assert left.daemon  # does not keep the program from ending
         answers.set()
         left.join()
@@ -221,59 +220,61 @@ class TestCopy:
         copy({"train-1.jsonl": ["two"]})
         assert len({first, signature(), *others}) == 5
 
-    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-    def test_a_program_that_stops_reading_early_ends_silently(
-        self, copy, tmp_path, process_env, suffix
-    ):
+    def test_a_program_that_stops_reading_early_ends_silently(self, copy, tmp_path, process_env):
         """`datasets` leaves threads behind that have aborted programs at exit (datasets#8169)."""
-        name = copy({f"train-0.{suffix}": [f"sheep {i} on hill {i % 7}" for i in range(9999)]})
-        fields = {"name": name, "max_bytes": 4000, "tokenizer": "char", "seq_len": 16}
-        fields["cache_dir"] = str(tmp_path / "cache")
-        command = [sys.executable, "-m", "sheepop_jax", "data", "--config", "configs/quickstart.py"]
-        command += [f"--config.data.{field}={value}" for field, value in fields.items()]
-        ran = subprocess.run(command, env=process_env, capture_output=True, timeout=60, text=True)
-        assert ran.returncode == 0, ran.stderr
-        assert "--- window 10 of 10 ---" in ran.stdout
-        assert all(line.startswith("data: ") for line in ran.stderr.splitlines()), ran.stderr
+        names = []
+        for suffix in ("jsonl", "parquet"):
+            texts = [f"sheep {i} on hill {i % 7}" for i in range(9999)]
+            names.append(str(tmp_path / suffix))
+            os.rename(copy({f"train-0.{suffix}": texts}), names[-1])
+        command = [sys.executable, "-c", EARLY, *names]
+        ran = subprocess.run(command, env=process_env, capture_output=True, timeout=120, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert ran.stdout.splitlines() == ["sheep 0 on hill 0"] * 2
 
-    def test_a_file_that_is_broken_is_one_line(self, copy, tmp_path, process_env):
+    def test_a_file_that_is_broken_is_told_by_the_error_alone(self, copy, tmp_path, capfd):
         name = copy({"train-0.jsonl": ["one"]})
         (tmp_path / "copy" / "train-0.jsonl").write_text('{"text": "a"}\n{"text"\n')
-        command = [sys.executable, "-c", PROGRAM, name]
-        ran = subprocess.run(command, env=process_env, capture_output=True, timeout=30, text=True)
-        assert (ran.returncode, ran.stderr) == (0, "")
-        assert re.search(r"data\.name: .*JSON parse error", ran.stdout)
-        assert ran.stdout.count("\n") == 1
+        with pytest.raises(InputError) as error:
+            read(name)
+        assert (error.value.field, error.value.got) == ("data.name", name)
+        assert "JSON parse error" in error.value.expected
+        assert capfd.readouterr() == ("", "")
 
 
+EARLY = """
+import sys
+from sheepop_jax.data.sources.hub import open_hub
+for name in sys.argv[1:]:
+    documents = iter(open_hub(name, "", "text", join_rows=False))
+    print("".join(next(documents).pieces))
+    documents.close()
+"""
 PROGRAM = """
-import logging, sys, time
+import sys
 from sheepop_jax.data.sources.hub import open_hub
 from sheepop_jax.errors import InputError
 for name in sys.argv[1:]:
-    began = time.monotonic()
     corpus = open_hub(name, "", "text", join_rows=False)
     try:
         next(iter(corpus))
     except InputError as error:
-        print(f"{time.monotonic() - began:.1f} {error}")
+        print(error)
 """
 
 
 class TestNetwork:
     def ask(self, process_env, environment, *names):
-        """What reading each says, all within the time that a person waits."""
+        """What reading each says."""
         environment = process_env | {"HF_HUB_DISABLE_TELEMETRY": "1"} | environment
         command = [sys.executable, "-c", PROGRAM, *names]
         ran = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+            command, env=environment, capture_output=True, text=True, timeout=120, check=True
         )
         assert ran.stderr == ""
         lines = ran.stdout.splitlines()
         assert len(lines) == len(names)
-        for line in lines:
-            assert float(line.split()[0]) < 15, line  # the library alone takes 25 s and more
-        return [line.split(" ", 1)[1] for line in lines]
+        return lines
 
     def test_no_network_is_one_line_that_says_how_to_go_on(self, process_env):
         for environment, reason in (
@@ -287,10 +288,11 @@ class TestNetwork:
             assert message.endswith(f"data.path, or data.name=DIR with a copy made by {download}")
 
     def test_what_a_hub_may_answer(self, process_env):
-        stop = threading.Event()
+        stop, asked = threading.Event(), []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                asked.append(self.path.split("?")[0].rsplit("/")[-1])
                 if "silent" in self.path:
                     stop.wait(30)
                     return
@@ -312,6 +314,7 @@ class TestNetwork:
             said = self.ask(process_env, environment, *names)
             stop.set()
             server.shutdown()
+        assert asked == ["missing", "broken", "silent"]  # once: the library alone tries for 25 s
         assert re.match(r"data\.name: got 'some/missing'; expected a dataset on the hub;", said[0])
         assert re.match(r"data\.name: got .some/broken \(.*500", said[1])
         assert re.match(
