@@ -24,12 +24,13 @@ read a corpus, hold out a part, train the tokenizer and write the token shards t
 use; then print what is in them, and windows chosen at random, to look at"""
 DATA_EPILOG = """\
 Every field of configs/base.py can be set as --config.section.field=value. train.py does the same
-work by itself; this command is for large corpora, for several processes, and for a look.
+work by itself; this command prepares a large corpus ahead of a run, and shows what is in one.
+--process_index and --process_count let a launcher start it in several processes: whichever comes
+first prepares, the others wait for it and report the same shards. They do not share the work.
 
 examples:
   python -m sheepop_jax data --config configs/base.py --config.data.path=corpus.jsonl
-  python -m sheepop_jax data --config configs/wikitext103.py --verify
-  python -m sheepop_jax data --config configs/base.py --process_index 0 --process_count 2"""
+  python -m sheepop_jax data --config configs/wikitext103.py --verify"""
 
 
 PLAN = """\
@@ -65,7 +66,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         type=int,
         default=1,
         metavar="N",
-        help="processes, on one or several hosts, that share the cache directory and the work",
+        help="processes that share data.cache_dir: one prepares, the others wait (default 1)",
     )
     data.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
 

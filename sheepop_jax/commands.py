@@ -31,7 +31,7 @@ def data(flags: argparse.Namespace, overrides: list[str]) -> None:
     from sheepop_jax.data.report import describe, random_windows
     from sheepop_jax.data.shards import verify_shards
 
-    prepared = prepare(config.data, flags.process_index, flags.process_count)
+    prepared = prepare(config.data)
     if flags.verify:
         files = verify_shards(prepared.directory, prepared.manifest)
         print(f"{prepared.directory}: {files} files are what the manifest says", file=sys.stderr)

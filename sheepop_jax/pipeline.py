@@ -14,6 +14,7 @@ from sheepop_jax import processes
 from sheepop_jax.config import Config
 from sheepop_jax.data.batches import Layout, TrainBatches
 from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.shards import PreparedData, open_shards
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
@@ -67,7 +68,7 @@ def train(
     with contextlib.ExitStack() as held:
         processes.decided(lambda: held.enter_context(WorkdirLock(directory)))
         processes.decided(lambda: check_run(directory, config))
-        data = prepare(config.data, processes.index(), processes.count(), stop.check)
+        data = _prepared(config, stop)
         stop.check()
         if config.train.sample_tokens:
             _check_prompt(config, data.tokenizer)
@@ -116,6 +117,23 @@ def train(
                 data.gzip_bits_per_byte,
             )
         return result
+
+
+def _prepared(config: Config, stop: StopSignal) -> PreparedData:
+    """The token shards: the first process prepares them, the others wait and open them."""
+    made: list[PreparedData] = []
+
+    def directory() -> str:
+        made.append(prepare(config.data, stop.check))
+        return str(made[0].directory)
+
+    shards = Path(processes.decided(directory))
+    if made:
+        return made[0]
+    if not shards.is_dir():
+        got = f"{shards}, which process {processes.index()} does not find"
+        raise InputError("data.cache_dir", got, "a directory that all processes share")
+    return open_shards(shards)
 
 
 def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transformer:

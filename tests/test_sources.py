@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import sqlite3
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 
 import train as program
 from sheepop_jax import __main__ as tools
-from sheepop_jax import pipeline
+from sheepop_jax import pipeline, processes
 from sheepop_jax.data.prepare import prepare
 from sheepop_jax.data.tokenizer import train_char
+from sheepop_jax.errors import InputError
 from sheepop_jax.run import open_run
 from sheepop_jax.runtime import Runtime
+from sheepop_jax.training.stop import StopSignal
 from tests.data.sources.test_pdf import pdf
 from tests.data.sources.test_sql import server  # noqa: F401  a fixture: a real PostgreSQL
 
@@ -156,6 +159,53 @@ def test_a_run_is_given_batches_of_a_mixture(config, tmp_path, monkeypatch):
     texts = [run.tokenizer.decode(row) for row in rows]
     assert 0 < sum("goat" in text for text in texts) < sum("sheep" in text for text in texts)
     assert [s["weight"] for s in run.held_out().manifest["sources"]] == [0.25, 0.75]
+
+
+class TestSeveralProcesses:
+    """Each played by this one: what the first one sends is what the other gets."""
+
+    @pytest.fixture
+    def shards(self, config, tmp_path, monkeypatch):
+        """`shards(of)`: what process `of` of two trains on."""
+        (tmp_path / "source").mkdir()
+        made = config(as_files(tmp_path / "source"))
+        sent = []
+        monkeypatch.setattr(processes, "_count", 2)
+
+        def exchange(content):
+            if processes.first():
+                sent.append(content)
+            return sent[-1]
+
+        def shards(of):
+            monkeypatch.setattr(processes, "_index", of)
+            monkeypatch.setattr(processes, "_from_first", exchange)
+            return pipeline._prepared(made, StopSignal())
+
+        return shards
+
+    def test_the_others_open_what_the_first_one_prepared(self, shards, monkeypatch):
+        first = shards(0)
+        monkeypatch.setattr(pipeline, "prepare", None)
+        other = shards(1)
+        assert (other.directory, other.identity) == (first.directory, first.identity)
+
+    def test_they_fail_as_the_first_one_does(self, shards, monkeypatch):
+        def refuse(config, check):
+            raise InputError("data.path", "a", "b")
+
+        monkeypatch.setattr(pipeline, "prepare", refuse)
+        for process in (0, 1):
+            with pytest.raises(InputError) as error:
+                shards(process)
+            assert error.value.field == "data.path"
+
+    def test_a_cache_that_is_not_shared_is_an_error(self, shards):
+        shutil.rmtree(shards(0).directory)
+        with pytest.raises(InputError) as error:
+            shards(1)
+        assert error.value.field == "data.cache_dir"
+        assert error.value.expected == "a directory that all processes share"
 
 
 def words(kind, root, tmp_path):

@@ -1,7 +1,6 @@
 """The tokens of a spool, unit by unit; a unit is there whole or not at all.
 
-So interrupted work goes on where it stopped, and several processes share it without speaking to
-each other: whoever encodes a unit gets the same bytes.
+Interrupted work resumes with the first unit that is missing, and comes to the same bytes.
 
     train-00007.bin, validation-00007.bin   token ids, little endian, of unit 7
     unit-00007.json                         their counts and SHA-256; written last
@@ -11,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -31,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 SIDES = ("train", "validation")
 _UNIT_BYTES = 2**26  # of text; some 15 s of work for two cores
-_TAKE_OVER_SECONDS = 120.0  # without news from the other processes, their units are encoded here
 
 
 class Unit(NamedTuple):
@@ -67,51 +64,27 @@ def encode_units(
     spool: Spool,
     split: Split,
     tokenizer: Tokenizer,
-    process_index: int = 0,
-    process_count: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Makes those units that are not in `directory` yet; gives the entries of all, in order.
-
-    With several processes each makes its share; what the others do not deliver it makes too.
 
     Raises:
         InputError: a text has a character that the tokenizer does not know.
         OSError: the directory has no room, or is gone since another process finished it.
     """
     todo = units(spool)
-    done = sum(unit.stop - unit.start for unit in todo if _entry(directory, unit) is not None)
+    done = sum(unit.stop - unit.start for unit in todo if _marker(directory, unit).exists())
     if done:
         logger.info("data: %.0f MB were encoded before; going on", done / 1e6)
     with Progress("data: encoding", spool.num_bytes - done, check) as progress:
         for unit in todo:
-            if unit.number % process_count == process_index and _entry(directory, unit) is None:
+            if not _marker(directory, unit).exists():
                 _encode_unit(directory, unit, spool, split, tokenizer, progress)
-        news = time.monotonic()
-        missing = [unit for unit in todo if _entry(directory, unit) is None]
-        while missing:
-            time.sleep(0.2)
-            check()
-            left = [unit for unit in missing if _entry(directory, unit) is None]
-            if len(left) < len(missing):
-                news = time.monotonic()
-            elif time.monotonic() - news > _TAKE_OVER_SECONDS:
-                unit = left.pop(process_index % len(left))  # the others take another
-                logger.warning("data: unit %d is overdue; encoding it here", unit.number)
-                _encode_unit(directory, unit, spool, split, tokenizer, progress)
-            missing = left
     return [json.loads(_marker(directory, unit).read_text(encoding="utf-8")) for unit in todo]
 
 
 def _marker(directory: Path, unit: Unit) -> Path:
     return directory / f"unit-{unit.number:05d}.json"
-
-
-def _entry(directory: Path, unit: Unit) -> Path | None:
-    if not directory.is_dir():
-        raise FileNotFoundError(2, "No such directory", str(directory))
-    path = _marker(directory, unit)
-    return path if path.exists() else None
 
 
 def _encode_unit(

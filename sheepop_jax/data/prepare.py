@@ -27,18 +27,14 @@ from sheepop_jax.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def prepare(
-    config: DataConfig,
-    process_index: int = 0,
-    process_count: int = 1,
-    check: Callable[[], None] = lambda: None,
-) -> PreparedData:
-    """Gives the token shards of the configured sources, from the cache if nothing has changed.
+def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> PreparedData:
+    """Returns the token shards of the configured sources, from the cache if nothing has changed.
+
+    Of several processes that prepare the same text at once, one does the work under a lock; the
+    others wait for the lock and find the shards. If that one dies, the next resumes its work.
 
     Args:
         config: the sources, the split, the tokenizer and the cache directory.
-        process_index: with several processes that share the cache directory, which one this is.
-        process_count: how many share the work.
         check: called often; may raise to leave. The units that are done are kept.
 
     Raises:
@@ -55,7 +51,7 @@ def prepare(
     cache = Cache(cache_dir(config), state, known=all(signatures))
     work = _Preparation(config, sources, given, cache, check)
     with cache.writable():
-        data = work.run(process_index, process_count)
+        data = work.run()
         try:
             _require_windows(config, data)
         except InputError:
@@ -126,7 +122,7 @@ class _Preparation:
         self._cache, self._check = cache, check
         self.built = False
 
-    def run(self, process_index: int, process_count: int) -> PreparedData:
+    def run(self) -> PreparedData:
         """Reads, splits, learns, encodes: each only if it is not done yet."""
         cache = self._cache
         if known := self._recall():  # no lock: the cache may be one that is only read
@@ -141,18 +137,12 @@ class _Preparation:
             pending = cache.tokens(directory.name)
             if directory.exists():
                 return self._reuse(directory, spool.directory, pending)
-            with self._nothing_left_of(spool.directory, pending):
-                split = choose_split(spool, self._config.val_split, self._config.val_fraction)
-                pending.mkdir(exist_ok=True)
-                tokenizer = self._tokenizer(pending / "tokenizer.json", spool, split)
-        try:
-            with self._nothing_left_of(spool.directory, pending):
-                units = encode_units(
-                    pending, spool, split, tokenizer, process_index, process_count, self._check
-                )
-            with cache.lock(self._check):
-                if directory.exists():
-                    return self._reuse(directory, spool.directory, pending)
+            try:
+                with self._nothing_left_of(spool.directory, pending):
+                    split = choose_split(spool, self._config.val_split, self._config.val_fraction)
+                    pending.mkdir(exist_ok=True)
+                    tokenizer = self._tokenizer(pending / "tokenizer.json", spool, split)
+                    units = encode_units(pending, spool, split, tokenizer, self._check)
                 manifest = make_manifest(
                     spool,
                     split,
@@ -164,15 +154,15 @@ class _Preparation:
                 )
                 write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
                 os.replace(pending, directory)
-        except OSError:
-            if directory.exists():  # another process has finished it meanwhile
-                return self._reuse(directory, spool.directory, pending)
-            if pending.exists():
-                raise
-            return self.run(process_index, process_count)  # another has given up, and says why
-        self.built = True
-        logger.info("data: token shards written to %s", directory)
-        return self._open(directory, spool.directory)
+                self.built = True
+                logger.info("data: token shards written to %s", directory)
+                return self._open(directory, spool.directory)
+            except OSError:  # another process prepared the same text from elsewhere
+                if directory.exists():
+                    return self._reuse(directory, spool.directory, pending)
+                if pending.exists():
+                    raise
+        return self.run()  # it has deleted the work, since the input is bad; and says why
 
     def _recall(self) -> Path | None:
         """The shards, if they are there and it is known without reading the text."""

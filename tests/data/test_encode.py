@@ -1,7 +1,6 @@
 """Units: how a spool is cut, and that cutting changes no token."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,7 +179,7 @@ def test_a_directory_that_is_gone_is_an_error(spool_of, tmp_path):
     spool = spool_of(["abc" * 30])
     split = choose_split(spool, "tail", 0.1)
     with pytest.raises(FileNotFoundError, match="a"):
-        encode_units(tmp_path / "a", spool, split, BPE, process_index=1, process_count=2)
+        encode_units(tmp_path / "a", spool, split, BPE)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(spool_of, tmp_path):
@@ -197,44 +196,6 @@ def test_the_narrowest_type_is_taken():
     for size, dtype in ((4, "<u2"), (2**16, "<u2"), (2**16 + 1, "<u4")):
         tokenizer.vocab_size = size
         assert encode.dtype_of(tokenizer) == dtype
-
-
-def test_survivors_wait_once_and_then_take_different_units_over(spool_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_UNIT_BYTES", 100)
-    spool = spool_of([TEXT * 30])
-    split = choose_split(spool, "tail", 0.1)
-    slept, firsts = [], []
-    clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
-    monkeypatch.setattr(encode, "time", clock)
-    inner = encode._encode_unit
-    for index in range(3):
-        made = []
-
-        def note(directory, unit, *rest, made=made):
-            made.append(unit.number)
-            inner(directory, unit, *rest)
-
-        monkeypatch.setattr(encode, "_encode_unit", note)
-        slept.clear()
-        encoded(tmp_path / f"{index}", spool, split, BPE, process_index=index, process_count=4)
-        own = list(range(index, len(made), 4))
-        assert made[: len(own)] == own
-        assert sorted(made) == list(range(len(units(spool))))
-        assert 120 < sum(slept) < 120 + 0.3 * len(made)
-        firsts.append(made[len(own)])
-    assert len(set(firsts)) == 3
-
-
-def test_waiting_for_others_can_be_given_up(spool_of, tmp_path):
-    spool = spool_of(["abc" * 30])
-    split = choose_split(spool, "tail", 0.1)
-    (tmp_path / "a").mkdir()
-
-    def stop():
-        raise LookupError
-
-    with pytest.raises(LookupError):
-        encode_units(tmp_path / "a", spool, split, BPE, 1, 2, stop)
 
 
 def test_text_is_held_in_memory_by_the_piece(spool_of, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Several processes that want the same shards."""
 
 import contextlib
+import json
 import logging
 import shutil
 
 import pytest
 
+from sheepop_jax import __main__ as tools
 from sheepop_jax.data import cache, encode
 from sheepop_jax.data import prepare as module
 from sheepop_jax.data.prepare import prepare
@@ -24,7 +26,7 @@ def test_several_at_once_end_with_the_same_shards(config, tmp_path, undisturbed)
     assert content_of(made) == content_of(undisturbed.directory)
 
 
-@pytest.mark.parametrize("place", ["write_spool", "train_bpe", "make_manifest"])
+@pytest.mark.parametrize("place", ["write_spool", "train_bpe", "encode_units", "make_manifest"])
 def test_one_that_waits_can_give_up(config, place, caplog, monkeypatch):
     """In whatever phase the first one is."""
     inner = getattr(module, place)
@@ -117,3 +119,15 @@ def test_a_lock_that_was_deleted_meanwhile_is_made_anew(tmp_path, monkeypatch):
         assert second._lock.exists()
         with pytest.raises(LookupError), third.lock(refuse):
             pass
+
+
+def test_any_process_of_the_command_prepares_and_reports_the_same(config, tmp_path, capsys):
+    fields = {"path": tmp_path / "text", "cache_dir": tmp_path / "cache", "seq_len": 13}
+    words = ["data", "--config", "configs/base.py", "--json", "--config.data.tokenizer=char"]
+    words += [f"--config.data.{name}={value}" for name, value in fields.items()]
+    reports = []
+    for index in (1, 0):  # also if the first one never comes
+        tools.main([*words, "--process_index", str(index), "--process_count", "2"])
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]
+    assert reports[0]["sources"][0]["documents_read"] == 31
