@@ -35,6 +35,7 @@ def test_one_that_waits_can_give_up(config, place, caplog, monkeypatch):
         raise LookupError
 
     def meanwhile(*arguments, **named):
+        monkeypatch.setattr(module, place, inner)
         with caplog.at_level(logging.INFO, "sheepop_jax"), pytest.raises(LookupError):
             prepare(config(), check=stop)
         return inner(*arguments, **named)
