@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sheepop_jax.cli import (
+from sheepop_jax.cli.common import (
     DTYPE_HELP,
     PLATFORM_HELP,
     Parser,
@@ -14,16 +14,16 @@ from sheepop_jax.cli import (
     command,
     leave_on_interrupt,
 )
-from sheepop_jax.config import DTYPES, PLATFORMS
+from sheepop_jax.config.schema import DTYPES, PLATFORMS
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.request import (
+from sheepop_jax.formatting import printable
+from sheepop_jax.generation.requests import (
     DEFAULT_MAX_NEW_TOKENS,
     SamplingConfig,
     new_token_limit,
     resolve_context,
     truncate_left,
 )
-from sheepop_jax.readable import printable
 
 log = logging.getLogger("sheepop_jax.sample")
 
@@ -141,12 +141,12 @@ def sample(flags: argparse.Namespace) -> None:
     """
     sampling, texts = check(flags), read_prompts(flags)
 
-    from sheepop_jax import runtime
+    from sheepop_jax.runtime import platform
 
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
 
-    from sheepop_jax.generation.decode import generate
-    from sheepop_jax.run import open_run
+    from sheepop_jax.checkpoint.run import open_run
+    from sheepop_jax.generation.engine import generate
 
     run = open_run(flags.ckpt)
     tokenizer, trained = run.tokenizer, run.config.data.seq_len

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sheepop_jax import processes
-from sheepop_jax.cli import Parser, command, load_config
+from sheepop_jax.cli.common import Parser, command, load_config
+from sheepop_jax.runtime import distributed
 
 EPILOG = """\
 examples:
@@ -48,28 +48,28 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     flags, overrides = parse(argv)
-    with processes.leaving_at_once(), command(flags.debug):
-        member = processes.Membership(
+    with distributed.leaving_at_once(), command(flags.debug):
+        member = distributed.DistributedConfig(
             flags.coordinator_address, flags.num_processes, flags.process_id
         )
         config = load_config(flags.config, overrides)
         workdir = flags.workdir or Path("runs") / Path(flags.config).stem
-        from sheepop_jax.training.stop import EXIT_STOPPED, StopRequested, StopSignal
+        from sheepop_jax.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 
         stop = StopSignal().install()
-        from sheepop_jax import runtime
+        from sheepop_jax.runtime import platform
 
-        machine = runtime.prepare(config.train.platform, member)
+        machine = platform.prepare(config.train.platform, member)
         from sheepop_jax.pipeline import train
 
         try:
             figures = train(config, workdir, machine, stop)
         except StopRequested:
-            if processes.first():
+            if distributed.is_main_process():
                 print("stopped; the same command goes on from there", file=sys.stderr)
             return EXIT_STOPPED
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        if processes.first():
+        if distributed.is_main_process():
             print(f"{workdir}: {shown or 'no figures: the run is beyond its last step'}")
     return 0
 

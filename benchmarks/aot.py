@@ -55,7 +55,7 @@ def main() -> None:
     flags, overrides = made.parse_known_args()
     os.environ.update(ALONE)
     # After the environment is set, since it decides what jax sees.
-    from sheepop_jax.cli import load_config
+    from sheepop_jax.cli.common import load_config
     from sheepop_jax.errors import InputError
 
     platform = "cuda" if flags.target_config else "tpu"
@@ -90,9 +90,10 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     import jax.numpy as jnp
     import numpy as np
 
-    from sheepop_jax.config import MeshConfig
+    from sheepop_jax.config.schema import MeshConfig
     from sheepop_jax.data.batch import Batch
     from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.loss import chunk_elements
     from sheepop_jax.model.partitioning import (
         batch_sharding,
         check_mesh,
@@ -101,7 +102,6 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     )
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.communication import bytes_sent
-    from sheepop_jax.training.loss import chunk_elements
     from sheepop_jax.training.memory import abstract_state, estimate_memory
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
     from sheepop_jax.training.step import jit_step, make_train_step

@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # After the path is set, so that it runs from anywhere.
-from sheepop_jax import runtime
-from sheepop_jax.cli import load_config
+from sheepop_jax.cli.common import load_config
+from sheepop_jax.runtime import platform
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,13 +31,13 @@ def main() -> None:
     parser.add_argument("--platform", default="cpu")
     flags = parser.parse_args()
     config = load_config(flags.config, [])
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
 
     import jax
     import jax.numpy as jnp
 
+    from sheepop_jax.checkpoint.checkpoints import Checkpoints
     from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.checkpoint import Checkpoints
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
     from sheepop_jax.training.step import init_state, jit_init
 

@@ -102,7 +102,7 @@ def prepare(flags: argparse.Namespace) -> dict[str, float]:
     import logging
     import shutil
 
-    from sheepop_jax.data.prepare import prepare as run
+    from sheepop_jax.data.preprocess.prepare import prepare as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     shutil.rmtree(flags.workdir / "cache", ignore_errors=True)
@@ -126,10 +126,10 @@ def compare(flags: argparse.Namespace) -> dict[str, float]:
 
     import datasets
 
-    from sheepop_jax.data.corpus import open_corpus
-    from sheepop_jax.data.encode import encode_units
-    from sheepop_jax.data.split import choose_split
-    from sheepop_jax.data.spool import write_spool
+    from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
+    from sheepop_jax.data.preprocess.encode import encode_units
+    from sheepop_jax.data.preprocess.split import choose_split
+    from sheepop_jax.data.sources.corpus import open_corpus
 
     datasets.disable_progress_bars()
     tokenizer = prepared(flags).tokenizer
@@ -161,7 +161,7 @@ def compare(flags: argparse.Namespace) -> dict[str, float]:
         read = Path(name) / "spool"
         read.mkdir()
         with contextlib.redirect_stderr(io.StringIO()):
-            spool = write_spool(read, [(p, open_corpus(p.config)) for p in config.parts])
+            spool = write_corpus_store(read, [(p, open_corpus(p.config)) for p in config.parts])
         split = choose_split(spool, "auto", 0.1)
         rows = datasets.Dataset.from_dict({"text": texts})
         for turn in range(ROUNDS):
@@ -178,11 +178,11 @@ def compare(flags: argparse.Namespace) -> dict[str, float]:
 
 def load(flags: argparse.Namespace) -> dict[str, float]:
     """Batches on one core, and by how much they let memory grow."""
-    from sheepop_jax.data.batches import Layout, TrainBatches
+    from sheepop_jax.data.loader import PackingConfig, TrainBatches
 
     data = prepared(flags)
     before = peak()
-    layout = Layout(WINDOW, data.tokenizer.end_of_text)
+    layout = PackingConfig(WINDOW, data.tokenizer.end_of_text)
     batches = TrainBatches(data.train, layout, seed=1, accum=1, batch_size=BATCH)
     steps = min(batches.steps_per_epoch, 4000)
     start = time.perf_counter()
@@ -200,7 +200,7 @@ def load(flags: argparse.Namespace) -> dict[str, float]:
 def data_config(flags: argparse.Namespace):
     """The corpus, by a BPE of its own."""
     from configs.base import get_config
-    from sheepop_jax.config import Config
+    from sheepop_jax.config.schema import Config
 
     config = get_config()
     config.data.path = str(flags.workdir / "text")

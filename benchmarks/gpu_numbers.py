@@ -17,7 +17,7 @@ from benchmarks.lib.flags import parser
 from benchmarks.lib.ours import model_config
 from benchmarks.lib.report import publish
 from benchmarks.lib.shapes import SHAPES
-from sheepop_jax import runtime
+from sheepop_jax.runtime import platform
 
 LOSS, GRADIENT = 2e-3, 3e-2  # relative: a few of bf16's steps of 2^-8
 
@@ -27,15 +27,15 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--shape", choices=SHAPES, default="base")
     flags = made.parse_args()
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
 
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.loss import chunk_length, cross_entropy_sum
     from sheepop_jax.model.transformer import Transformer, output_embedding
-    from sheepop_jax.training.loss import chunk_length, cross_entropy_sum
     from sheepop_jax.training.step import init_params, jit_init
 
     shape = dataclasses.replace(SHAPES[flags.shape], batch=2)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # After the path is set, so that it runs from anywhere.
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
-from sheepop_jax import runtime
-from sheepop_jax.cli import load_config
+from sheepop_jax.cli.common import load_config
+from sheepop_jax.runtime import platform
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ def main() -> None:
     made.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
     made.add_argument("--steps", type=int, default=300)
     flags = made.parse_args()
-    runtime.prepare(flags.platform)
+    platform.prepare(flags.platform)
     seconds: dict[str, list[float]] = {"bare step": [], "trainer": []}
     for turn in range(flags.turns + 1):
         for name, measure in (("bare step", bare), ("trainer", trained)):
@@ -57,11 +57,11 @@ def make_job(path: str, steps: int, directory: str) -> Any:
     """The job that train.py would make, but for evaluation and samples."""
     import jax
 
-    from sheepop_jax.data.batches import Layout, TrainBatches
-    from sheepop_jax.data.prepare import prepare
+    from sheepop_jax.data.loader import PackingConfig, TrainBatches
+    from sheepop_jax.data.preprocess.prepare import prepare
     from sheepop_jax.model.partitioning import make_mesh
     from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.trainer import Job
+    from sheepop_jax.training.loop import Job
 
     every = ("train.eval_every", "checkpoint.save_every", "optimizer.warmup_steps")
     overrides = [f"--config.train.num_steps={steps}", *(f"--config.{name}=0" for name in every)]
@@ -75,7 +75,7 @@ def make_job(path: str, steps: int, directory: str) -> Any:
         mesh=make_mesh(config.mesh, jax.devices()),
         batches=TrainBatches(
             data.train,
-            Layout.of(config.data, data.tokenizer.end_of_text),
+            PackingConfig.of(config.data, data.tokenizer.end_of_text),
             seed=config.seed,
             accum=train.grad_accum_steps,
             batch_size=train.batch_size,
@@ -91,9 +91,9 @@ def make_job(path: str, steps: int, directory: str) -> Any:
 
 def trained(path: str, steps: int) -> float:
     """Seconds a step by the trainer's own clock, as it stands in metrics.jsonl."""
+    from sheepop_jax.training.loop import fit
     from sheepop_jax.training.metrics import read_metrics
-    from sheepop_jax.training.stop import StopSignal
-    from sheepop_jax.training.trainer import fit
+    from sheepop_jax.training.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as directory:
         fit(make_job(path, steps, directory), StopSignal())

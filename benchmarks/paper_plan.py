@@ -15,11 +15,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # After the path is set, so that it runs from anywhere.
-from sheepop_jax import runtime
-from sheepop_jax.cli import load_config
+from sheepop_jax.cli.common import load_config
 from sheepop_jax.model.attention import choose_implementation
 from sheepop_jax.model.partitioning import abstract_mesh, check_mesh
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.runtime import platform
 from sheepop_jax.training.plan import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def link(row: Row, axis: str) -> str:
 def figures(row: Row) -> Figures:
     """Plans a row; nothing is computed."""
     config = load_config(str(ROOT / CONFIG), row.overrides)
-    machine = runtime.imagine(row.device, row.devices)
+    machine = platform.imagine(row.device, row.devices)
     dtype = machine.compute_dtype(config.train.dtype)
     heads = config.model.head_dim, config.model.attention_dropout
     implementation = choose_implementation(machine.platform, dtype, *heads)

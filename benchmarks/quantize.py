@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
 from configs import base
-from sheepop_jax import runtime
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
+from sheepop_jax.runtime import platform
 
 VOCAB, PROMPT, NEW = 50257, 16, 128
 INT8 = " + int8"
@@ -29,10 +29,10 @@ def main() -> None:
     made = parser(__doc__, turns=9)
     made.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     flags = made.parse_args()
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
     import numpy as np
 
-    from sheepop_jax.generation.bench import cached_program
+    from sheepop_jax.generation.benchmark import cached_program
     from sheepop_jax.model.quantize import quantized
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.step import init_params, jit_init

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from sheepop_jax import commands
-from sheepop_jax.cli import DTYPE_HELP, PLATFORM_HELP, Parser, command, leave_on_interrupt
-from sheepop_jax.config import DTYPES, PLATFORMS
+from sheepop_jax.cli.common import DTYPE_HELP, PLATFORM_HELP, Parser, command, leave_on_interrupt
+from sheepop_jax.config.schema import DTYPES, PLATFORMS
 
 EPILOG = """\
 examples:

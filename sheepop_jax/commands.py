@@ -6,10 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from sheepop_jax.cli import checked_step, load_config
-from sheepop_jax.config import Config
+from sheepop_jax.cli.common import checked_step, load_config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError, RunFailed
-from sheepop_jax.readable import printable
+from sheepop_jax.formatting import printable
 
 _CHARACTERS = 256  # of a text, where nothing says how many
 
@@ -26,9 +26,9 @@ def data(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.windows < 0:
         raise InputError("--windows", flags.windows, "at least 0")
     config = load_config(flags.config, overrides)
-    from sheepop_jax.data.batches import Layout
-    from sheepop_jax.data.prepare import prepare
-    from sheepop_jax.data.report import describe, random_windows
+    from sheepop_jax.data.loader import PackingConfig
+    from sheepop_jax.data.preprocess.prepare import prepare
+    from sheepop_jax.data.preprocess.report import describe, random_windows
     from sheepop_jax.data.shards import verify_shards
 
     prepared = prepare(config.data)
@@ -38,7 +38,7 @@ def data(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.json:
         print(json.dumps(prepared.manifest))
         return
-    layout = Layout.of(config.data, prepared.tokenizer.end_of_text)
+    layout = PackingConfig.of(config.data, prepared.tokenizer.end_of_text)
     print(describe(prepared, layout, config.seed))
     for number, text in enumerate(
         random_windows(prepared, layout, config.seed, flags.windows), start=1
@@ -60,12 +60,12 @@ def plan(flags: argparse.Namespace, overrides: list[str]) -> None:
     if not 0 < flags.mfu <= 1:
         raise InputError("--mfu", flags.mfu, "a number in (0, 1]")
     config = load_config(flags.config, overrides)
-    from sheepop_jax import runtime
+    from sheepop_jax.runtime import platform
 
     if flags.device:
-        machine = runtime.imagine(flags.device, flags.devices or 1)
+        machine = platform.imagine(flags.device, flags.devices or 1)
     else:
-        machine = runtime.prepare(config.train.platform)
+        machine = platform.prepare(config.train.platform)
         if flags.devices:
             machine = machine.with_devices(flags.devices)
     from sheepop_jax.model.partitioning import abstract_mesh, check_mesh
@@ -108,14 +108,14 @@ def evaluate(flags: argparse.Namespace) -> None:
     if flags.batch_size < 1:
         raise InputError("--batch_size", flags.batch_size, "at least 1")
     wanted = checked_step(flags.step)
-    from sheepop_jax import runtime
+    from sheepop_jax.runtime import platform
 
-    machine = runtime.prepare(flags.platform)
-    from sheepop_jax.data.batches import Layout
+    machine = platform.prepare(flags.platform)
+    from sheepop_jax.checkpoint.run import open_run
+    from sheepop_jax.data.loader import PackingConfig
     from sheepop_jax.data.stream import TokenStream, encode_text
     from sheepop_jax.evaluation import compression_figures, evaluate_stream
-    from sheepop_jax.generation.request import resolve_context
-    from sheepop_jax.run import open_run
+    from sheepop_jax.generation.requests import resolve_context
 
     run = open_run(flags.ckpt)
     seq_len = run.config.data.seq_len
@@ -135,7 +135,7 @@ def evaluate(flags: argparse.Namespace) -> None:
         compressed = compression_figures(text.encode())
     params, step = run.params(wanted, flags.quantize)
     model = run.model(machine.compute_dtype(flags.dtype))
-    layout = replace(Layout.of(run.config.data, run.tokenizer.end_of_text), seq_len=seq_len)
+    layout = replace(PackingConfig.of(run.config.data, run.tokenizer.end_of_text), seq_len=seq_len)
     figures = evaluate_stream(
         model,
         params,
@@ -173,13 +173,13 @@ def bench(flags: argparse.Namespace) -> None:
         InputError: the run or a flag is wrong.
     """
     wanted = checked_step(flags.step)
-    from sheepop_jax import runtime
+    from sheepop_jax.runtime import platform
 
-    machine = runtime.prepare(flags.platform)
-    from sheepop_jax.generation.bench import benchmark
-    from sheepop_jax.generation.bench_report import format_table, write_results
-    from sheepop_jax.generation.request import resolve_context
-    from sheepop_jax.run import open_run
+    machine = platform.prepare(flags.platform)
+    from sheepop_jax.checkpoint.run import open_run
+    from sheepop_jax.generation.benchmark import benchmark
+    from sheepop_jax.generation.benchmark_report import format_table, write_results
+    from sheepop_jax.generation.requests import resolve_context
 
     run = open_run(flags.ckpt)
     context = resolve_context(run.config.model, flags.context)
@@ -221,8 +221,8 @@ def checkpoints(flags: argparse.Namespace) -> None:
         InputError: not a run, a step that is not there, or no whole checkpoint would be left.
         RunFailed: with --verify, one of them is damaged.
     """
-    from sheepop_jax.run import WorkdirLock, open_run
-    from sheepop_jax.training.inventory import delete, inventory, keep_only, table
+    from sheepop_jax.checkpoint.inventory import delete, inventory, keep_only, table
+    from sheepop_jax.checkpoint.run import WorkdirLock, open_run
 
     run = open_run(flags.ckpt)
     if flags.delete or flags.keep:
@@ -238,6 +238,6 @@ def checkpoints(flags: argparse.Namespace) -> None:
             print(json.dumps(item.to_dict()))
     else:
         print(table(items, verified=flags.verify))
-    damaged = sum(bool(item.damage) and not item.set_aside for item in items)
+    damaged = sum(bool(item.damage) and not item.quarantine for item in items)
     if flags.verify and damaged:
         raise RunFailed(f"{damaged} of {len(run.checkpoints.steps())} checkpoints are damaged")

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from sheepop_jax.data.batch import Batch
-from sheepop_jax.data.batches import EvaluationBatches, Layout
+from sheepop_jax.data.loader import EvaluationBatches, PackingConfig
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.model.partitioning import summed_over
+from sheepop_jax.model.loss import EvaluationSums, chunk_length, evaluation_sums
+from sheepop_jax.model.partitioning import sum_over_replicas
 from sheepop_jax.model.transformer import Transformer, output_embedding
-from sheepop_jax.training.loss import EvaluationSums, chunk_length, evaluation_sums
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def _batch_sums(model: Transformer, params: Any, batch: Batch) -> EvaluationSums
         )
 
     def over_fsdp(embedding_VD: Any, rows: tuple[jax.Array, ...]) -> EvaluationSums:
-        return summed_over("fsdp", sums, embedding_VD, rows, row_axis=0)
+        return sum_over_replicas("fsdp", sums, embedding_VD, rows, row_axis=0)
 
     rows = hidden_BTD, targets_BT, weights_BT
-    return summed_over("data", over_fsdp, output_embedding(params), rows, row_axis=0)
+    return sum_over_replicas("data", over_fsdp, output_embedding(params), rows, row_axis=0)
 
 
 def evaluate(
@@ -110,7 +110,7 @@ def evaluate_stream(
     model: Transformer,
     params: Any,
     stream: TokenStream,
-    layout: Layout,
+    layout: PackingConfig,
     *,
     batch_size: int,
     overlap: int = 0,

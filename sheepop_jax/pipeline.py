@@ -10,29 +10,29 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from sheepop_jax import processes
-from sheepop_jax.config import Config
-from sheepop_jax.data.batches import Layout, TrainBatches
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.checkpoint.run import WorkdirLock, check_run, create_run
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.loader import PackingConfig, TrainBatches
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.shards import PreparedData, open_shards
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import evaluate_stream
-from sheepop_jax.generation.decode import generate
-from sheepop_jax.generation.request import SamplingConfig
-from sheepop_jax.malloc import settle_memory
+from sheepop_jax.generation.engine import generate
+from sheepop_jax.generation.requests import SamplingConfig
 from sheepop_jax.model.attention import choose_implementation
+from sheepop_jax.model.loss import chunk_elements
 from sheepop_jax.model.partitioning import check_mesh, global_batch, make_mesh, own_rows
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.run import WorkdirLock, check_run, create_run
-from sheepop_jax.runtime import Runtime
-from sheepop_jax.training.loss import chunk_elements
+from sheepop_jax.runtime import distributed
+from sheepop_jax.runtime.allocator import tune_allocator
+from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.training.loop import Job, fit
 from sheepop_jax.training.memory import explain
 from sheepop_jax.training.plan import Plan, make_plan
 from sheepop_jax.training.plan_report import summary
-from sheepop_jax.training.stop import StopSignal
-from sheepop_jax.training.trainer import Job, fit
+from sheepop_jax.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +66,15 @@ def train(
     mesh = make_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
     with contextlib.ExitStack() as held:
-        processes.decided(lambda: held.enter_context(WorkdirLock(directory)))
-        processes.decided(lambda: check_run(directory, config))
+        distributed.broadcast_from_main(lambda: held.enter_context(WorkdirLock(directory)))
+        distributed.broadcast_from_main(lambda: check_run(directory, config))
         data = _prepared(config, stop)
         stop.check()
         if config.train.sample_tokens:
             _check_prompt(config, data.tokenizer)
-        processes.decided(lambda: create_run(directory, config, data))
+        distributed.broadcast_from_main(lambda: create_run(directory, config, data))
         model = build_model(config, data.tokenizer.vocab_size, machine)
-        layout = Layout.of(config.data, data.tokenizer.end_of_text)
+        layout = PackingConfig.of(config.data, data.tokenizer.end_of_text)
         batches = TrainBatches(
             data.train,
             layout,
@@ -102,12 +102,12 @@ def train(
             sample=_sampler(config, data.tokenizer, model) if config.train.sample_tokens else None,
             peak_flops=machine.peak_flops,
             chunk_elements=chunk_elements(machine.platform),
-            on_compiled=settle_memory,
+            on_compiled=tune_allocator,
         )
         try:
             result = fit(job, stop)
         except jax.errors.JaxRuntimeError as error:
-            if explained := explain(error, plan.memory) or processes.explain(error):
+            if explained := explain(error, plan.memory) or distributed.explain(error):
                 raise explained from error
             raise
         if result and data.lossless:
@@ -127,11 +127,11 @@ def _prepared(config: Config, stop: StopSignal) -> PreparedData:
         made.append(prepare(config.data, stop.check))
         return str(made[0].directory)
 
-    shards = Path(processes.decided(directory))
+    shards = Path(distributed.broadcast_from_main(directory))
     if made:
         return made[0]
     if not shards.is_dir():
-        got = f"{shards}, which process {processes.index()} does not find"
+        got = f"{shards}, which process {distributed.index()} does not find"
         raise InputError("data.cache_dir", got, "a directory that all processes share")
     return open_shards(shards)
 
@@ -203,7 +203,7 @@ def _evaluator(
     config: Config,
     held_out: TokenStream,
     model: Transformer,
-    layout: Layout,
+    layout: PackingConfig,
     mesh: Mesh,
     stop: StopSignal,
 ) -> Callable[[Any], dict[str, float]]:
@@ -219,7 +219,7 @@ def _evaluator(
             batch_size=batch_size,
             max_batches=config.train.eval_batches,
             rows=own_rows(mesh, batch_size),
-            show=processes.first(),
+            show=distributed.is_main_process(),
             put=partial(global_batch, mesh, batch_size, 0),
             check=stop.check,
         ).to_dict()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from sheepop_jax.config import Config
-from sheepop_jax.runtime import xla_flags
+from sheepop_jax.config.schema import Config
+from sheepop_jax.runtime.platform import xla_flags
 
 # None of these imports brings jax. Flags stand before the user's own, so that the user's win.
 _OUTSIDE = dict(os.environ)
@@ -134,12 +134,12 @@ def run_program(
     import sample
     import train
     from sheepop_jax import __main__ as tools
-    from sheepop_jax import runtime
-    from sheepop_jax.training.stop import StopSignal
+    from sheepop_jax.runtime import platform
+    from sheepop_jax.training.signals import StopSignal
     from tests.tiny import MACHINE
 
     mains = {"train": train.main, "sample": sample.main, "tools": tools.main}
-    monkeypatch.setattr(runtime, "prepare", lambda *asked: MACHINE)
+    monkeypatch.setattr(platform, "prepare", lambda *asked: MACHINE)
     monkeypatch.setattr(StopSignal, "install", lambda self: self)
 
     def run(program: str, words: list[str]) -> tuple[Any, str, str, BaseException | None]:

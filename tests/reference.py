@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.config import ModelConfig
+from sheepop_jax.config.schema import ModelConfig
 
 
 def logits(params: Mapping[str, Any], config: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:

@@ -19,13 +19,13 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax": set(),  # the package's own __init__: importing it must stay free
     "sheepop_jax.errors": set(),
     "sheepop_jax.faults": set(),
-    "sheepop_jax.readable": set(),
-    "sheepop_jax.rules": set(),
-    "sheepop_jax.data_config": {"rules"},
-    "sheepop_jax.config": {"data_config", "rules"},
-    "sheepop_jax.processes": set(),
-    "sheepop_jax.malloc": set(),
-    "sheepop_jax.runtime": {"malloc", "processes"},
+    "sheepop_jax.formatting": set(),
+    "sheepop_jax.config.validation": set(),
+    "sheepop_jax.config.data": {"rules"},
+    "sheepop_jax.config.schema": {"data_config", "rules"},
+    "sheepop_jax.runtime.distributed": set(),
+    "sheepop_jax.runtime.allocator": set(),
+    "sheepop_jax.runtime.platform": {"malloc", "processes"},
     "sheepop_jax.data": {"data", "data_config"},
     "sheepop_jax.model": {"config", "model"},
     "sheepop_jax.training": {
@@ -39,9 +39,9 @@ ARROWS: dict[str, set[str]] = {
     },
     "sheepop_jax.generation": {"config", "model", "generation"},
     "sheepop_jax.evaluation": {"config", "data", "model", "training.loss"},
-    "sheepop_jax.run": {"config", "data", "faults", "model", "training"},
+    "sheepop_jax.checkpoint.run": {"config", "data", "faults", "model", "training"},
     "sheepop_jax.pipeline": LIBRARY,
-    "sheepop_jax.cli": {"config"},
+    "sheepop_jax.cli.common": {"config"},
     "sheepop_jax.commands": LIBRARY | {"cli", "pipeline"},
     "sheepop_jax.__main__": {"cli", "commands", "config"},
     "train": LIBRARY | {"cli", "pipeline"},
@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
 }
 
 PROGRAMS = ("train", "sample", "sheepop_jax.__main__", "sheepop_jax.commands")
-COMMAND_LINE = (*PROGRAMS, "sheepop_jax.cli", "configs")
+COMMAND_LINE = (*PROGRAMS, "sheepop_jax.cli.common", "configs")
 # Every room but errors, config, data and the command line. The data are numpy's.
 WITH_JAX = tuple(
     f"sheepop_jax.{room}"
@@ -71,7 +71,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "absl": COMMAND_LINE,
     "argparse": COMMAND_LINE,
     "ml_collections": COMMAND_LINE,
-    "orbax": ("sheepop_jax.training.storage",),
+    "orbax": ("sheepop_jax.checkpoint.storage",),
     "jax": (*PROGRAMS, *WITH_JAX),
     "flax": WITH_JAX,
     "optax": ("sheepop_jax.training",),
@@ -89,7 +89,7 @@ DYNAMIC_IMPORTS = ("__import__", "import_module", "importlib.import_module")
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a file: sheepop_jax/data/batches.py → sheepop_jax.data.batches."""
+    """The dotted name of a file: sheepop_jax/data/loader.py → sheepop_jax.data.loader."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -108,7 +108,7 @@ def inside(name: str, room: str) -> bool:
 def imports(name: str, tree: ast.AST, modules: set[str]) -> set[str]:
     """Every dotted name that a module imports, functions' own imports and TYPE_CHECKING included.
 
-    `from sheepop_jax import runtime` counts as `sheepop_jax.runtime` where that is a module, and
+    `from sheepop_jax import runtime` counts as `sheepop_jax.runtime.platform` where that is a module, and
     as `sheepop_jax` where it is a name in the package itself.
     """
     found = set()

@@ -147,7 +147,7 @@ def test_a_full_device_is_one_line(
     def full(*arguments: Any, **options: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: allocating 9 bytes.\nat")
 
-    monkeypatch.setattr("sheepop_jax.generation.decode.generate", full)
+    monkeypatch.setattr("sheepop_jax.generation.engine.generate", full)
     code, out, err, _ = run_program("sample", ["--ckpt", str(tiny_root / "run")])
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]

@@ -7,8 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sheepop_jax.config import Config
-from sheepop_jax.data_config import SOURCE_FIELDS, DataConfig
+from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig
+from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from configs import base
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 from tests.test_config import flat, with_value
 from tests.tiny import SAYS, overrides, tiny

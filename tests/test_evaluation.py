@@ -8,18 +8,18 @@ import pytest
 
 from sheepop_jax import evaluation
 from sheepop_jax.data.batch import Batch
-from sheepop_jax.data.batches import Layout
+from sheepop_jax.data.loader import PackingConfig
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.evaluation import compression_figures, evaluate, evaluate_stream
+from sheepop_jax.model.loss import EvaluationSums
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.loss import EvaluationSums
-from sheepop_jax.training.stop import StopRequested
+from sheepop_jax.training.signals import StopRequested
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 VOCAB = 101
 END_OF_TEXT = 0
-LAYOUT = Layout(13, END_OF_TEXT)
+LAYOUT = PackingConfig(13, END_OF_TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,11 @@ def test_a_masked_stream_is_its_documents_one_by_one(small_config, trained):
         seen.extend((array.shape, array.dtype) for array in batch)
         return batch
 
-    masked = Layout(13, END_OF_TEXT, document_mask=True)  # one window holds them all
+    masked = PackingConfig(13, END_OF_TEXT, document_mask=True)  # one window holds them all
     found = evaluate_stream(model, params, stream, masked, batch_size=3, put=put)
     assert seen == [((3, 13), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)]
     alone = evaluate_stream(
-        model, params, stream, Layout(13, END_OF_TEXT, "one_per_window"), batch_size=3
+        model, params, stream, PackingConfig(13, END_OF_TEXT, "one_per_window"), batch_size=3
     )
     for figures in (found, alone):
         assert figures.tokens == len(tokens) - 1

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 import train
 from configs import base
-from sheepop_jax import pipeline, runtime
-from sheepop_jax.cli import load_config
-from sheepop_jax.config import Config
+from sheepop_jax import pipeline
+from sheepop_jax.cli.common import load_config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.runtime import platform
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import init_state, make_train_step
 from tests.test_config import flat
@@ -196,8 +197,8 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         return {}
 
     monkeypatch.setattr(pipeline, "train", note)
-    monkeypatch.setattr(runtime, "prepare", lambda *asked: None)
-    monkeypatch.setattr("sheepop_jax.training.stop.StopSignal.install", lambda self: self)
+    monkeypatch.setattr(platform, "prepare", lambda *asked: None)
+    monkeypatch.setattr("sheepop_jax.training.signals.StopSignal.install", lambda self: self)
     return trained
 
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import train
-from sheepop_jax.cli import load_config
-from sheepop_jax.training.stop import EXIT_STOPPED
+from sheepop_jax.cli.common import load_config
+from sheepop_jax.training.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))

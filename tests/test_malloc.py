@@ -2,7 +2,7 @@
 
 import pytest
 
-from sheepop_jax import malloc
+from sheepop_jax.runtime import allocator
 
 
 @pytest.mark.parametrize(("flops", "settled"), [(399.0, False), (400.0, True)])
@@ -16,8 +16,8 @@ def test_freed_memory_is_given_back_where_steps_are_long_for_their_memory(
             self.mallopt = lambda parameter, value: calls.append((parameter, value))
             self.malloc_trim = lambda keep: calls.append(keep)
 
-    monkeypatch.setattr(malloc.ctypes, "CDLL", Library)
-    malloc.settle_memory(1e6 * flops, 1_000_000)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", Library)
+    allocator.tune_allocator(1e6 * flops, 1_000_000)
     assert calls == ([(-4, 1 << 16), (-3, 1 << 25), 0] if settled else [])
 
 
@@ -26,5 +26,5 @@ def test_memory_is_left_alone_without_glibc(monkeypatch, error):
     def missing(name):
         raise error
 
-    monkeypatch.setattr(malloc.ctypes, "CDLL", missing)
-    malloc.settle_memory(1e12, 1)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", missing)
+    allocator.tune_allocator(1e12, 1)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import train
-from sheepop_jax import processes
-from sheepop_jax.config import MeshConfig
+from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
-from sheepop_jax.processes import ALONE, Membership, join
+from sheepop_jax.runtime import distributed
+from sheepop_jax.runtime.distributed import ALONE, DistributedConfig, join
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -38,7 +38,7 @@ def asked(monkeypatch):
     """What jax.distributed is asked for, in place of its doing it."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
-    monkeypatch.setattr(processes, "_leave_stdout_to_results", lambda: None)
+    monkeypatch.setattr(distributed, "_leave_stdout_to_results", lambda: None)
     before = jax.config.jax_enable_preemption_service
     yield calls
     jax.config.update("jax_enable_preemption_service", before)
@@ -60,7 +60,7 @@ def asked(monkeypatch):
 )
 def test_flags_that_do_not_fit_together_are_refused(given, field, got):
     with pytest.raises(InputError) as error:
-        Membership(*given)
+        DistributedConfig(*given)
     assert (error.value.field, error.value.got) == (field, got)
 
 
@@ -72,11 +72,11 @@ def test_the_command_refuses_them_before_jax_starts(capsys):
     assert capsys.readouterr().err.startswith("error: processes: ")
 
 
-@pytest.mark.parametrize("one", [ALONE, Membership("host:1", 1, 0)])
+@pytest.mark.parametrize("one", [ALONE, DistributedConfig("host:1", 1, 0)])
 def test_a_process_alone_asks_nobody(asked, one):
     join(one)
     assert asked == []
-    assert (processes.count(), processes.index(), processes.first()) == (1, 0, True)
+    assert (distributed.count(), distributed.index(), distributed.is_main_process()) == (1, 0, True)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_process_alone_asks_nobody(asked, one):
     ],
 )
 def test_on_a_loopback_address_the_coordinator_is_bound_to_it(asked, address, bound):
-    join(Membership(address, 2, 1))
+    join(DistributedConfig(address, 2, 1))
     [options] = asked
     assert options["coordinator_address"] == address
     assert options["coordinator_bind_address"] == bound
@@ -123,7 +123,7 @@ def test_a_launcher_of_several_is_noticed(asked, monkeypatch, env, joins):
 
 
 def test_auto_leaves_everything_to_jax(asked):
-    join(Membership("auto"))
+    join(DistributedConfig("auto"))
     names = ("coordinator_address", "num_processes", "process_id", "cluster_detection_method")
     assert [asked[0][name] for name in names] == [None] * 4
 
@@ -158,33 +158,35 @@ def test_who_is_not_found_is_one_line(asked, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
     with pytest.raises(InputError) as error:
-        join(Membership("h:1", 2, 1))
+        join(DistributedConfig("h:1", 2, 1))
     assert (error.value.field, error.value.got) == ("--coordinator_address", "h:1")
     assert "nobody there" in error.value.expected
 
 
 def test_what_goes_round_is_json(monkeypatch):
     """Played by one process: what it sends is what it gets."""
-    monkeypatch.setattr(processes, "_count", 2)
+    monkeypatch.setattr(distributed, "_count", 2)
     sent = []
-    monkeypatch.setattr(processes, "_from_first", lambda content: sent.append(content) or content)
-    assert processes.decided(lambda: {"step": 4, "best": float("inf")})["best"] == np.inf
+    monkeypatch.setattr(distributed, "_from_first", lambda content: sent.append(content) or content)
+    assert (
+        distributed.broadcast_from_main(lambda: {"step": 4, "best": float("inf")})["best"] == np.inf
+    )
     assert json.loads(sent[0])["value"]["step"] == 4
 
     def refuses():
         raise InputError("a", 1, "2", "3")
 
     with pytest.raises(InputError) as error:
-        processes.decided(refuses)
+        distributed.broadcast_from_main(refuses)
     assert str(error.value) == str(InputError("a", 1, "2", "3"))
 
 
 def test_an_answer_comes_one_question_later(monkeypatch):
     mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices())
-    alone = processes.Agreement(mesh)
+    alone = distributed.Agreement(mesh)
     assert [alone(yes) for yes in (False, True, False)] == [False, True, False]
-    monkeypatch.setattr(processes, "_count", 2)
-    asks = processes.Agreement(mesh)
+    monkeypatch.setattr(distributed, "_count", 2)
+    asks = distributed.Agreement(mesh)
     assert [asks(yes) for yes in (False, True, False, False)] == [False, False, True, False]
 
 
@@ -193,4 +195,4 @@ def test_what_jax_may_take_away_is_there():
     from jax.experimental import multihost_utils
 
     assert int(multihost_utils.broadcast_one_to_all(np.int32(7))) == 7
-    assert processes._from_first(b"content") == b"content"
+    assert distributed._from_first(b"content") == b"content"

@@ -14,8 +14,9 @@ import pytest
 import sample
 import train
 from sheepop_jax import __main__ as tools
-from sheepop_jax import cli, runtime
+from sheepop_jax.cli import common
 from sheepop_jax.errors import InputError
+from sheepop_jax.runtime import platform
 from tests.test_docs import ROOT, documents
 from tests.tiny import MACHINE, TEXT, TINY, one_device, overrides
 
@@ -80,7 +81,7 @@ def test_a_command_has_known_flags_and_fields(shown: str, monkeypatch: pytest.Mo
     flags, fields = train.parse(words) if program == "train.py" else tools.parse(words)
     if "config" in flags:
         try:
-            cli.load_config(flags.config, fields)
+            common.load_config(flags.config, fields)
         except InputError as error:
             assert not error.field.startswith("--config"), error
 
@@ -100,7 +101,7 @@ def from_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patched, one_device():
         patched.chdir(place)
-        patched.setattr(runtime, "prepare", lambda *asked: MACHINE)
+        patched.setattr(platform, "prepare", lambda *asked: MACHINE)
         for path in (ROOT / "configs").glob("*.py"):
             module: Any = importlib.import_module(f"configs.{path.stem}")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sheepop_jax import runtime
+from sheepop_jax.runtime import platform
 
 FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
 ALL_VERSIONS = [
@@ -23,22 +23,22 @@ ALL_VERSIONS = [
 # What only a new process shows: prepare's flags come before jax, and a platform is chosen once.
 FRESH = """
 import json
-from sheepop_jax import runtime
+from sheepop_jax.runtime import platform
 from sheepop_jax.errors import InputError
 from jax.extend import backend
 
 errors = {}
 for platform in ("tpu", "cuda"):
     try:
-        runtime.prepare(platform)
+        platform.prepare(platform)
     except InputError as error:
         errors[platform] = [error.field, error.got]
     backend.clear_backends()
 
 checks = []
-runtime.DEVICES = (("cpu", 3.0, 5.0),)
-runtime.check_numbers = lambda: checks.append("checked")
-machine = runtime.prepare("cpu")
+platform.DEVICES = (("cpu", 3.0, 5.0),)
+platform.check_numbers = lambda: checks.append("checked")
+machine = platform.prepare("cpu")
 import jax, jax.numpy as jnp, numpy as np
 rows = np.random.default_rng(0).standard_normal((32769, 3)).astype(np.float32)
 found = jax.jit(jax.vmap(lambda r: jnp.sum((jnp.eye(3) @ r) ** 2)))(rows)
@@ -55,7 +55,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """What `runtime.prepare` did in a process without the flags that the tests set themselves."""
+    """What `platform.prepare` did in a process without the flags that the tests set themselves."""
     cache = tmp_path_factory.mktemp("cache")
     kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     environment = {
@@ -79,11 +79,11 @@ def test_the_known_wrong_case_comes_out_right_in_a_fresh_process(fresh):
 
 
 def test_wrong_numbers_are_noticed(monkeypatch):
-    runtime.check_numbers()
+    platform.check_numbers()
     right = jnp.sum
     monkeypatch.setattr(jnp, "sum", lambda x: 1.001 * right(x))
     with pytest.raises(RuntimeError, match="wrong numbers"):
-        runtime.check_numbers()
+        platform.check_numbers()
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_wrong_numbers_are_noticed(monkeypatch):
     ],
 )
 def test_flags_by_version(jaxlib, flags):
-    assert runtime.xla_flags(jaxlib) == flags
+    assert platform.xla_flags(jaxlib) == flags
 
 
 def test_the_users_flags_are_kept_and_win(monkeypatch):
     others = " ".join(ALL_VERSIONS)
-    monkeypatch.setattr(runtime, "version", lambda name: "0.12.0.1")
+    monkeypatch.setattr(platform, "version", lambda name: "0.12.0.1")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    runtime._set_xla_flags()
+    platform._set_xla_flags()
     assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {FUSIONS}=dot,individual_dot {others}"
     monkeypatch.setenv("XLA_FLAGS", f"{FUSIONS}=none")
-    runtime._set_xla_flags()
+    platform._set_xla_flags()
     assert os.environ["XLA_FLAGS"] == f"{FUSIONS}=none {others}"
 
 
@@ -128,18 +128,18 @@ def test_a_missing_platform_is_an_error_not_a_silent_cpu(fresh, platform):
 
 @pytest.fixture
 def prepare(monkeypatch):
-    """`runtime.prepare` in this process, whose settings stay as they are."""
-    monkeypatch.setattr(runtime, "_set_xla_flags", lambda: None)
-    monkeypatch.setattr(runtime, "_use_compile_cache", lambda jax: None)
-    monkeypatch.setattr(runtime.malloc, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(runtime, "check_numbers", lambda: None)
-    return runtime.prepare
+    """`platform.prepare` in this process, whose settings stay as they are."""
+    monkeypatch.setattr(platform, "_set_xla_flags", lambda: None)
+    monkeypatch.setattr(platform, "_use_compile_cache", lambda jax: None)
+    monkeypatch.setattr(platform.malloc, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(platform, "check_numbers", lambda: None)
+    return platform.prepare
 
 
 def test_dtypes_by_platform(caplog):
-    cpu = runtime.Runtime("cpu", "cpu", 1, 0.0)
-    gpu = runtime.Runtime("cuda", "H100", 1, 989e12)
-    old = runtime.imagine("T4", 1)
+    cpu = platform.Runtime("cpu", "cpu", 1, 0.0)
+    gpu = platform.Runtime("cuda", "H100", 1, 989e12)
+    old = platform.imagine("T4", 1)
     names = ("auto", "float32", "bfloat16")
     assert [cpu.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
     assert [gpu.compute_dtype(name).name for name in names] == ["bfloat16", "float32", "bfloat16"]
@@ -166,12 +166,12 @@ def test_the_generation_by_compute_capability(monkeypatch, prepare, platform, ca
 
 
 def test_the_generation_of_cards_that_are_not_here():
-    kinds = [name for name, _, _ in runtime.DEVICES]
-    without = [kind for kind in kinds if not runtime.imagine(kind, 1).ampere]
+    kinds = [name for name, _, _ in platform.DEVICES]
+    without = [kind for kind in kinds if not platform.imagine(kind, 1).ampere]
     assert without == [kind for kind in kinds if "V100" in kind or kind == "T4"]
-    assert not runtime.imagine("Tesla T4", 1).ampere  # as jax calls it
-    assert runtime.known_figures("NVIDIA T400 4GB") == (0, 0)
-    assert runtime.known_figures("NVIDIA GH200 480GB")[1] == 96e9
+    assert not platform.imagine("Tesla T4", 1).ampere  # as jax calls it
+    assert platform.known_figures("NVIDIA T400 4GB") == (0, 0)
+    assert platform.known_figures("NVIDIA GH200 480GB")[1] == 96e9
 
 
 @pytest.mark.parametrize(("platform", "warned"), [("auto", True), ("cpu", False)])

@@ -69,8 +69,8 @@ def test_debug_raises_what_is_otherwise_one_line() -> None:
 
 
 LONG = """
-from sheepop_jax import cli
-cli.leave_on_interrupt()
+from sheepop_jax.cli import common
+common.leave_on_interrupt()
 import jax
 
 def count(carry):

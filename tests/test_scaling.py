@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import paper_plan
 from sheepop_jax import __main__ as tools
-from sheepop_jax import cli
+from sheepop_jax.cli import common
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/scaling.md").read_text()
@@ -38,7 +38,7 @@ def test_every_row_has_its_command():
 def test_commands_have_known_flags_and_fields(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags, overrides = tools.parse(shlex.split(words))
-    cli.load_config(flags.config, overrides)
+    common.load_config(flags.config, overrides)
 
 
 def test_bandwidths_are_those_of_the_text():

@@ -12,13 +12,14 @@ import pytest
 
 import train as program
 from sheepop_jax import __main__ as tools
-from sheepop_jax import pipeline, processes
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax import pipeline
+from sheepop_jax.checkpoint.run import open_run
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.tokenizer import train_char
 from sheepop_jax.errors import InputError
-from sheepop_jax.run import open_run
-from sheepop_jax.runtime import Runtime
-from sheepop_jax.training.stop import StopSignal
+from sheepop_jax.runtime import distributed
+from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.training.signals import StopSignal
 from tests.data.sources.test_pdf import pdf
 from tests.data.sources.test_sql import server  # noqa: F401  a fixture: a real PostgreSQL
 
@@ -170,16 +171,16 @@ class TestSeveralProcesses:
         (tmp_path / "source").mkdir()
         made = config(as_files(tmp_path / "source"))
         sent = []
-        monkeypatch.setattr(processes, "_count", 2)
+        monkeypatch.setattr(distributed, "_count", 2)
 
         def exchange(content):
-            if processes.first():
+            if distributed.is_main_process():
                 sent.append(content)
             return sent[-1]
 
         def shards(of):
-            monkeypatch.setattr(processes, "_index", of)
-            monkeypatch.setattr(processes, "_from_first", exchange)
+            monkeypatch.setattr(distributed, "_index", of)
+            monkeypatch.setattr(distributed, "_from_first", exchange)
             return pipeline._prepared(made, StopSignal())
 
         return shards

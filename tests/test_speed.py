@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from sheepop_jax.pipeline import train
-from sheepop_jax.runtime import Runtime
+from sheepop_jax.runtime.platform import Runtime
 
 ROOT = Path(__file__).parent.parent
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"

@@ -17,11 +17,11 @@ import pytest
 import sample
 import train
 from sheepop_jax import __main__ as tools
-from sheepop_jax import runtime
-from sheepop_jax.cli import command
+from sheepop_jax.cli.common import command
 from sheepop_jax.errors import InputError
-from sheepop_jax.runtime import Runtime
-from sheepop_jax.training.stop import StopSignal
+from sheepop_jax.runtime import platform
+from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.training.signals import StopSignal
 from tests.faults.harness import (
     FINISHED_BEFORE,
     ROOT,
@@ -60,7 +60,7 @@ def call(monkeypatch, capsys):
     first = jax.devices()[:1]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jax, "devices", lambda: first)
-    monkeypatch.setattr(runtime, "prepare", lambda *asked: Runtime("cpu", "cpu", 1, 0.0))
+    monkeypatch.setattr(platform, "prepare", lambda *asked: Runtime("cpu", "cpu", 1, 0.0))
     monkeypatch.setattr(StopSignal, "install", lambda self: self)
 
     def call(main, *words):
@@ -213,7 +213,7 @@ def test_each_error_has_its_line_and_its_exit_code(capsys, error, code, shown):
 
 
 def test_a_reader_that_is_gone_is_no_error():
-    program = "from sheepop_jax.cli import command\nwith command(False):\n    raise BrokenPipeError"
+    program = "from sheepop_jax.cli.common import command\nwith command(False):\n    raise BrokenPipeError"
     result = run("-c", program)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

@@ -8,10 +8,10 @@ from unittest import mock
 
 from configs import base
 from sheepop_jax import pipeline
-from sheepop_jax.config import Config
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.model.partitioning import make_mesh
-from sheepop_jax.runtime import Runtime
+from sheepop_jax.runtime.platform import Runtime
 
 MACHINE = Runtime("cpu", "cpu", 8, 0.0)
 TINY: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.runtime import known_figures
+from sheepop_jax.runtime.platform import known_figures
 
 
 def measure(dtype: str = "float32") -> dict[str, float]:

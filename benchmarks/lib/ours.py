@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.lib.contest import first_tokens, serve
 from benchmarks.lib.shapes import SHAPES, Shape
-from sheepop_jax import runtime
-from sheepop_jax.config import ModelConfig, OptimizerConfig
-from sheepop_jax.malloc import settle_memory
+from sheepop_jax.config.schema import ModelConfig, OptimizerConfig
+from sheepop_jax.runtime import platform
+from sheepop_jax.runtime.allocator import tune_allocator
 
 SIZES = [field.name for field in dataclasses.fields(Shape)]
 Work = tuple[Callable[[], Any], dict[str, Any]]
@@ -61,15 +61,15 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     if flags.devices > 1:
         count = f"--xla_force_host_platform_device_count={flags.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
     import jax
 
-    from sheepop_jax.config import MeshConfig
+    from sheepop_jax.config.schema import MeshConfig
     from sheepop_jax.data.batch import Batch
     from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.loss import chunk_elements
     from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shardings
     from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.loss import chunk_elements
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
     from sheepop_jax.training.step import (
         boxed_shapes,
@@ -116,7 +116,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
         return float(metrics.loss)
 
     memory = step.memory_analysis()
-    settle_memory(shape.step_flops, memory.temp_size_in_bytes)  # as the pipeline does
+    tune_allocator(shape.step_flops, memory.temp_size_in_bytes)  # as the pipeline does
     return work, {
         "compile_s": round(compile_seconds, 1),
         "temporaries_MB": round(memory.temp_size_in_bytes / 1e6),
@@ -125,10 +125,10 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 
 def decode(shape: Shape, flags: argparse.Namespace) -> Work:
     """Greedy decoding of random prompts; a turn is one call, prompt included."""
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
 
-    from sheepop_jax.generation.decode import NO_END, generate
-    from sheepop_jax.generation.request import SamplingConfig
+    from sheepop_jax.generation.engine import NO_END, generate
+    from sheepop_jax.generation.requests import SamplingConfig
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.step import init_params, jit_init
 
@@ -156,7 +156,7 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
 
 def read(shape: Shape, flags: argparse.Namespace) -> Work:
     """Nothing but the weights' way from memory: each is read once for every new token of a row."""
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
     import jax
     import jax.numpy as jnp
 
@@ -181,13 +181,13 @@ def read(shape: Shape, flags: argparse.Namespace) -> Work:
 
 def loss(shape: Shape, flags: argparse.Namespace) -> Work:
     """Loss and its gradients, of random hidden states: in chunks, or by whole logits."""
-    machine = runtime.prepare(flags.platform)
+    machine = platform.prepare(flags.platform)
     import jax
     import jax.numpy as jnp
     import optax
 
+    from sheepop_jax.model.loss import chunk_elements, chunk_length, cross_entropy_sum
     from sheepop_jax.model.transformer import padded_vocab_size, unembed
-    from sheepop_jax.training.loss import chunk_elements, chunk_length, cross_entropy_sum
 
     rows = padded_vocab_size(shape.vocab)
     generator = np.random.default_rng(0)

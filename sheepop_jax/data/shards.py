@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.data.encode import SIDES, dtype_of
-from sheepop_jax.data.split import Split
-from sheepop_jax.data.spool import Spool
+from sheepop_jax.data.preprocess.corpus_store import CorpusStore
+from sheepop_jax.data.preprocess.encode import SIDES, dtype_of
+from sheepop_jax.data.preprocess.split import Split
 from sheepop_jax.data.stream import TokenFile, TokenStream, damaged
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.data.windows import realised_shares
@@ -58,7 +58,7 @@ class PreparedData:
 
 
 def make_manifest(
-    spool: Spool,
+    spool: CorpusStore,
     split: Split,
     tokenizer: Tokenizer,
     units: list[dict[str, Any]],

@@ -130,7 +130,7 @@ class Tokenizer:
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
-    def gives_back(self, texts: Iterable[str]) -> bool:
+    def is_lossless(self, texts: Iterable[str]) -> bool:
         """Whether decoding what it encodes gives each text again, white space at its ends aside."""
         back = ((self.decode(self.encode(text), skip_special=False), text) for text in texts)
         return all(decoded.strip() == text.strip() for decoded, text in back)

@@ -84,7 +84,7 @@ def make_windows(
     return StreamWindows(len(stream), seq_len)
 
 
-class WindowOrder:
+class MixtureSampler:
     """Which window the k-th is; k counts over all epochs.
 
     In each epoch of a source every window comes once, in an order and from an offset of its own
@@ -139,7 +139,7 @@ class WindowOrder:
 
 
 def realised_shares(weights: Sequence[float]) -> list[float]:
-    """Of all windows, what comes from each source: the weights as `WindowOrder` rounds them."""
+    """Of all windows, what comes from each source: the weights as `MixtureSampler` rounds them."""
     counts = _counts(weights)
     return [float(share) for share in counts / counts.sum()]
 

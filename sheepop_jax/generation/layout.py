@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sheepop_jax.generation.request import SamplingConfig
+from sheepop_jax.generation.requests import SamplingConfig
 
 SMALLEST_BUCKET = 16
 

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sheepop_jax.generation.request import Kind
+from sheepop_jax.generation.requests import Kind
 
 
 def sample(

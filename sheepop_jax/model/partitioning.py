@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sheepop_jax.config import Config, MeshConfig
+from sheepop_jax.config.schema import Config, MeshConfig
 from sheepop_jax.errors import InputError
 
 # The vocabulary is padded to a multiple of this: good for hardware, and `tensor` can split it.
@@ -158,7 +158,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-# Mesh axes by which `summed_over` has split the rows of what is being traced.
+# Mesh axes by which `sum_over_replicas` has split the rows of what is being traced.
 _split_by: ContextVar[tuple[str, ...]] = ContextVar("_split_by", default=())
 
 
@@ -169,7 +169,7 @@ def _in_replica(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | N
     return tuple(axis for axis in axes if axis not in _split_by.get())
 
 
-def summed_over(
+def sum_over_replicas(
     axis: str, work: Callable[[Any, Any], Any], shared: Any, rows: Any, row_axis: int
 ) -> Any:
     """Σ `work(shared, rows)` over the replicas of a mesh axis, each with its own rows.

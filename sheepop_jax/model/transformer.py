@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sheepop_jax.config import ModelConfig
+from sheepop_jax.config.schema import ModelConfig
 from sheepop_jax.model import attention as attn
 from sheepop_jax.model.dropout import dropout, fold
-from sheepop_jax.model.layer_norm import LayerNorm
+from sheepop_jax.model.norms import LayerNorm
 from sheepop_jax.model.partitioning import VOCAB_MULTIPLE, constrain
 from sheepop_jax.model.quantize import dot_general, promote_dtype
 

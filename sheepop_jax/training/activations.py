@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.model.attention import causal_share
+from sheepop_jax.model.loss import chunk_elements, chunk_length
 from sheepop_jax.model.transformer import Transformer, padded_vocab_size
-from sheepop_jax.training.loss import chunk_elements, chunk_length
 
 FP32 = 4  # bytes
 

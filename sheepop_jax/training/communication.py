@@ -10,7 +10,7 @@ all-reduce algorithms"). Which there are was read from the compiled step: on 8 C
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.memory import Shapes, held
 

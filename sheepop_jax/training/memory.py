@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import RunFailed
+from sheepop_jax.formatting import format_bytes
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.readable import readable_bytes
 from sheepop_jax.training.activations import FP32, Activations
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import boxed_shapes, init_state
@@ -59,8 +59,8 @@ class MemoryEstimate:
     def __str__(self) -> str:
         state = self.parameters + self.optimizer + self.gradients
         return (
-            f"about {readable_bytes(self.total)}: {readable_bytes(state)} of parameters, gradients "
-            f"and optimizer, {readable_bytes(self.total - state)} of activations and logits"
+            f"about {format_bytes(self.total)}: {format_bytes(state)} of parameters, gradients "
+            f"and optimizer, {format_bytes(self.total - state)} of activations and logits"
         )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sheepop_jax.config import OptimizerConfig
+from sheepop_jax.config.schema import OptimizerConfig
 
 # Matches the typical size of an AdamW update, so that one learning rate serves both (Liu et al.
 # 2025, "Muon is scalable for LLM training").

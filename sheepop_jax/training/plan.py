@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.model.partitioning import abstract_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.communication import bytes_sent

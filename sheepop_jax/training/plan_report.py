@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
+from sheepop_jax.formatting import format_bytes, format_count
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.readable import readable_bytes, readable_count
 from sheepop_jax.training.plan import Plan
 
 # The parts of a `MemoryEstimate`, in the order shown.
@@ -31,13 +31,13 @@ def describe(plan: Plan, config: Config, model: Transformer, mfu: float) -> str:
     parts = [(text, getattr(memory, name)) for name, text in PARTS.items()]
     rows = [(text, value) for text, value in parts if value]
     lines = [
-        f"{readable_count(plan.parameters)} parameters on {_devices(plan)}",
+        f"{format_count(plan.parameters)} parameters on {_devices(plan)}",
         f"vocabulary of {model.vocab_size:,}, activations in {np.dtype(model.dtype).name}, "
         f"attention by {model.implementation}, remat {config.model.remat}",
         "",
         "memory of each device",
-        *(f"  {text:48}{readable_bytes(value):>10}" for text, value in rows),
-        f"  {'most at one time':48}{readable_bytes(memory.total):>10}{_verdict(plan)}",
+        *(f"  {text:48}{format_bytes(value):>10}" for text, value in rows),
+        f"  {'most at one time':48}{format_bytes(memory.total):>10}{_verdict(plan)}",
         "",
         "one update",
         f"  {plan.tokens:,} tokens: {config.train.grad_accum_steps} microbatches of "
@@ -47,12 +47,12 @@ def describe(plan: Plan, config: Config, model: Transformer, mfu: float) -> str:
     ]
     for axis, sent in plan.sent.items():
         if sent:
-            lines.append(f"  each device sends {readable_bytes(sent)} over the mesh's {axis} axis")
+            lines.append(f"  each device sends {format_bytes(sent)} over the mesh's {axis} axis")
     if plan.fits is False:
         lines += ["", "it does not fit; what would change that"]
         for advice in plan.advice:
             fits = "fits" if advice.fits else "does not fit"
-            lines.append(f"  {advice.flags}: {readable_bytes(advice.total)}, {fits}")
+            lines.append(f"  {advice.flags}: {format_bytes(advice.total)}, {fits}")
         if not any(advice.fits for advice in plan.advice):
             lines.append(
                 "  more devices (mesh.fsdp, mesh.tensor), shorter windows, or a smaller model"
@@ -63,7 +63,7 @@ def describe(plan: Plan, config: Config, model: Transformer, mfu: float) -> str:
 def summary(plan: Plan) -> tuple[str, str]:
     """Two lines for the log at the start of a run."""
     return (
-        f"{readable_count(plan.parameters)} parameters on {_devices(plan)}; an update is "
+        f"{format_count(plan.parameters)} parameters on {_devices(plan)}; an update is "
         f"{plan.tokens:,} tokens and {plan.flops:.3g} FLOPs",
         f"each device needs {plan.memory}{_verdict(plan)}",
     )
@@ -85,6 +85,6 @@ def _time(plan: Plan, mfu: float) -> str:
     if seconds is None:
         return "time unknown: no peak is known of this device"
     return (
-        f"{seconds:.3g} s and {readable_count(plan.tokens / seconds)} tokens/s at "
+        f"{seconds:.3g} s and {format_count(plan.tokens / seconds)} tokens/s at "
         f"{mfu:.0%} MFU, of {plan.peak_flops:.4g} FLOP/s"
     )

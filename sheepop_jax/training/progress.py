@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sheepop_jax.readable import printable, readable_flops, readable_seconds
+from sheepop_jax.formatting import format_flops, format_seconds, printable
 
 
 class Progress:
@@ -34,11 +34,11 @@ class Progress:
             f"step {step}/{self._last}  loss {values['loss']:.4f}  "
             f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.2f}  "
             f"{values['tokens_per_second']:,.0f} tok/s  "
-            f"{readable_flops(values['flops_per_second'])}"
+            f"{format_flops(values['flops_per_second'])}"
         )
         if values.get("mfu") is not None:
             text += f" ({values['mfu']:.0%} MFU)"
-        self.line(f"{text}  {readable_seconds(seconds_left)} left")
+        self.line(f"{text}  {format_seconds(seconds_left)} left")
 
     def report_held_out(
         self, step: int, figures: dict[str, float], took: float, train_seconds: float

@@ -7,17 +7,17 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from sheepop_jax import processes
+from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from sheepop_jax.runtime import distributed
 from sheepop_jax.training.step import TrainState, boxed_shapes, init_state, jit_init
 
 log = logging.getLogger(__name__)
 
 
-def first_state(
+def restore_or_init(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     seed: int,
@@ -40,13 +40,13 @@ def first_state(
     boxed = boxed_shapes(model)
     shardings = state_shardings(boxed, abstract, mesh)
     target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
-    newest = processes.decided(lambda: _newest_whole(checkpoints))
+    newest = distributed.broadcast_from_main(lambda: _newest_whole(checkpoints))
     if newest is None:
         log.info("no checkpoint yet: beginning at step 0")
         return jit_init(fresh, shardings)(), shardings, {}
     state = checkpoints.restore(newest["step"], target)
     log.info("going on from step %d", newest["step"])
-    if processes.first():
+    if distributed.is_main_process():
         checkpoints.tidy()
     return state, shardings, newest["figures"]
 
@@ -57,7 +57,7 @@ def _newest_whole(checkpoints: Checkpoints) -> dict[str, Any] | None:
         try:
             return checkpoints.verify(step)
         except DamagedCheckpoint as damage:
-            aside = checkpoints.set_aside(step, damage)
+            aside = checkpoints.quarantine(step, damage)
             log.warning("checkpoint %d is damaged (%s); moved to %s", step, damage, aside)
     if checkpoints.aside():  # by this process or by one before: never a silent start from zero
         hint = "a new --workdir, or delete damaged-* there, to begin again"

@@ -14,9 +14,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sheepop_jax.data.batch import Batch
-from sheepop_jax.model.partitioning import summed_over
+from sheepop_jax.model.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy_sum
+from sheepop_jax.model.partitioning import sum_over_replicas
 from sheepop_jax.model.transformer import Transformer, output_embedding
-from sheepop_jax.training.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy_sum
 from sheepop_jax.training.optimizer import is_outlier
 
 
@@ -147,7 +147,7 @@ def make_train_step(
             return cross_entropy_sum(rows[0], embedding_VD, *rows[1:], model.vocab_size, chunk)
 
         rows = hidden_BTD, targets_BT, weights_BT
-        return summed_over("fsdp", loss, output_embedding(params), rows, row_axis=0)
+        return sum_over_replicas("fsdp", loss, output_embedding(params), rows, row_axis=0)
 
     def gradient_sums(params: Any, microbatches: tuple[Batch, Any]) -> tuple[jax.Array, Any]:
         def accumulate(sums: Any, microbatch: tuple[Batch, Any]) -> tuple[Any, None]:
@@ -168,7 +168,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys_AB = dropout_keys(state.step, *batch.inputs.shape[:2]) if drops else None
-        loss_sum, grad_sums = summed_over(
+        loss_sum, grad_sums = sum_over_replicas(
             "data", gradient_sums, state.params, (batch, keys_AB), row_axis=1
         )
         tokens = jnp.sum(batch.weights)

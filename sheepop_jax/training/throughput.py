@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 
 
 def flops_per_token(params: Any, config: Config) -> float:

@@ -5,12 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 
-from sheepop_jax.data import encode, stream
+from sheepop_jax.data import stream
 from sheepop_jax.data import tokenizer as tokenizer_module
-from sheepop_jax.data.batches import EvaluationBatches, Layout
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.loader import EvaluationBatches, PackingConfig
+from sheepop_jax.data.preprocess import encode
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.sources import paths
-from sheepop_jax.data.windows import WindowOrder
+from sheepop_jax.data.windows import MixtureSampler
 from tests.data.preparing import UNIT_BYTES
 
 WORDS = ["sheep", "grass", "hill", "and", "the", "wool\n", "  ", "r\u00e9\U0001f411"]
@@ -77,7 +78,7 @@ class Still:
 @pytest.fixture
 def unshuffled(monkeypatch):
     """Only whose turn it is counts."""
-    monkeypatch.setattr(WindowOrder, "_shuffle", lambda self, source: Still())
+    monkeypatch.setattr(MixtureSampler, "_shuffle", lambda self, source: Still())
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def documents_of():
 
     def documents(found, tokenizer):
         tokens = [int(found.read(0, 1)[0])]
-        layout = Layout(7, tokenizer.end_of_text)
+        layout = PackingConfig(7, tokenizer.end_of_text)
         for batch in EvaluationBatches(found, layout, batch_size=3, overlap=2):
             tokens += batch.targets[batch.weights > 0].tolist()
         assert tokens[0] == tokens[-1] == tokenizer.end_of_text

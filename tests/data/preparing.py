@@ -6,10 +6,10 @@ import os
 import signal
 from functools import partial
 
-from sheepop_jax.data import encode
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.config.data import DataConfig
+from sheepop_jax.data.preprocess import encode
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.sources import paths
-from sheepop_jax.data_config import DataConfig
 
 UNIT_BYTES = 700  # some ten units
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sheepop_jax.data.batches import EvaluationBatches, Layout, TrainBatches, window_order
+from sheepop_jax.data.loader import EvaluationBatches, PackingConfig, TrainBatches, window_order
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.windows import DocumentWindows
 from sheepop_jax.errors import InputError
 
 T, SEED, EOT = 7, 42, 99
-LAYOUT = Layout(T, EOT)
-PADDED = Layout(T, EOT, "one_per_window", document_mask=True)
+LAYOUT = PackingConfig(T, EOT)
+PADDED = PackingConfig(T, EOT, "one_per_window", document_mask=True)
 
 
 def stream(length: int) -> TokenStream:
@@ -126,7 +126,7 @@ def test_documents_shorter_than_a_window_are_padded():
 )
 def test_padded_batches_hold_each_target_once_in_an_epoch(lengths, seq_len, batch_size):
     found = documents(*lengths)
-    layout = Layout(seq_len, EOT, "one_per_window")
+    layout = PackingConfig(seq_len, EOT, "one_per_window")
     tokens = found.read(0, len(found))
     windows = len(DocumentWindows(found, seq_len, EOT))
     training = TrainBatches([found], layout, seed=SEED, accum=1, batch_size=1)
@@ -155,25 +155,25 @@ def test_padded_batches_hold_each_target_once_in_an_epoch(lengths, seq_len, batc
     ],
 )
 def test_segments_count_the_documents_of_a_window(tokens, expected):
-    layout = Layout(3, EOT, document_mask=True)
+    layout = PackingConfig(3, EOT, document_mask=True)
     window = np.array([[tokens, tokens[::-1]]], np.int32)
     batch = layout.batch(window, np.ones((1, 2, 3), np.float32))
     assert batch.segments.dtype == np.int32
     assert batch.segments[0, 0].tolist() == expected
     assert (batch.segments[..., 0] == 0).all()
-    assert Layout(3, EOT).batch(window, np.ones((1, 2, 3))).segments is None
+    assert PackingConfig(3, EOT).batch(window, np.ones((1, 2, 3))).segments is None
 
 
 def test_evaluation_has_segments_too():
-    layout = Layout(T, EOT, document_mask=True)
+    layout = PackingConfig(T, EOT, document_mask=True)
     (batch,) = evaluation(documents(2, 9), layout, batch_size=2)
     assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]]
 
 
 def test_a_layout_is_as_configured(make_config):
     config = make_config({"data.packing": "one_per_window", "data.document_mask": True})
-    assert Layout.of(config.data, 5) == Layout(13, 5, "one_per_window", True)
-    assert Layout.of(make_config().data, 0) == Layout(13, 0, "stream", False)
+    assert PackingConfig.of(config.data, 5) == PackingConfig(13, 5, "one_per_window", True)
+    assert PackingConfig.of(make_config().data, 0) == PackingConfig(13, 0, "stream", False)
 
 
 def test_iterating_ahead_gives_the_same_batches():

@@ -6,18 +6,18 @@ import time
 
 import pytest
 
-from sheepop_jax.data import cache, encode
-from sheepop_jax.data import prepare as module
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.preprocess import cache, encode
+from sheepop_jax.data.preprocess import prepare as module
+from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.sources import paths
-from sheepop_jax.data.spool import write_spool
 from sheepop_jax.errors import InputError
 from tests.data.preparing import names_in
 
 
 def test_is_reused_while_nothing_changes(config, monkeypatch, caplog):
     first = prepare(config())
-    monkeypatch.setattr(module, "write_spool", None)
+    monkeypatch.setattr(module, "write_corpus_store", None)
     monkeypatch.setattr(module, "encode_units", None)
     with caplog.at_level(logging.INFO, "sheepop_jax"):
         second = prepare(config(seq_len=11))  # windows are not part of the files
@@ -32,9 +32,9 @@ def test_reads_files_again_that_changed_a_moment_ago(config, monkeypatch):
 
     def count(*arguments):
         reads.append(1)
-        return write_spool(*arguments)
+        return write_corpus_store(*arguments)
 
-    monkeypatch.setattr(module, "write_spool", count)
+    monkeypatch.setattr(module, "write_corpus_store", count)
     first = prepare(config())
     monkeypatch.setattr(module, "encode_units", None)
     assert prepare(config()).identity == first.identity
@@ -46,7 +46,7 @@ def test_another_tokenizer_needs_no_other_signature(config, tmp_path, monkeypatc
     """What is remembered is the text; the shards' name has the rest."""
     first = prepare(config())
     second = prepare(config(tokenizer="char"))
-    monkeypatch.setattr(module, "write_spool", None)
+    monkeypatch.setattr(module, "write_corpus_store", None)
     assert prepare(config()).directory == first.directory
     assert prepare(config(tokenizer="char")).directory == second.directory
 
@@ -146,7 +146,7 @@ def test_text_in_use_is_not_abandoned(config, tmp_path, monkeypatch):
 
 def test_that_cannot_be_written_is_refused_before_the_text_is_read(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(module, "write_spool", None)
+    monkeypatch.setattr(module, "write_corpus_store", None)
     said = r"data\.cache_dir: got '.*file/cache \(Not a directory; \d+ MB free\).*try another"
     with pytest.raises(InputError, match=said):
         prepare(config(cache_dir=str(tmp_path / "file" / "cache")))

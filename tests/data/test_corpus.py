@@ -6,9 +6,9 @@ import sqlite3
 
 import pytest
 
-from sheepop_jax.data import corpus as module
-from sheepop_jax.data.corpus import open_corpus
+from sheepop_jax.data.sources import corpus as module
 from sheepop_jax.data.sources import paths
+from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.errors import InputError
 
 

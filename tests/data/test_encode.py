@@ -7,15 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sheepop_jax.data import encode
+from sheepop_jax.config.data import Part
 from sheepop_jax.data import tokenizer as tokenizer_module
-from sheepop_jax.data.documents import Document
-from sheepop_jax.data.encode import encode_units, units
-from sheepop_jax.data.progress import Progress
-from sheepop_jax.data.split import choose_split
-from sheepop_jax.data.spool import write_spool
+from sheepop_jax.data.preprocess import encode
+from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
+from sheepop_jax.data.preprocess.encode import encode_units, units
+from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax.data.preprocess.split import choose_split
+from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.tokenizer import train_bpe, train_char
-from sheepop_jax.data_config import Part
 from sheepop_jax.errors import InputError
 
 TEXT = "the cat's sat-mat, and the sheep ate 12 hills \n\n of  wool\r\n r\u00e9\U0001f411 "
@@ -47,7 +47,7 @@ def spool_of(tmp_path_factory, make_config):
             (Part(f"{number}", 1 / len(sources), config), Texts(*texts))
             for number, texts in enumerate(sources)
         ]
-        return write_spool(tmp_path_factory.mktemp("spool"), parts)
+        return write_corpus_store(tmp_path_factory.mktemp("spool"), parts)
 
     return make
 
@@ -200,7 +200,7 @@ def test_the_narrowest_type_is_taken():
 
 def test_text_is_held_in_memory_by_the_piece(spool_of, tmp_path, monkeypatch):
     """However long a document is, what is on its way stays bounded."""
-    monkeypatch.setattr("sheepop_jax.data.spool._BLOCK_BYTES", 500)
+    monkeypatch.setattr("sheepop_jax.data.preprocess.corpus_store._BLOCK_BYTES", 500)
     monkeypatch.setattr("sheepop_jax.data.stream._BATCH_CHARS", 500)
     monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 400)
     spool = spool_of([TEXT * 500])

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from sheepop_jax.data import encode, progress
-from sheepop_jax.data import prepare as module
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.preprocess import encode, progress
+from sheepop_jax.data.preprocess import prepare as module
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.errors import InputError
 from tests.data.preparing import content_of, killed, names_in
 
@@ -16,7 +16,7 @@ ALL = 99  # units
 # Where, and how many units are done by then.
 DEATHS = {
     "reading": (("spool", "_copy", 9, "before"), 0),
-    "read, not yet renamed": (("prepare", "write_spool", 1, "after"), 0),
+    "read, not yet renamed": (("prepare", "write_corpus_store", 1, "after"), 0),
     "before the tokenizer": (("prepare", "train_bpe", 1, "before"), 0),
     "after the tokenizer": (("prepare", "encode_units", 1, "before"), 0),
     "before the first token file": (("encode", "_Writer.close", 1, "before"), 0),
@@ -40,7 +40,7 @@ def test_a_killed_preparation_resumes_from_the_units_that_are_done(
     killed(config(), place)
     begun = death not in ("reading", "read, not yet renamed")
     if begun:  # the text is not read again, nor does a tokenizer that is there learn again
-        monkeypatch.setattr(module, "write_spool", None)
+        monkeypatch.setattr(module, "write_corpus_store", None)
         if death != "before the tokenizer":
             monkeypatch.setattr(module, "train_bpe", None)
     with caplog.at_level(logging.INFO, "sheepop_jax"):
@@ -147,7 +147,7 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(
     with monkeypatch.context() as patch:
         match phase:
             case "reading":
-                patch.setattr(module, "write_spool", full)
+                patch.setattr(module, "write_corpus_store", full)
             case "tokenizer":
                 patch.setattr(module, "write_text", full)
             case "unit":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sheepop_jax.data import prepare as module
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.preprocess import prepare as module
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.tokenizer import Tokenizer, train_char
 from sheepop_jax.errors import InputError
 from tests.data.preparing import names_in

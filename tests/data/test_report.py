@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from sheepop_jax.data.batches import Layout, window_order
-from sheepop_jax.data.prepare import prepare
-from sheepop_jax.data.report import describe, random_windows
+from sheepop_jax.data.loader import PackingConfig, window_order
+from sheepop_jax.data.preprocess.prepare import prepare
+from sheepop_jax.data.preprocess.report import describe, random_windows
 
 
 def number(text):
@@ -33,7 +33,7 @@ def test_a_table_of_the_sources(data_config, tmp_path):
     (text / "blank.txt").write_text(" ")
     (text / "picture.png").write_bytes(b"\x00")
     data = prepare(data_config())
-    layout = Layout(13, 0)
+    layout = PackingConfig(13, 0)
     report = describe(data, layout, 3)
     rows = table(data, report)
     train, held_out = rows["all", "train"], rows["all", "held out"]
@@ -68,7 +68,7 @@ def test_the_shares_of_a_mixture(data_config, tmp_path, packing, unshuffled):
         "second": {"weight": 1.0, "path": str(other)},
     }
     data = prepare(data_config(mixture=parts, val_fraction=0.2))
-    report = describe(data, Layout(13, 0, packing), 3)
+    report = describe(data, PackingConfig(13, 0, packing), 3)
     rows = table(data, report)
     assert set(rows) == {(n, s) for n in ("first", "second") for s in ("train", "held out")}
     if packing == "one_per_window":
@@ -82,7 +82,7 @@ def test_the_shares_of_a_mixture(data_config, tmp_path, packing, unshuffled):
         line = rf"{name} +{share:.2%} of the windows, seen {share * sum(windows) / own:.2f} times"
         assert re.search(line, report), (line, report)
     assert f"{sum(windows):,} windows of 13" in report
-    order = window_order(data.train, Layout(13, 0, packing), 3, data.weights)
+    order = window_order(data.train, PackingConfig(13, 0, packing), 3, data.weights)
     drawn = np.bincount([order.span(k)[0] for k in range(10_000)]) / 10_000
     assert [source["share"] for source in data.manifest["sources"]] == drawn.tolist()
 
@@ -97,7 +97,7 @@ def test_random_windows_are_windows(data_config):
     data = prepare(data_config())
     whole = data.tokenizer.decode(data.train[0].read(0, data.train_tokens), skip_special=False)
     for packing in ("stream", "one_per_window"):
-        layout = Layout(13, 0, packing)
+        layout = PackingConfig(13, 0, packing)
         shown = random_windows(data, layout, 3, 40)
         assert shown[:9] == random_windows(data, layout, 3, 9)
         assert shown[:9] != random_windows(data, layout, 4, 9)
@@ -105,4 +105,4 @@ def test_random_windows_are_windows(data_config):
         assert any("<|endoftext|>" in text for text in shown)
         for text in shown:  # a character may be cut in two at either end
             assert text.strip("\ufffd") in whole
-    assert random_windows(data, Layout(13, 0), 3, 0) == []
+    assert random_windows(data, PackingConfig(13, 0), 3, 0) == []

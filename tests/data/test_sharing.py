@@ -8,11 +8,11 @@ import shutil
 import pytest
 
 from sheepop_jax import __main__ as tools
-from sheepop_jax.data import cache, encode
-from sheepop_jax.data import prepare as module
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.data.preprocess import cache, encode
+from sheepop_jax.data.preprocess import prepare as module
+from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.sources import paths
-from sheepop_jax.data.spool import write_spool
 from tests.data.preparing import content_of, names_in, start
 
 
@@ -26,7 +26,9 @@ def test_several_at_once_end_with_the_same_shards(config, tmp_path, undisturbed)
     assert content_of(made) == content_of(undisturbed.directory)
 
 
-@pytest.mark.parametrize("place", ["write_spool", "train_bpe", "encode_units", "make_manifest"])
+@pytest.mark.parametrize(
+    "place", ["write_corpus_store", "train_bpe", "encode_units", "make_manifest"]
+)
 def test_one_that_waits_can_give_up(config, place, caplog, monkeypatch):
     """In whatever phase the first one is."""
     inner = getattr(module, place)
@@ -52,7 +54,7 @@ def test_one_that_waited_takes_what_was_made_meanwhile(config, monkeypatch):
     def late(self, check):
         monkeypatch.setattr(cache.Cache, "lock", inner)
         prepare(config())
-        monkeypatch.setattr(module, "write_spool", None)
+        monkeypatch.setattr(module, "write_corpus_store", None)
         with self.lock(check):
             yield
 
@@ -69,7 +71,7 @@ def test_one_that_is_overtaken_takes_the_others_shards(config, tmp_path, undistu
 
     def count(*arguments):
         reads.append(1)
-        return write_spool(*arguments)
+        return write_corpus_store(*arguments)
 
     def overtaken(self):
         closed.append(self)
@@ -77,7 +79,7 @@ def test_one_that_is_overtaken_takes_the_others_shards(config, tmp_path, undistu
             prepare(config(path=str(tmp_path / "elsewhere")))
         return inner(self)
 
-    monkeypatch.setattr(module, "write_spool", count)
+    monkeypatch.setattr(module, "write_corpus_store", count)
     monkeypatch.setattr(encode._Writer, "close", overtaken)
     data = prepare(config())
     assert len(reads) == 2

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sheepop_jax.data.documents import Document
-from sheepop_jax.data.split import HELD_OUT, LEFT_OUT, TRAIN, choose_split
-from sheepop_jax.data.spool import write_spool
+from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
+from sheepop_jax.data.preprocess.split import HELD_OUT, LEFT_OUT, TRAIN, choose_split
+from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.errors import InputError
 
 
@@ -42,7 +42,7 @@ def spool_of(make_config, tmp_path_factory):
     def make(*sources):
         names = [f"s{number}" if len(sources) > 1 else "" for number in range(len(sources))]
         parts = [(part._replace(name=n), Memory(*t)) for n, t in zip(names, sources, strict=True)]
-        return write_spool(Path(tmp_path_factory.mktemp("spool")), parts)
+        return write_corpus_store(Path(tmp_path_factory.mktemp("spool")), parts)
 
     return make
 

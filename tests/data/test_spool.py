@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sheepop_jax.data import spool as module
-from sheepop_jax.data.documents import Document, SkipDocument
-from sheepop_jax.data.split import choose_split
-from sheepop_jax.data.spool import Spool, write_spool
+from sheepop_jax.data.preprocess import corpus_store as module
+from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
+from sheepop_jax.data.preprocess.split import choose_split
+from sheepop_jax.data.sources.documents import Document, SkipDocument
 from sheepop_jax.data.tokenizer import train_bpe
 from sheepop_jax.errors import InputError
 
@@ -64,8 +64,10 @@ def spool_of(make_config):
         parts = [part._replace(name=f"s{i}", weight=1 / len(corpora)) for i in range(len(corpora))]
         if directory is None:
             with tempfile.TemporaryDirectory() as directory:
-                return write_spool(Path(directory), list(zip(parts, corpora, strict=True)), check)
-        return write_spool(directory, list(zip(parts, corpora, strict=True)), check)
+                return write_corpus_store(
+                    Path(directory), list(zip(parts, corpora, strict=True)), check
+                )
+        return write_corpus_store(directory, list(zip(parts, corpora, strict=True)), check)
 
     return make
 
@@ -102,7 +104,7 @@ class TestIndex:
 
     def test_it_can_be_opened_again(self, spool_of, tmp_path):
         first = spool_of(Memory("one", "two"), Memory("three"), directory=tmp_path)
-        again = Spool(tmp_path)
+        again = CorpusStore(tmp_path)
         assert again.documents.tobytes() == first.documents.tobytes()
         assert again.documents.dtype == first.documents.dtype
         assert (again.fingerprint, again.sources) == (first.fingerprint, first.sources)
@@ -114,7 +116,7 @@ class TestIndex:
         assert texts_of(spool) == ["one", "two"]
         (tmp_path / "text.bin").write_text("one")
         with pytest.raises(OSError, match=r"text\.bin ends at byte 3"):
-            texts_of(Spool(tmp_path))
+            texts_of(CorpusStore(tmp_path))
 
     def test_names(self, spool_of, tmp_path):
         names = ["a", "b\nc", "\udcff\u20ac", '"']

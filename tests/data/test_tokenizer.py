@@ -248,7 +248,7 @@ def test_what_is_written_after_a_prompt_keeps_its_space():
     ids=["bytes", "words", "white space at the ends", "an unknown word"],
 )
 def test_whether_a_tokenizer_gives_text_back(tokenizer, text, back):
-    assert tokenizer.gives_back(["the cat", text]) is back
+    assert tokenizer.is_lossless(["the cat", text]) is back
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):

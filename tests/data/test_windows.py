@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.data.windows import DocumentWindows, StreamWindows, WindowOrder, make_windows
+from sheepop_jax.data.windows import DocumentWindows, MixtureSampler, StreamWindows, make_windows
 from sheepop_jax.errors import InputError
 
 T, SEED = 7, 42
 
 
 def order_of(length, seed=SEED, seq_len=T):
-    return WindowOrder([StreamWindows(length, seq_len)], seed)
+    return MixtureSampler([StreamWindows(length, seq_len)], seed)
 
 
 @pytest.mark.parametrize("length", [8, 9, 14, 15, 20, 21, 22, 151, 154, 157])
@@ -64,7 +64,7 @@ def test_a_window_far_away_costs_nothing():
     streams = [StreamWindows(10**12, 1024), StreamWindows(10**11, 1024)]
     tracemalloc.start()
     try:
-        order = WindowOrder(streams, SEED, [0.9, 0.1])
+        order = MixtureSampler(streams, SEED, [0.9, 0.1])
         for k in (10**11 + 17, 10**12):
             source, start, stop = order.span(k)
             assert 0 <= start < stop <= (10**12, 10**11)[source]
@@ -117,7 +117,7 @@ def test_the_packing_decides_the_windows():
 
 def test_windows_of_documents_come_once_an_epoch_too():
     windows = DocumentWindows(stream_of([3, 20, 1, 8]), T, 0)
-    order = WindowOrder([windows], SEED)
+    order = MixtureSampler([windows], SEED)
     expected = sorted((0, *windows.span(i)) for i in range(len(windows)))
     epochs = []
     for epoch in range(4):
@@ -141,7 +141,7 @@ WEIGHTS = [
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_shares_of_a_mixture_are_the_weights(weights, unshuffled):
     sources = [StreamWindows(1000 + 100 * i, T) for i in range(len(weights))]
-    order = WindowOrder(sources, SEED, weights)
+    order = MixtureSampler(sources, SEED, weights)
     exact = np.array(weights) / sum(weights)
     np.testing.assert_allclose(order.shares, exact, atol=1.0001e-4)
     if weights == [1.0, 2.0, 4.0]:  # 1428.6, 2857.1 and 5714.3: the largest rest is rounded up
@@ -158,7 +158,7 @@ def test_shares_of_a_mixture_are_the_weights(weights, unshuffled):
 
 def test_a_tiny_weight_has_a_turn(unshuffled):
     sources = [StreamWindows(100, T) for _ in range(4)]
-    order = WindowOrder(sources, SEED, [1.0, 1e-9, 1e-12, 1.0])
+    order = MixtureSampler(sources, SEED, [1.0, 1e-9, 1e-12, 1.0])
     owners = [order.span(k)[0] for k in range(10_002)]
     assert owners.count(1) == owners.count(2) == 1
     assert min(order.shares) > 0
@@ -167,7 +167,7 @@ def test_a_tiny_weight_has_a_turn(unshuffled):
 def test_each_source_of_a_mixture_has_its_windows_once_in_its_epoch():
     lengths = (151, 83, 36)
     sources = [StreamWindows(length, T) for length in lengths]
-    order = WindowOrder(sources, SEED, [0.6, 0.3, 0.1])
+    order = MixtureSampler(sources, SEED, [0.6, 0.3, 0.1])
     assert order.lengths == [20, 10, 4]
     assert order.num_windows == 34
     spans = [[], [], []]
@@ -186,7 +186,7 @@ def test_each_source_of_a_mixture_has_its_windows_once_in_its_epoch():
     # The first source's order is that of a run on it alone; the others have their own.
     alone = order_of(151)
     assert spans[0][:30] == [alone.span(k)[1:] for k in range(30)]
-    one = WindowOrder([StreamWindows(151, T), StreamWindows(151, T)], SEED, [0.5, 0.5])
+    one = MixtureSampler([StreamWindows(151, T), StreamWindows(151, T)], SEED, [0.5, 0.5])
     both = [one.span(k) for k in range(40)]
     first, second = ([span[1:] for span in both if span[0] == source] for source in (0, 1))
     assert first != second  # already in the first epoch, where offsets are 0

@@ -22,10 +22,11 @@ import pytest
 
 from configs import base
 from sheepop_jax import faults, pipeline
-from sheepop_jax.config import Config
-from sheepop_jax.runtime import Runtime
-from sheepop_jax.training import resume, storage, trainer
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
+from sheepop_jax.config.schema import Config
+from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.training import loop, resume
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = 137
@@ -212,9 +213,9 @@ class Here:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(jax, "devices", lambda: some)
-                patch.setattr(trainer._Loop, "_compile", self._once(trainer._Loop._compile))
+                patch.setattr(loop._Loop, "_compile", self._once(loop._Loop._compile))
                 patch.setattr(resume, "jit_init", self._once(resume.jit_init))
-                patch.setattr(trainer, "draw_curve", lambda directory: None)
+                patch.setattr(loop, "draw_curve", lambda directory: None)
                 patch.setattr(faults, "observer", observer(result) if observer else None)
                 if observer:
                     patch.setattr(Checkpoints, "_commit", observer.alone(Checkpoints._commit))

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
+from sheepop_jax.checkpoint.inventory import inventory
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
-from sheepop_jax.training.inventory import inventory
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.resume import first_state
+from sheepop_jax.training.resume import restore_or_init
 
 
 def truncate(path):
@@ -37,7 +37,7 @@ def begin(make_config):
 
     def make(checkpoints):
         with jax.set_mesh(mesh):
-            return first_state(model, optimizer, config.seed, mesh, checkpoints)[0]
+            return restore_or_init(model, optimizer, config.seed, mesh, checkpoints)[0]
 
     return make
 
@@ -81,7 +81,7 @@ def check_damage(begin, checkpoints, two, four, name, damage, caplog):
     assert_same(begin(checkpoints), two)
     assert checkpoints.steps() == [2]
     assert str(name) in caplog.text
-    [aside] = [item for item in inventory(checkpoints) if item.set_aside]
+    [aside] = [item for item in inventory(checkpoints) if item.quarantine]
     assert aside.step == 4 and str(root / name) in aside.damage
 
     checkpoints.save(four, {})

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sheepop_jax.training import storage
-from sheepop_jax.training.checkpoint import Checkpoints, SaveFailed
+from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint.checkpoints import Checkpoints, SaveFailed
 from tests.faults.harness import ROOT, environment, outcome
 
 # From the first save on: the compile cache may be written before.
 FULL = """
 import resource
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
 save = Checkpoints.save
 def full(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))

@@ -9,9 +9,9 @@ import jax
 import optax
 import pytest
 
-from sheepop_jax.data.batches import TrainBatches
-from sheepop_jax.training import trainer
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
+from sheepop_jax.data.loader import TrainBatches
+from sheepop_jax.training import loop
 from tests.faults.conftest import POINTS
 from tests.faults.harness import (
     DAMAGED,
@@ -126,7 +126,7 @@ def test_a_process_killed_at_a_point_ends_the_same(
 
 def dropped_rng(patch):
     """Dropout of the first step in every step."""
-    make = trainer.make_train_step
+    make = loop.make_train_step
 
     def made(*arguments):
         step = make(*arguments)
@@ -137,7 +137,7 @@ def dropped_rng(patch):
 
         return stepped
 
-    patch.setattr(trainer, "make_train_step", made)
+    patch.setattr(loop, "make_train_step", made)
 
 
 def shifted_cursor(patch):

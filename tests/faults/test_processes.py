@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from sheepop_jax import processes
-from sheepop_jax.training.stop import EXIT_STOPPED
+from sheepop_jax.runtime import distributed
+from sheepop_jax.training.signals import EXIT_STOPPED
 from tests.faults.harness import (
     KILLED,
     RESUMED,
@@ -120,15 +120,15 @@ def alone(shared, tmp_path_factory):
 # is noticed before the last one.
 STOPS = """
 import os, signal, time
-from sheepop_jax.training.health import Health
-look = Health.look
+from sheepop_jax.training.divergence import DivergenceMonitor
+look = DivergenceMonitor.look
 def slow(self, step, metrics):
     if step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     if step >= 3:
         time.sleep(1)
     look(self, step, metrics)
-Health.look = slow
+DivergenceMonitor.look = slow
 """
 
 
@@ -188,22 +188,23 @@ def test_a_tensor_axis_goes_across_processes(shared, alone, tmp_path):
 MOVE = """
 import sys
 from pathlib import Path
-from sheepop_jax import processes, runtime
+from sheepop_jax.runtime import distributed
+from sheepop_jax.runtime import platform
 source, target, *member = sys.argv[1:]
 if member:
     member = [member[0], 2, int(member[1])]
-runtime.prepare("cpu", processes.Membership(*member))
+platform.prepare("cpu", distributed.DistributedConfig(*member))
 import jax
-from sheepop_jax.config import MeshConfig
+from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.model.partitioning import make_mesh
-from sheepop_jax.run import open_run
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint.run import open_run
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.resume import first_state
+from sheepop_jax.training.resume import restore_or_init
 run = open_run(source)
 optimizer = make_optimizer(run.config.optimizer, make_schedule(run.config.optimizer, 9))
 mesh = make_mesh(MeshConfig(1, -1, 1), jax.devices())
-state, _, _ = first_state(run.model(), optimizer, 0, mesh, run.checkpoints)
+state, _, _ = restore_or_init(run.model(), optimizer, 0, mesh, run.checkpoints)
 [kernel] = {x.addressable_shards[0].data.shape for x in [state.params["embedding"]]}
 moved = Checkpoints(Path(target) / "checkpoints")
 moved.save(state, {})
@@ -270,7 +271,7 @@ def test_a_process_that_hangs_is_given_up(two, tmp_path):
     def freeze(running):
         os.kill(running[1].pid, signal.SIGSTOP)
         # Its end would tell the other one too: that comes much later.
-        threading.Timer(processes.HEARTBEAT_SECONDS + 120, running[1].kill).start()
+        threading.Timer(distributed.HEARTBEAT_SECONDS + 120, running[1].kill).start()
 
     first, frozen = together(two, tmp_path / "run", when=(0, r"step 3/", freeze))
     assert first.code not in (0, EXIT_STOPPED)
@@ -317,13 +318,13 @@ def test_a_save_is_done_for_none_before_it_is_committed(two, tmp_path):
     """Else the others would be at the end, waiting for the first, which may still be hashing."""
     slow = """
 import time
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
 publish = Checkpoints._publish
 Checkpoints._publish = lambda *args: (time.sleep(3), publish(*args))
 """
     looks = """
 import sys
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
 wait = Checkpoints.wait
 def look(self):
     busy = self._pending is not None
@@ -342,11 +343,11 @@ Checkpoints.wait = look
 def test_an_error_in_one_process_ends_both(two, tmp_path):
     """The other waits in the middle of a step; the first must not wait for it in turn."""
     fails = """
-import sheepop_jax.training.health as health
+import sheepop_jax.training.divergence as health
 def look(self, step, metrics):
     if step == 3:
         raise health.TrainingDiverged("as planned")
-health.Health.look = look
+health.DivergenceMonitor.look = look
 """
     ended = together(two, tmp_path / "run", patches=("", fails))
     assert ended[1].code == 1 and "error: as planned" in ended[1].stderr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation import bench, bench_report
+from sheepop_jax.generation import benchmark, benchmark_report
 from sheepop_jax.model.transformer import Transformer
 
 
@@ -23,13 +23,13 @@ def model_and_params(
 
 
 @pytest.fixture(scope="module")
-def rows(model_and_params: tuple[Transformer, Any]) -> list[bench.Row]:
-    return bench.benchmark(
+def rows(model_and_params: tuple[Transformer, Any]) -> list[benchmark.Row]:
+    return benchmark.benchmark(
         *model_and_params, prompt_lengths=[3, 11], batch_sizes=[2], new_tokens=5, repeats=2
     )
 
 
-def test_rows(model_and_params: tuple[Transformer, Any], rows: list[bench.Row]) -> None:
+def test_rows(model_and_params: tuple[Transformer, Any], rows: list[benchmark.Row]) -> None:
     """Every case with the cache and without; both write the same tokens, and as many."""
     cases = [(row.prompt_length, row.batch_size, row.cached) for row in rows]
     assert cases == [(p, 2, c) for p in (3, 11) for c in (True, False)]
@@ -50,7 +50,7 @@ def test_tokens_of_the_slow_way_are_greedy(model_and_params: tuple[Transformer, 
     """Against a loop of full forward passes: agreement alone could be of two wrong texts."""
     model, params = model_and_params
     prompts = np.array([[3, 5, 7], [11, 13, 17]], np.int32)
-    program = bench._uncached(model, params, prompts, 4)
+    program = benchmark._uncached(model, params, prompts, 4)
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[0])
     tokens = np.pad(prompts, ((0, 0), (0, 4)))
     for slot in range(3, 7):
@@ -77,12 +77,12 @@ def test_bad_settings(
     """Refused before anything is compiled."""
     settings = {"prompt_lengths": [3], "batch_sizes": [1], "new_tokens": 5, "repeats": 1}
     with pytest.raises(InputError) as error:
-        bench.benchmark(*model_and_params, **{**settings, **change})
+        benchmark.benchmark(*model_and_params, **{**settings, **change})
     assert (error.value.field, error.value.got) == (field, got)
 
 
-def test_report(rows: list[bench.Row], tmp_path: Path) -> None:
-    table = bench_report.format_table(rows)
+def test_report(rows: list[benchmark.Row], tmp_path: Path) -> None:
+    table = benchmark_report.format_table(rows)
     lines = [line.split("|") for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(rows)
     assert len({len(line) for line in lines}) == 1
@@ -90,13 +90,13 @@ def test_report(rows: list[bench.Row], tmp_path: Path) -> None:
     assert float(lines[2][6]) == pytest.approx(ratio, abs=0.006)
     assert float(lines[3][6]) == 1
 
-    data, plot = bench_report.write_results(rows, tmp_path / "made" / "bench", {"run": "x"})
+    data, plot = benchmark_report.write_results(rows, tmp_path / "made" / "bench", {"run": "x"})
     content = json.loads(data.read_text())
     assert content["run"] == "x" and content["memory"]
-    assert [bench.Row(**row) for row in content["rows"]] == rows
+    assert [benchmark.Row(**row) for row in content["rows"]] == rows
     assert plot.read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as error:
-        bench_report.write_results(rows, tmp_path / "file" / "bench", {})
+        benchmark_report.write_results(rows, tmp_path / "file" / "bench", {})
     assert error.value.field == "--out"

@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.decode import NO_END, Completion, decode, generate
+from sheepop_jax.generation.engine import NO_END, Completion, decode, generate
 from sheepop_jax.generation.layout import bucket, build_request
-from sheepop_jax.generation.request import (
+from sheepop_jax.generation.requests import (
     SamplingConfig,
     new_token_limit,
     resolve_context,

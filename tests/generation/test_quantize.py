@@ -12,10 +12,10 @@ import optax
 import pytest
 
 from sheepop_jax.data.batch import Batch
-from sheepop_jax.data.batches import Layout
+from sheepop_jax.data.loader import PackingConfig
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.evaluation import evaluate_stream
-from sheepop_jax.generation.decode import NO_END, decode, generate
+from sheepop_jax.generation.engine import NO_END, decode, generate
 from sheepop_jax.generation.layout import build_request
 from sheepop_jax.model.quantize import Quantized, dot_general, quantized
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
@@ -196,7 +196,7 @@ def test_held_out_loss_of_a_trained_model_is_within_half_a_percent(
     trained: tuple[Transformer, Any, TokenStream],
 ) -> None:
     model, params, stream = trained
-    evaluate = functools.partial(evaluate_stream, model, stream=stream, layout=Layout(13, 0))
+    evaluate = functools.partial(evaluate_stream, model, stream=stream, layout=PackingConfig(13, 0))
     loss = evaluate(params=params, batch_size=16).loss
     assert loss < 2.2  # it has learned: ln 307 is 5.7, the chains' own entropy 1.28
     small = evaluate(params=quantized(params), batch_size=16).loss

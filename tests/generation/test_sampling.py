@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.request import SamplingConfig
+from sheepop_jax.generation.requests import SamplingConfig
 from sheepop_jax.generation.sampling import keep_top_k, keep_top_p, most_probable, sample
 
 ROWS, VOCAB = 7, 113

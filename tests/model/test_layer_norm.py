@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sheepop_jax.model.layer_norm import LayerNorm, layer_norm
+from sheepop_jax.model.norms import LayerNorm, layer_norm
 from tests.reference import layer_norm as reference
 
 SHAPE, EPSILON = (3, 5, 60), 1e-5

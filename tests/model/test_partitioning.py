@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sheepop_jax.config import MeshConfig
+from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.errors import InputError
 from sheepop_jax.model import partitioning
 from sheepop_jax.model import transformer as tf

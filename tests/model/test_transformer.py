@@ -327,7 +327,7 @@ def count(model) -> int:
 
 def test_base_has_44_6_million_parameters():
     from configs import base
-    from sheepop_jax.config import Config
+    from sheepop_jax.config.schema import Config
 
     model = tf.Transformer(Config.from_dict(base.get_config()).model, 50257)
     d, f, n = 512, 2048, 6

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sheepop_jax.checkpoint import host_copy, storage
+from sheepop_jax.checkpoint.checkpoints import REASON, Checkpoints, SaveFailed
+from sheepop_jax.checkpoint.inventory import delete, inventory, keep_only
+from sheepop_jax.checkpoint.manifest import MANIFEST, DamagedCheckpoint, digests, write_manifest
 from sheepop_jax.errors import InputError
-from sheepop_jax.training import snapshot, storage
-from sheepop_jax.training.checkpoint import REASON, Checkpoints, SaveFailed
-from sheepop_jax.training.inventory import delete, inventory, keep_only
-from sheepop_jax.training.manifest import MANIFEST, DamagedCheckpoint, digests, write_manifest
 from sheepop_jax.training.step import TrainState
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_under_another_number_or_of_another_format_is_damaged(tmp_p
     with pytest.raises(DamagedCheckpoint, match="00000009"):
         checkpoints.verify(9)
     (tmp_path / "00000009").rename(tmp_path / "00000006")
-    monkeypatch.setattr("sheepop_jax.training.manifest.FORMAT", 2)
+    monkeypatch.setattr("sheepop_jax.checkpoint.manifest.FORMAT", 2)
     with pytest.raises(DamagedCheckpoint, match="format 1, not 2"):
         checkpoints.verify(6)
 
@@ -175,7 +175,7 @@ def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
     (tmp_path / "00000002" / MANIFEST).write_text("{}")
     assert checkpoints.best() == 3
     for step in (3, 1, 4):
-        checkpoints.set_aside(step, "a test")
+        checkpoints.quarantine(step, "a test")
     assert checkpoints.steps() == [2] and checkpoints.best() is None
 
 
@@ -193,11 +193,11 @@ def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
     (tmp_path / "00000006" / MANIFEST).unlink()
     with pytest.raises(DamagedCheckpoint):
         checkpoints.verify(6)
-    aside = checkpoints.set_aside(6, "a test")
+    aside = checkpoints.quarantine(6, "a test")
     assert aside.is_dir() and checkpoints.steps() == []
     save_all(checkpoints, [6])
     assert checkpoints.steps() == [6] and aside.is_dir()
-    again = checkpoints.set_aside(6, "a test")
+    again = checkpoints.quarantine(6, "a test")
     assert again != aside and again.is_dir() and aside.is_dir()
 
 
@@ -328,7 +328,7 @@ def test_another_model_is_refused_with_a_diff_before_any_array_is_read(
         raise AssertionError("arrays were read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sheepop_jax.training.storage.read", read)
+        patch.setattr("sheepop_jax.checkpoint.storage.read", read)
         with pytest.raises(InputError) as caught:
             checkpoints.restore(2, abstract(target))
         assert re.search(message, caught.value.got)
@@ -347,7 +347,7 @@ def test_restoring_holds_no_second_copy(tmp_path, process_env):
 import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from sheepop_jax.training.checkpoint import Checkpoints
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
 from sheepop_jax.training.step import TrainState
 
 def make():
@@ -387,10 +387,10 @@ def test_a_directory_that_was_set_aside_says_why(tmp_path):
     damage_flip(damaged)
     with pytest.raises(DamagedCheckpoint) as caught:
         checkpoints.verify(4)
-    aside = checkpoints.set_aside(4, caught.value)
+    aside = checkpoints.quarantine(4, caught.value)
     assert (aside / REASON).read_text() == f"{damaged}: its content has changed\n"
     two, four = inventory(checkpoints)
-    assert (four.step, four.path, four.set_aside) == (4, aside, True)
+    assert (four.step, four.path, four.quarantine) == (4, aside, True)
     assert four.damage == f"{damaged}: its content has changed"
     assert (two.step, two.is_latest, two.is_best, two.damage) == (2, True, True, "")
     (aside / REASON).unlink()
@@ -489,7 +489,7 @@ def test_steps_of_nine_digits(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save_all(checkpoints, [99_999_998, 99_999_999, 100_000_000])
     assert checkpoints.steps() == [99_999_999, 100_000_000]
-    checkpoints.set_aside(100_000_000, "a test")
+    checkpoints.quarantine(100_000_000, "a test")
     assert [step for _, step in checkpoints.aside()] == [100_000_000]
 
 
@@ -498,7 +498,7 @@ def test_an_accelerator_does_not_hold_the_state_twice(tmp_path, monkeypatch):
     made = make_state(5)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "default_backend", lambda: "gpu")
-        held = snapshot.on_its_own(made)
+        held = host_copy.host_copy(made)
         assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(held))
         checkpoints.save(made, {})
         checkpoints.wait()

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from benchmarks.lib.collectives import sent_over
-from sheepop_jax.config import MeshConfig
+from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.model.partitioning import abstract_mesh, make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.communication import bytes_sent

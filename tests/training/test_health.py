@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from sheepop_jax.training.health import Health, TrainingDiverged
+from sheepop_jax.training.divergence import DivergenceMonitor, TrainingDiverged
 from sheepop_jax.training.step import StepMetrics
 
 
@@ -14,7 +14,7 @@ def metrics(loss=2.0, grad_norm=1.0, skipped=False):
 
 
 def test_skipped_updates_are_said_and_counted_in_a_row(caplog):
-    health = Health(max_skipped_steps=3)
+    health = DivergenceMonitor(max_skipped_steps=3)
     bad = [metrics(np.nan, np.nan, True), metrics(2.0, np.inf, True), metrics(2.0, 77.0, True)]
     health.look(1, bad[0])
     health.look(2, bad[1])
@@ -29,10 +29,10 @@ def test_skipped_updates_are_said_and_counted_in_a_row(caplog):
 
 def test_a_spike_is_said_once_there_is_something_to_compare_with(caplog):
     draw = np.random.default_rng(0)
-    health = Health(3)
+    health = DivergenceMonitor(3)
     health.look(0, metrics(50.0))  # nothing to compare with
     assert not caplog.records
-    health = Health(3)
+    health = DivergenceMonitor(3)
     for step in range(30):
         health.look(step, metrics(3.0 + 0.1 * draw.standard_normal()))
     health.look(30, metrics(3.3))
@@ -44,7 +44,7 @@ def test_a_spike_is_said_once_there_is_something_to_compare_with(caplog):
 
 
 def test_what_was_skipped_is_no_part_of_the_comparison(caplog):
-    health = Health(9)
+    health = DivergenceMonitor(9)
     for step in range(25):
         health.look(step, metrics(3.0))
         if step % 5 == 0:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sheepop_jax.training import loss
+from sheepop_jax.model import loss
 
 B, T, D, VOCAB, V = 3, 7, 11, 101, 128
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sheepop_jax.config import MeshConfig
+from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.partitioning import (
     abstract_mesh,

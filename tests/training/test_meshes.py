@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax.config import MeshConfig
-from sheepop_jax.data.batches import Layout, TrainBatches
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
+from sheepop_jax.config.schema import MeshConfig
+from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.generation.decode import NO_END, generate
-from sheepop_jax.generation.request import SamplingConfig
+from sheepop_jax.generation.engine import NO_END, generate
+from sheepop_jax.generation.requests import SamplingConfig
 from sheepop_jax.model.partitioning import (
     batch_sharding,
     global_batch,
@@ -21,7 +22,6 @@ from sheepop_jax.model.partitioning import (
     state_shardings,
 )
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.checkpoint import Checkpoints
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import boxed_shapes, init_state, make_train_step
 
@@ -82,7 +82,7 @@ class Training:
         """Windows with borders of documents; some targets have weight 0."""
         tokens = np.random.default_rng(SEED).integers(1, VOCAB, 4000).astype(np.int32)
         tokens[::37] = 0
-        layout = Layout(self.config.data.seq_len, end_of_text=0, document_mask=True)
+        layout = PackingConfig(self.config.data.seq_len, end_of_text=0, document_mask=True)
         size = self.config.train.batch_size
         batches = TrainBatches(
             [TokenStream.from_array(tokens, 1, 1)],

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from sheepop_jax import pipeline
-from sheepop_jax.data.batches import Layout, TrainBatches
+from sheepop_jax.checkpoint.run import open_run
+from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.errors import InputError
-from sheepop_jax.run import open_run
-from sheepop_jax.runtime import Runtime
+from sheepop_jax.runtime.platform import Runtime
 from sheepop_jax.training.memory import OutOfMemory
-from sheepop_jax.training.stop import StopRequested, StopSignal
+from sheepop_jax.training.signals import StopRequested, StopSignal
 from tests.faults.harness import CHANGED
 
 MACHINE = Runtime("cpu", "cpu", 8, 123.0)
@@ -78,7 +78,7 @@ def test_fields_reach_the_loop_the_batches_and_the_evaluation(plan):
     settings = {"train.eval_batches": 3, "train.sample_tokens": 0, "seed": 5}
     job, evaluation = plan(settings, stop=stop)
     assert (job.num_steps, job.peak_flops, job.sample) == (7, 123.0, None)
-    layout = Layout(13, end_of_text=0)
+    layout = PackingConfig(13, end_of_text=0)
     wanted = {"layout": layout, "batch_size": 8, "max_batches": 3, "check": stop.check}
     assert wanted.items() <= evaluation.items()
     order = {"seed": 5, "accum": 2, "batch_size": 8}
@@ -88,7 +88,7 @@ def test_fields_reach_the_loop_the_batches_and_the_evaluation(plan):
     assert job.batches.batch_at(4).segments is None
     fields = {"data.packing": "one_per_window", "data.document_mask": True}
     job, evaluation = plan(fields, job.directory.with_name("masked"))
-    assert evaluation["layout"] == Layout(13, 0, "one_per_window", document_mask=True)
+    assert evaluation["layout"] == PackingConfig(13, 0, "one_per_window", document_mask=True)
     assert job.batches.batch_at(4).segments is not None
     assert plan({"seed": 5})[0].sample is not None
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sheepop_jax import __main__ as tools
-from sheepop_jax import runtime
 from sheepop_jax.data.tokenizer import train_char
+from sheepop_jax.runtime import platform
 from sheepop_jax.training.plan import USABLE
 
 GPT2 = ["plan", "--config", "configs/gpt2_124m.py", "--config.data.path=/no/such/text"]
@@ -129,13 +129,13 @@ def test_bad_flags_are_one_line(capsys, words, said):
 
 
 def test_known_devices():
-    names = [name for name, _, _ in runtime.DEVICES]
+    names = [name for name, _, _ in platform.DEVICES]
     for i, name in enumerate(names):
         assert not [earlier for earlier in names[:i] if earlier in name]
-        peak, memory = runtime.known_figures(f"NVIDIA {name} 80GB HBM3")
-        assert (peak, memory) == runtime.DEVICES[i][1:]
+        peak, memory = platform.known_figures(f"NVIDIA {name} 80GB HBM3")
+        assert (peak, memory) == platform.DEVICES[i][1:]
         assert 8e12 < peak < 1e16 and 8e9 <= memory < 400e9
-    machine = runtime.imagine("TPU v5p", 4)
+    machine = platform.imagine("TPU v5p", 4)
     assert (machine.platform, machine.peak_flops) == ("tpu", 4 * 459e12)
     assert machine.with_devices(6).peak_flops == 6 * 459e12
-    assert runtime.imagine("cpu", 2).peak_flops == 0
+    assert platform.imagine("cpu", 2).peak_flops == 0

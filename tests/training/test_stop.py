@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sheepop_jax.training.stop import StopRequested, StopSignal
+from sheepop_jax.training.signals import StopRequested, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
 # The main thread is in compiled code, as it is in XLA's compiler: no Python handler can run there.
@@ -19,9 +19,9 @@ while True: libc.pthread_mutex_lock(mutex)"""
 HEARS = "import time\nwhile True:\n    time.sleep(0.01)\n    stop.check()"
 PROGRAM = """
 import sys
-from sheepop_jax.training import stop as module
+from sheepop_jax.training import signals as module
 {grace}
-from sheepop_jax.training.stop import EXIT_STOPPED, StopRequested, StopSignal
+from sheepop_jax.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 stop = StopSignal().install()
 {saves}
 print("ready", flush=True)

@@ -9,20 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax import processes
-from sheepop_jax.config import MeshConfig
-from sheepop_jax.data.batches import Layout, TrainBatches
+from sheepop_jax.checkpoint.checkpoints import MANIFEST, Checkpoints
+from sheepop_jax.config.schema import MeshConfig
+from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training import resume, trainer
-from sheepop_jax.training.checkpoint import MANIFEST, Checkpoints
-from sheepop_jax.training.health import TrainingDiverged
+from sheepop_jax.runtime import distributed
+from sheepop_jax.training import loop, resume
+from sheepop_jax.training.divergence import TrainingDiverged
+from sheepop_jax.training.loop import Job, fit
 from sheepop_jax.training.metrics import read_metrics
-from sheepop_jax.training.stop import StopRequested, StopSignal
+from sheepop_jax.training.signals import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
-from sheepop_jax.training.trainer import Job, fit
 from tests.faults.harness import DAMAGED, SAVED
 
 VOCAB = 101
@@ -33,7 +33,7 @@ COMPILED = {}  # by all that a step depends on
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     """Runs share one compiled step, and draw no curves; `monkeypatch.undo()` takes it back."""
-    compile_step, jit_init = trainer._Loop._compile, resume.jit_init
+    compile_step, jit_init = loop._Loop._compile, resume.jit_init
 
     def compiled(self, batch):
         config = self.job.config
@@ -48,9 +48,9 @@ def compiled_once(monkeypatch):
             COMPILED["init"] = jit_init(fresh, shardings)
         return COMPILED["init"]
 
-    monkeypatch.setattr(trainer._Loop, "_compile", compiled)
+    monkeypatch.setattr(loop._Loop, "_compile", compiled)
     monkeypatch.setattr(resume, "jit_init", initialised)
-    monkeypatch.setattr(trainer, "draw_curve", lambda directory: None)
+    monkeypatch.setattr(loop, "draw_curve", lambda directory: None)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def make_job(make_config, tmp_path):
         tokens = np.random.default_rng(0).integers(0, VOCAB, 500, dtype=np.int32)
         batches = TrainBatches(
             [TokenStream.from_array(tokens, 1, 1)],
-            Layout.of(config.data, end_of_text=0),
+            PackingConfig.of(config.data, end_of_text=0),
             seed=config.seed,
             accum=config.train.grad_accum_steps,
             batch_size=config.train.batch_size,
@@ -106,7 +106,7 @@ def arrays_of(job):
 
 def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job, monkeypatch):
     drawn = []
-    monkeypatch.setattr(trainer, "draw_curve", drawn.append)
+    monkeypatch.setattr(loop, "draw_curve", drawn.append)
     job = make_job(num_steps=7)
     fit(job, StopSignal())
     lines = read_metrics(job.directory)
@@ -138,7 +138,7 @@ def test_steps_between_those_due_are_not_logged_and_samples_are_shown(make_job, 
 
 def test_another_process_than_the_first_writes_no_log(make_job, capsys, monkeypatch):
     job = make_job(num_steps=2)
-    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(distributed, "first", lambda: False)
     fit(job, StopSignal())
     assert [entry.name for entry in job.directory.iterdir()] == ["checkpoints"]
     assert capsys.readouterr().err == ""

@@ -19,7 +19,8 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from sheepop_jax.data.documents import Document, SkipDocument
+from sheepop_jax.config.data import COMPRESSED
+from sheepop_jax.data.sources.documents import Document, SkipDocument
 from sheepop_jax.data.sources.paths import (
     VENDORED,
     Found,
@@ -28,7 +29,6 @@ from sheepop_jax.data.sources.paths import (
     size_of,
     walk_files,
 )
-from sheepop_jax.data_config import COMPRESSED
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from sheepop_jax.data.documents import Document
+from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.sources.paths import Walk, signature_of, walk_files
 from sheepop_jax.data.sources.rows import (
     BATCH_ROWS,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pathspec
 
-from sheepop_jax.data_config import FILE_SUFFIXES, inner_suffix
+from sheepop_jax.config.data import FILE_SUFFIXES, inner_suffix
 from sheepop_jax.errors import InputError
 
 # Fetched or generated, not written by the owner of the directory.

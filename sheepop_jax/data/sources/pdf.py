@@ -9,9 +9,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from sheepop_jax.data.documents import Document, SkipDocument
+from sheepop_jax.config.data import COMPRESSED
+from sheepop_jax.data.sources.documents import Document, SkipDocument
 from sheepop_jax.data.sources.paths import Found, Walk, find_files, signature_of
-from sheepop_jax.data_config import COMPRESSED
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 
-from sheepop_jax.data.documents import Document, SkipDocument
+from sheepop_jax.data.sources.documents import Document, SkipDocument
 from sheepop_jax.errors import InputError
 
 BATCH_ROWS = 256

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheepop_jax.data.documents import Document, SkipDocument
+from sheepop_jax.data.sources.documents import Document, SkipDocument
 from sheepop_jax.data.sources.paths import signature_of
 from sheepop_jax.errors import InputError
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Literal, cast
 
-from sheepop_jax.data.documents import Document
+from sheepop_jax.config.data import TABLE_SUFFIXES, inner_suffix
+from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.sources.files import open_file
 from sheepop_jax.data.sources.paths import Walk, find_files, signature_of
 from sheepop_jax.data.sources.rows import (
@@ -27,7 +28,6 @@ from sheepop_jax.data.sources.rows import (
     reason_of,
     rows_to_documents,
 )
-from sheepop_jax.data_config import TABLE_SUFFIXES, inner_suffix
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sheepop_jax.data.documents import SkipDocument
 from sheepop_jax.data.sources import files as module
 from sheepop_jax.data.sources import paths
+from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.files import (
     TEXT_SUFFIXES,
     TextFiles,

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sheepop_jax.data.documents import SkipDocument
 from sheepop_jax.data.sources import hub as module
 from sheepop_jax.data.sources import paths
+from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.hub import open_hub
 from sheepop_jax.errors import InputError
 

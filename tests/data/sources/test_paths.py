@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sheepop_jax.config.data import inner_suffix
 from sheepop_jax.data.sources import paths
 from sheepop_jax.data.sources.paths import Walk, find_files, signature_of
-from sheepop_jax.data_config import inner_suffix
 from sheepop_jax.errors import InputError
 
 TEXT = Walk({".txt", ".py", ".md", ".rs"})

@@ -11,7 +11,7 @@ import pypdf
 import pytest
 from pypdf.errors import DependencyError
 
-from sheepop_jax.data.documents import SkipDocument
+from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.paths import Walk
 from sheepop_jax.data.sources.pdf import open_pdfs
 from sheepop_jax.errors import InputError

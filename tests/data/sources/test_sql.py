@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from sheepop_jax.data.documents import SkipDocument
 from sheepop_jax.data.sources import sql
+from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.sql import open_sql
 from sheepop_jax.errors import InputError
 

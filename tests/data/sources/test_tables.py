@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from sheepop_jax.data.documents import SkipDocument
 from sheepop_jax.data.sources import files, paths, tables
+from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.tables import open_table
 from sheepop_jax.errors import InputError
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sheepop_jax.data.spool import Spool
+from sheepop_jax.data.preprocess.corpus_store import CorpusStore
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ class Split:
     cuts: dict[int, int]
     duplicates: int
 
-    def segments(self, spool: Spool, start: int = 0, stop: int | None = None) -> Iterator[Segment]:
+    def segments(
+        self, spool: CorpusStore, start: int = 0, stop: int | None = None
+    ) -> Iterator[Segment]:
         """The kept text within bytes [start, stop) of the spool, in order."""
         stop = spool.num_bytes if stop is None else stop
         ends = spool.documents["end"]
@@ -61,7 +63,7 @@ class Split:
             document += 1
 
 
-def choose_split(spool: Spool, val_split: str, val_fraction: float) -> Split:
+def choose_split(spool: CorpusStore, val_split: str, val_fraction: float) -> Split:
     """Decides from the index alone.
 
     Of equal documents the first is kept, or one that its source holds out, so that no held-out
@@ -105,7 +107,7 @@ def choose_split(spool: Spool, val_split: str, val_fraction: float) -> Split:
 
 
 def _split_source(
-    spool: Spool,
+    spool: CorpusStore,
     among: np.ndarray,
     val_split: str,
     val_fraction: float,
@@ -152,7 +154,9 @@ def _duplicates(digests: np.ndarray, first_choice: np.ndarray) -> np.ndarray:
     return duplicate
 
 
-def _require_both_sides(spool: Spool, split: Split, val_split: str, val_fraction: float) -> None:
+def _require_both_sides(
+    spool: CorpusStore, split: Split, val_split: str, val_fraction: float
+) -> None:
     sizes = spool.documents["end"] - spool.starts
     held_out = int(sizes[split.side == HELD_OUT].sum())
     train = int(sizes[split.side == TRAIN].sum())

@@ -19,7 +19,7 @@ class TrainingDiverged(RunFailed):
     """Too many updates in a row had gradients that cannot be used."""
 
 
-class Health:
+class DivergenceMonitor:
     """Looks at the numbers of every step of one process."""
 
     def __init__(self, max_skipped_steps: int):

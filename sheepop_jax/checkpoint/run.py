@@ -19,15 +19,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from sheepop_jax.config import Config
-from sheepop_jax.data.prepare import prepare
+from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.shards import PreparedData, open_shards
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.faults import fault_point
 from sheepop_jax.model.quantize import quantized
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from sheepop_jax.training.step import init_params
 
 log = logging.getLogger(__name__)

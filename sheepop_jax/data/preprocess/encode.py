@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sheepop_jax.data.cache import pending_name, write_text
-from sheepop_jax.data.progress import Progress
-from sheepop_jax.data.split import Split
-from sheepop_jax.data.spool import Spool
+from sheepop_jax.data.preprocess.cache import pending_name, write_text
+from sheepop_jax.data.preprocess.corpus_store import CorpusStore
+from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax.data.preprocess.split import Split
 from sheepop_jax.data.stream import Piece, encode_pieces
 from sheepop_jax.data.tokenizer import Tokenizer, split_text
 from sheepop_jax.errors import InputError
@@ -40,7 +40,7 @@ class Unit(NamedTuple):
     stop: int
 
 
-def units(spool: Spool) -> list[Unit]:
+def units(spool: CorpusStore) -> list[Unit]:
     """Cuts a spool, by its content alone: between documents, or within very large ones."""
     found: list[Unit] = []
     ends = spool.documents["end"]
@@ -61,7 +61,7 @@ def units(spool: Spool) -> list[Unit]:
 
 def encode_units(
     directory: Path,
-    spool: Spool,
+    spool: CorpusStore,
     split: Split,
     tokenizer: Tokenizer,
     check: Callable[[], None] = lambda: None,
@@ -90,7 +90,7 @@ def _marker(directory: Path, unit: Unit) -> Path:
 def _encode_unit(
     directory: Path,
     unit: Unit,
-    spool: Spool,
+    spool: CorpusStore,
     split: Split,
     tokenizer: Tokenizer,
     progress: Progress,
@@ -114,7 +114,7 @@ def _encode_unit(
         os.utime(spool.directory)  # in use: `Cache.delete_abandoned` looks at it
 
 
-def _pieces(spool: Spool, split: Split, unit: Unit, tokenizer: Tokenizer) -> Iterator[Piece]:
+def _pieces(spool: CorpusStore, split: Split, unit: Unit, tokenizer: Tokenizer) -> Iterator[Piece]:
     for segment in split.segments(spool, unit.start, unit.stop):
         begins, offset = segment.begins, 0
         for text in split_text(spool.text(segment.start, segment.stop)):
@@ -125,7 +125,7 @@ def _pieces(spool: Spool, split: Split, unit: Unit, tokenizer: Tokenizer) -> Ite
 
 
 def _check(
-    spool: Spool, document: int, start: int, offset: int, text: str, tokenizer: Tokenizer
+    spool: CorpusStore, document: int, start: int, offset: int, text: str, tokenizer: Tokenizer
 ) -> None:
     """Says which document has a character that is not in the vocabulary, and where."""
     try:

@@ -19,7 +19,7 @@ import numpy as np
 
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.layout import Request, bucket, build_request
-from sheepop_jax.generation.request import Kind, SamplingConfig, new_token_limit
+from sheepop_jax.generation.requests import Kind, SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import sample
 from sheepop_jax.model.attention import Cache, init_cache
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
@@ -53,7 +53,7 @@ class SamplerState:
         tokens_BN: int32, the tokens chosen so far; beyond a row's length, anything.
         count: int32 scalar, tokens chosen so far in each row, the ended ones included.
         length_B: int32, how many of a row's tokens count.
-        ended_B: boolean, rows that have reached end-of-text or their limit.
+        done_B: boolean, rows that have reached end-of-text or their limit.
     """
 
     cache: Cache
@@ -63,7 +63,7 @@ class SamplerState:
     tokens_BN: jax.Array
     count: jax.Array
     length_B: jax.Array
-    ended_B: jax.Array
+    done_B: jax.Array
 
 
 def generate(
@@ -175,11 +175,11 @@ def decode(
         tokens_BN=jnp.zeros((rows, new_slots), jnp.int32),
         count=jnp.zeros((), jnp.int32),
         length_B=jnp.zeros(rows, jnp.int32),
-        ended_B=jnp.zeros(rows, bool),
+        done_B=jnp.zeros(rows, bool),
     )
     state = _choose(model, kind, params, request, state, repeat(hidden_PTD[:, -1]))
     step = functools.partial(_sample_step, model, kind, params, request)
-    state = jax.lax.while_loop(lambda state: ~jnp.all(state.ended_B), step, state)
+    state = jax.lax.while_loop(lambda state: ~jnp.all(state.done_B), step, state)
     return state.tokens_BN, state.length_B
 
 
@@ -210,7 +210,7 @@ def _choose(
         request.top_p,
         kind=kind,
     )
-    counts_B = ~state.ended_B & (token_B != request.end_of_text)
+    counts_B = ~state.done_B & (token_B != request.end_of_text)
     length_B = state.length_B + counts_B.astype(jnp.int32)
     return replace(
         state,
@@ -220,7 +220,7 @@ def _choose(
         ),
         count=state.count + 1,
         length_B=length_B,
-        ended_B=~counts_B | (length_B >= state.limit_B),
+        done_B=~counts_B | (length_B >= state.limit_B),
     )
 
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from sheepop_jax.config.data import DataConfig
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.data.windows import DocumentWindows, WindowOrder, make_windows
-from sheepop_jax.data_config import DataConfig
+from sheepop_jax.data.windows import DocumentWindows, MixtureSampler, make_windows
 from sheepop_jax.errors import InputError
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackingConfig:
     """How streams become rows of a batch.
 
     Attributes:
@@ -30,7 +30,7 @@ class Layout:
     document_mask: bool = False
 
     @classmethod
-    def of(cls, config: DataConfig, end_of_text: int) -> "Layout":
+    def of(cls, config: DataConfig, end_of_text: int) -> "PackingConfig":
         """As configured."""
         return cls(config.seq_len, end_of_text, config.packing, config.document_mask)
 
@@ -45,27 +45,30 @@ class Layout:
 
 
 def window_order(
-    streams: Sequence[TokenStream], layout: Layout, seed: int, weights: Sequence[float] = (1.0,)
-) -> WindowOrder:
+    streams: Sequence[TokenStream],
+    layout: PackingConfig,
+    seed: int,
+    weights: Sequence[float] = (1.0,),
+) -> MixtureSampler:
     """The order in which the windows of a corpus are trained on."""
     sources = [
         make_windows(stream, layout.seq_len, layout.packing, layout.end_of_text)
         for stream in streams
     ]
-    return WindowOrder(sources, seed, weights)
+    return MixtureSampler(sources, seed, weights)
 
 
 class TrainBatches:
     """The training batches of one process: `rows` of a global batch [A, B, T]; None is all.
 
-    Row b of microbatch a at step s is window (s * A + a) * B + b of `WindowOrder`, so that what is
+    Row b of microbatch a at step s is window (s * A + a) * B + b of `MixtureSampler`, so that what is
     trained on does not depend on how many processes there are.
     """
 
     def __init__(
         self,
         streams: Sequence[TokenStream],
-        layout: Layout,
+        layout: PackingConfig,
         *,
         seed: int,
         accum: int,
@@ -104,7 +107,7 @@ class EvaluationBatches:
     def __init__(
         self,
         stream: TokenStream,
-        layout: Layout,
+        layout: PackingConfig,
         *,
         batch_size: int,
         overlap: int = 0,

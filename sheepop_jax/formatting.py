@@ -6,14 +6,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-def readable_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """1:02:03 or 4:05."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def readable_flops(flops: float) -> str:
+def format_flops(flops: float) -> str:
     """FLOP/s with a prefix: 12.3 GFLOP/s."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if flops >= scale:
@@ -21,7 +21,7 @@ def readable_flops(flops: float) -> str:
     return f"{flops / 1e6:.3g} MFLOP/s"
 
 
-def readable_count(count: float) -> str:
+def format_count(count: float) -> str:
     """Three digits and a letter: 123.6M."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
@@ -29,6 +29,6 @@ def readable_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def readable_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """3.7 GB, 86 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from sheepop_jax.data.documents import Corpus, Document
+from sheepop_jax.config.data import FILE_SUFFIXES, DataConfig, inner_suffix
+from sheepop_jax.data.sources.documents import Corpus, Document
 from sheepop_jax.data.sources.files import TEXT_SUFFIXES, TextFiles, standard_library
 from sheepop_jax.data.sources.hub import open_hub
 from sheepop_jax.data.sources.paths import Walk, find_files
 from sheepop_jax.data.sources.pdf import open_pdfs
 from sheepop_jax.data.sources.sql import open_sql
 from sheepop_jax.data.sources.tables import open_table
-from sheepop_jax.data_config import FILE_SUFFIXES, DataConfig, inner_suffix
 
 log = logging.getLogger(__name__)
 

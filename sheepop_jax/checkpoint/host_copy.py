@@ -5,18 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sheepop_jax import processes
-from sheepop_jax.training import storage
+from sheepop_jax.checkpoint import storage
+from sheepop_jax.runtime import distributed
 from sheepop_jax.training.step import TrainState
 
 
-def on_its_own(state: TrainState) -> TrainState:
+def host_copy(state: TrainState) -> TrainState:
     """A copy that the next step, which takes the state's buffers, leaves alone.
 
     In host memory, so that devices need not hold it twice. But on a CPU "device to host" is no
     copy, and of several processes each holds a part of an array, as only arrays on devices can.
     """
-    if jax.default_backend() != "cpu" and processes.count() == 1:
+    if jax.default_backend() != "cpu" and distributed.count() == 1:
         on_host: TrainState = jax.device_get(state)
         return on_host
     return jax.block_until_ready(jax.tree.map(jnp.copy, state))

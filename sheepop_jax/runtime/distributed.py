@@ -35,7 +35,7 @@ _index, _count = 0, 1  # of this process, and how many there are; set by `join`
 
 
 @dataclass(frozen=True)
-class Membership:
+class DistributedConfig:
     """Which of how many processes this is, as far as the flags say so.
 
     Attributes:
@@ -67,10 +67,10 @@ class Membership:
             raise InputError("--process_id", index, f"at least 0 and below --num_processes {count}")
 
 
-ALONE = Membership()
+ALONE = DistributedConfig()
 
 
-def join(member: Membership) -> None:
+def join(member: DistributedConfig) -> None:
     """Meets the other processes; returns at once if there are none. Before jax's first device.
 
     Raises:
@@ -107,7 +107,7 @@ def join(member: Membership) -> None:
     global _index, _count
     _index, _count = jax.process_index(), jax.process_count()
     _leave_stdout_to_results()
-    if not (first() or log.isEnabledFor(logging.DEBUG)):
+    if not (is_main_process() or log.isEnabledFor(logging.DEBUG)):
         logging.getLogger(__package__).setLevel(logging.ERROR)
 
 
@@ -153,12 +153,12 @@ def index() -> int:
     return _index
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that shows, logs and decides."""
     return _index == 0
 
 
-def decided(work: Callable[[], T]) -> T:
+def broadcast_from_main(work: Callable[[], T]) -> T:
     """What `work` returns in the first process, in all of them; it has to be JSON's.
 
     Raises:
@@ -167,7 +167,7 @@ def decided(work: Callable[[], T]) -> T:
     if _count == 1:
         return work()
     outcome: dict[str, Any] = {}
-    if first():
+    if is_main_process():
         try:
             outcome = {"value": work()}
         except InputError as error:

@@ -13,24 +13,24 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sheepop_jax import processes
-from sheepop_jax.config import Config
+from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, Checkpoints, SaveFailed
+from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
-from sheepop_jax.data.batches import TrainBatches
+from sheepop_jax.data.loader import TrainBatches
+from sheepop_jax.formatting import format_seconds
+from sheepop_jax.model.loss import CHUNK_ELEMENTS
 from sheepop_jax.model.partitioning import global_batch
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.readable import readable_seconds
-from sheepop_jax.training.checkpoint import SCORE, Checkpoints, SaveFailed
+from sheepop_jax.runtime import distributed
 from sheepop_jax.training.curve import draw_curve
-from sheepop_jax.training.health import Health
-from sheepop_jax.training.loss import CHUNK_ELEMENTS
+from sheepop_jax.training.divergence import DivergenceMonitor
 from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.profile import Profile
 from sheepop_jax.training.progress import Progress
-from sheepop_jax.training.resume import first_state
+from sheepop_jax.training.resume import restore_or_init
+from sheepop_jax.training.signals import StopRequested, StopSignal
 from sheepop_jax.training.step import StepMetrics, TrainState, jit_step, make_train_step
-from sheepop_jax.training.stop import StopRequested, StopSignal
 from sheepop_jax.training.throughput import Throughput, flops_per_token
 from sheepop_jax.training.watchdog import Watchdog
 
@@ -100,14 +100,14 @@ class _Loop:
         self.schedule = make_schedule(config.optimizer, job.num_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.checkpoints = Checkpoints(job.directory / "checkpoints", config.checkpoint.keep)
-        self.state, self.shardings, saved = first_state(
+        self.state, self.shardings, saved = restore_or_init(
             job.model, self.optimizer, config.seed, job.mesh, self.checkpoints
         )
         self.step = self.saved_step = int(self.state.step)
-        self.best = processes.decided(self.checkpoints.best_score)
+        self.best = distributed.broadcast_from_main(self.checkpoints.best_score)
         # Figures of the evaluation at this very step; empty where there was none.
         self.figures = {name: value for name, value in saved.items() if name.startswith("val_")}
-        shown = processes.first()
+        shown = distributed.is_main_process()
         self.metrics = MetricsLog(job.directory, self.step, bool(self.figures)) if shown else None
         self.progress = Progress(self.step, job.num_steps, shown)
         self.throughput = Throughput(
@@ -119,7 +119,7 @@ class _Loop:
         )
         self.first_step = self.step
         self.watchdog = Watchdog()
-        self.health = Health(config.train.max_skipped_steps)
+        self.health = DivergenceMonitor(config.train.max_skipped_steps)
         profiled = config.train.profile_steps if shown else 0
         self.profile = Profile(profiled, self.step, job.directory / "profile")
         self.data_wait = 0.0
@@ -135,7 +135,7 @@ class _Loop:
         batches = self._device_batches()
         batch = next(batches)
         train_step = self._compile(batch)
-        self.stop.something_to_save(processes.Agreement(self.job.mesh))
+        self.stop.something_to_save(distributed.Agreement(self.job.mesh))
         self.throughput.start()
         self.watchdog.resume()
         try:
@@ -214,7 +214,7 @@ class _Loop:
         left = (self.job.num_steps - self.step) * per_step
         # The first step includes what happens only once: wait for others, unless steps are long.
         if self.step == self.first_step + (4 if self.throughput.warm_seconds < 5 else 1):
-            self.progress.line(f"{per_step:.3g} s a step: about {readable_seconds(left)} to go")
+            self.progress.line(f"{per_step:.3g} s a step: about {format_seconds(left)} to go")
         if self.step % self.job.config.train.log_every == 0 or self.step == self.job.num_steps:
             self._report(metrics, left)
 
@@ -239,7 +239,7 @@ class _Loop:
         due = _due(self.step, self.job.config.train.eval_every, self.job.num_steps)
         if self.step and due and not self.figures:
             self._evaluate()
-            if processes.first():
+            if distributed.is_main_process():
                 self.checkpoints.record(self.step, self.figures)
 
     def _evaluate_and_save(self) -> None:
@@ -282,8 +282,8 @@ class _Loop:
         if self.job.sample:
             text = self.job.sample(self.state.params)
             self.progress.line("sample: " + text.strip("\n").replace("\n", "\n        "))
-        better = figures[SCORE] < self.best
-        self.best = min(self.best, figures[SCORE])
+        better = figures[BEST_METRIC] < self.best
+        self.best = min(self.best, figures[BEST_METRIC])
         return better
 
     def _save(self) -> None:

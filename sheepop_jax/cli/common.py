@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sheepop_jax.config import Config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError, RunFailed
 
 EXIT_BAD_INPUT = 2

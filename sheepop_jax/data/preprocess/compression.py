@@ -3,14 +3,14 @@
 import zlib
 from collections.abc import Callable
 
-from sheepop_jax.data.progress import Progress
-from sheepop_jax.data.split import Split
-from sheepop_jax.data.spool import Spool
+from sheepop_jax.data.preprocess.corpus_store import CorpusStore
+from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax.data.preprocess.split import Split
 
 _GZIP_BYTES = 64_000_000  # held-out bytes that the figure covers at most
 
 
-def held_out_gzip(spool: Spool, split: Split, check: Callable[[], None]) -> float:
+def held_out_gzip(spool: CorpusStore, split: Split, check: Callable[[], None]) -> float:
     """Bits for each held-out byte."""
     compressor = zlib.compressobj(9, wbits=31)  # 31: with gzip's header, as the command writes it
     zipped = unzipped = 0

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.decode import NO_END, decode
+from sheepop_jax.generation.engine import NO_END, decode
 from sheepop_jax.generation.layout import bucket, build_request
-from sheepop_jax.generation.request import SamplingConfig, new_token_limit
+from sheepop_jax.generation.requests import SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import most_probable
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from sheepop_jax.data.cache import Cache, delete, delete_leftovers, write_text
-from sheepop_jax.data.compression import held_out_gzip
-from sheepop_jax.data.corpus import open_corpus
-from sheepop_jax.data.documents import Corpus
-from sheepop_jax.data.encode import encode_units
-from sheepop_jax.data.progress import Progress
+from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig, Part
+from sheepop_jax.data.preprocess.cache import Cache, delete, delete_leftovers, write_text
+from sheepop_jax.data.preprocess.compression import held_out_gzip
+from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
+from sheepop_jax.data.preprocess.encode import encode_units
+from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax.data.preprocess.split import Segment, Split, choose_split
 from sheepop_jax.data.shards import FORMAT, PreparedData, make_manifest, open_shards
-from sheepop_jax.data.split import Segment, Split, choose_split
-from sheepop_jax.data.spool import Spool, write_spool
+from sheepop_jax.data.sources.corpus import open_corpus
+from sheepop_jax.data.sources.documents import Corpus
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
-from sheepop_jax.data_config import SOURCE_FIELDS, DataConfig, Part
 from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class _Preparation:
                     units,
                     split_rule=f"{self._config.val_split} {self._config.val_fraction}",
                     gzip_bits_per_byte=held_out_gzip(spool, split, self._check),
-                    lossless=not self._given or self._given.gives_back(_sample(spool, split)),
+                    lossless=not self._given or self._given.is_lossless(_sample(spool, split)),
                 )
                 write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
                 os.replace(pending, directory)
@@ -195,14 +195,14 @@ class _Preparation:
         delete_leftovers(directory)
         return open_shards(directory)
 
-    def _read(self, fingerprint: str) -> Spool:
+    def _read(self, fingerprint: str) -> CorpusStore:
         """Reads the sources, or finds them read by a preparation that did not come to its end."""
         spool = self._open_spool(fingerprint) if fingerprint else None
         if spool is not None:
             logger.info("data: the text was read before; going on from there")
             return spool
         with self._cache.reading() as directory:
-            fingerprint = write_spool(directory, self._sources, self._check).fingerprint
+            fingerprint = write_corpus_store(directory, self._sources, self._check).fingerprint
             spool = self._open_spool(fingerprint)  # another source may have given the same text
             if spool is None:
                 os.replace(directory, self._cache.spool(fingerprint))
@@ -211,10 +211,10 @@ class _Preparation:
             raise FileNotFoundError(2, "No such directory", str(self._cache.spool(fingerprint)))
         return spool
 
-    def _open_spool(self, fingerprint: str) -> Spool | None:
+    def _open_spool(self, fingerprint: str) -> CorpusStore | None:
         """None if there is none, or one that is not whole; that is deleted."""
         try:
-            spool = Spool(self._cache.spool(fingerprint))
+            spool = CorpusStore(self._cache.spool(fingerprint))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             delete(self._cache.spool(fingerprint))
             return None
@@ -232,7 +232,7 @@ class _Preparation:
             delete(*directories)
             raise
 
-    def _tokenizer(self, path: Path, spool: Spool, split: Split) -> Tokenizer:
+    def _tokenizer(self, path: Path, spool: CorpusStore, split: Split) -> Tokenizer:
         """The given one, one that an interrupted preparation has trained, or a new one."""
         if path.exists():
             return Tokenizer.from_file(path)
@@ -240,7 +240,7 @@ class _Preparation:
         write_text(path, tokenizer.to_json())
         return tokenizer
 
-    def _train_tokenizer(self, spool: Spool, split: Split) -> Tokenizer:
+    def _train_tokenizer(self, spool: CorpusStore, split: Split) -> Tokenizer:
         """A BPE learns from a sample, evenly spread over the training text.
 
         Characters are those of all text, or one that only held-out text has would stop the run.
@@ -264,7 +264,7 @@ class _Preparation:
 
 
 def _pieces(
-    spool: Spool, segments: Iterable[Segment], share: float, progress: Progress
+    spool: CorpusStore, segments: Iterable[Segment], share: float, progress: Progress
 ) -> Iterator[str]:
     """Their text; a piece is passed over while more than `share` of the text was given."""
     seen = given = 0
@@ -277,7 +277,7 @@ def _pieces(
             seen += len(piece)
 
 
-def _sample(spool: Spool, split: Split) -> Iterator[str]:
+def _sample(spool: CorpusStore, split: Split) -> Iterator[str]:
     """The beginning of the training text."""
     training = (segment for segment in split.segments(spool) if not segment.held_out)
     texts = (text for segment in training for text in spool.text(segment.start, segment.stop))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sheepop_jax.config import ModelConfig
+from sheepop_jax.config.schema import ModelConfig
 from sheepop_jax.errors import InputError
 
 DEFAULT_MAX_NEW_TOKENS = 256  # unless the context holds less

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from sheepop_jax.data.batches import Layout, window_order
+from sheepop_jax.data.loader import PackingConfig, window_order
 from sheepop_jax.data.shards import PreparedData
 
 _SIDES = {"train": "train", "validation": "held out"}
 
 
-def describe(data: PreparedData, layout: Layout, seed: int) -> str:
+def describe(data: PreparedData, layout: PackingConfig, seed: int) -> str:
     """A table of the sources: documents, bytes, tokens, what was left out, the sizes of the split.
 
     Args:
@@ -54,7 +54,7 @@ def describe(data: PreparedData, layout: Layout, seed: int) -> str:
     return "\n".join(lines)
 
 
-def random_windows(data: PreparedData, layout: Layout, seed: int, count: int) -> list[str]:
+def random_windows(data: PreparedData, layout: PackingConfig, seed: int, count: int) -> list[str]:
     """Windows of the training text decoded, as a model would see them, end-of-text included."""
     order = window_order(data.train, layout, seed, data.weights)
     chosen = np.random.default_rng(seed).integers(order.num_windows, size=count)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.bench import MEMORY, Row
+from sheepop_jax.generation.benchmark import MEMORY, Row
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
-def settle_memory(flops: float, temporaries: int) -> None:
+def tune_allocator(flops: float, temporaries: int) -> None:
     """Gives freed memory back again where keeping it gains little; told once a step is compiled.
 
     A heap that keeps all takes up to twice a step's temporaries, since what is freed lies in

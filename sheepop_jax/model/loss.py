@@ -1,7 +1,7 @@
 """Cross-entropy over the vocabulary, in chunks of tokens, so that the logits never exist whole.
 
 Alphabet: B batch, T time, M = B·T tokens, D model width, V vocabulary (padded), Mc tokens of a
-chunk. Devices that split the rows each go through their own (`partitioning.summed_over`).
+chunk. Devices that split the rows each go through their own (`partitioning.sum_over_replicas`).
 
 Everything is a weighted sum; whoever holds all the sums divides once, so that microbatches, devices
 and padded rows all give the same number.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheepop_jax.config.validation import Section
 from sheepop_jax.errors import InputError
-from sheepop_jax.rules import Section
 
 # What a part of a mixture may set for itself; the rest of the section holds for all parts.
 SOURCE_FIELDS = (

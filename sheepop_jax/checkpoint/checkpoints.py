@@ -1,6 +1,6 @@
 """Checkpoints of a run: saved whole or not at all, verified before they are loaded.
 
-Layout, one directory a step, that appears by a single rename:
+PackingConfig, one directory a step, that appears by a single rename:
 
     checkpoints/00000500/params/         the model's parameters (orbax)
                          optimizer/      step counts and the optimizer's state (orbax)
@@ -19,11 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sheepop_jax import processes
-from sheepop_jax.errors import InputError, RunFailed
-from sheepop_jax.faults import fault_during, fault_point
-from sheepop_jax.training import storage
-from sheepop_jax.training.manifest import (
+from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint.host_copy import all_finite, host_copy, not_finite
+from sheepop_jax.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
     digests,
@@ -31,12 +29,14 @@ from sheepop_jax.training.manifest import (
     verify,
     write_manifest,
 )
-from sheepop_jax.training.snapshot import all_finite, not_finite, on_its_own
+from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax.faults import fault_during, fault_point
+from sheepop_jax.runtime import distributed
 from sheepop_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 
-SCORE = "val_loss"  # the figure, lower is better, by which a checkpoint is "best"
+BEST_METRIC = "val_loss"  # the figure, lower is better, by which a checkpoint is "best"
 ASIDE = "damaged"  # what the names of directories that were set aside begin with
 REASON = "REASON.txt"  # in such a directory
 _STEP = "(?:[0-9]{8}|[1-9][0-9]{8,})"  # a step, in eight digits or as many as it takes
@@ -124,7 +124,7 @@ class Checkpoints:
                 f"{self.path(step)}: not saved (not finite: {not_finite(state.params)}); older "
                 "checkpoints are intact; try a lower optimizer.learning_rate from there"
             )
-        self._pending = self._writer.submit(self._commit, step, on_its_own(state), figures)
+        self._pending = self._writer.submit(self._commit, step, host_copy(state), figures)
 
     def record(self, step: int, figures: dict[str, Any]) -> None:
         """Adds figures to a committed step's.
@@ -161,7 +161,7 @@ class Checkpoints:
         self.verify(step)
         return self._load(step, params=target)["params"]
 
-    def set_aside(self, step: int, reason: object) -> Path:
+    def quarantine(self, step: int, reason: object) -> Path:
         """Renames a damaged step so that it is neither loaded nor in the way; nothing is lost."""
         aside = self._unused(f"{ASIDE}-{step:08d}")
         os.rename(self.path(step), aside)
@@ -188,7 +188,7 @@ class Checkpoints:
         scored = []
         for step in self.steps():
             try:
-                score = self.manifest(step)["figures"].get(SCORE)
+                score = self.manifest(step)["figures"].get(BEST_METRIC)
             except DamagedCheckpoint:
                 continue
             if score is not None and math.isfinite(score):
@@ -233,20 +233,20 @@ class Checkpoints:
                 f"{self.path(step)}: not saved ({reason}); {free:,.0f} MB free there; older "
                 "checkpoints are intact"
             ) from error
-        if processes.first():
+        if distributed.is_main_process():
             self._prune()
 
     def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
         """All processes write their part; the first begins and commits, and the others wait."""
         fault_point("save-begun")
-        if processes.first():
+        if distributed.is_main_process():
             self._sweep()
         pending = self.directory / f".pending-{step:08d}"
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         fault_during("save-writing", begun=lambda: storage.has_begun(pending))
         storage.write(pending, items)
         fault_point("save-written")
-        if processes.first():
+        if distributed.is_main_process():
             self._publish(pending, step, figures)
         storage.wait_for_all(f"commit {step}")
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, REASON, Checkpoints
+from sheepop_jax.checkpoint.manifest import DamagedCheckpoint
 from sheepop_jax.errors import InputError
-from sheepop_jax.training.checkpoint import REASON, SCORE, Checkpoints
-from sheepop_jax.training.manifest import DamagedCheckpoint
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Item:
         figures: recorded with it, e.g. `val_loss`; empty where they cannot be read.
         is_latest: the one that training goes on from.
         is_best: the one with the lowest validation loss.
-        set_aside: moved out of the way as damaged; never loaded.
+        quarantine: moved out of the way as damaged; never loaded.
         damage: why it cannot be loaded; empty where nothing is known against it.
     """
 
@@ -34,7 +34,7 @@ class Item:
     figures: dict[str, Any]
     is_latest: bool = False
     is_best: bool = False
-    set_aside: bool = False
+    quarantine: bool = False
     damage: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def table(items: list[Item], verified: bool) -> str:
         return "no checkpoints"
     lines = [f"{'step':>8}{'MB':>10}{'val_loss':>10}  state"]
     for item in items:
-        loss = item.figures.get(SCORE)
+        loss = item.figures.get(BEST_METRIC)
         marks = [
             mark for mark, is_so in (("latest", item.is_latest), ("best", item.is_best)) if is_so
         ]
-        if item.set_aside:
+        if item.quarantine:
             marks.append(f"set aside as {item.path.name}: {item.damage}")
         elif item.damage:
             marks.append(f"DAMAGED: {item.damage}")
@@ -86,7 +86,7 @@ def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
             damage = (path / REASON).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             damage = "no reason was recorded"
-        items.append(Item(path, step, _bytes(path), {}, set_aside=True, damage=damage))
+        items.append(Item(path, step, _bytes(path), {}, quarantine=True, damage=damage))
     return items
 
 

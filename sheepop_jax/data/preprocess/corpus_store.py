@@ -24,10 +24,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from sheepop_jax.data.documents import Corpus, Document, SkipDocument
-from sheepop_jax.data.progress import Progress
+from sheepop_jax.config.data import Part
+from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax.data.sources.documents import Corpus, Document, SkipDocument
 from sheepop_jax.data.tokenizer import CUT
-from sheepop_jax.data_config import Part
 from sheepop_jax.errors import InputError
 
 DOCUMENT = np.dtype(
@@ -42,7 +42,7 @@ DOCUMENT = np.dtype(
 _BLOCK_BYTES = 2**20
 
 
-class Spool:
+class CorpusStore:
     """A corpus that was read whole.
 
     Attributes:
@@ -117,11 +117,11 @@ class Record(NamedTuple):
     last: bool = False
 
 
-def write_spool(
+def write_corpus_store(
     directory: Path,
     sources: list[tuple[Part, Corpus]],
     check: Callable[[], None] = lambda: None,
-) -> Spool:
+) -> CorpusStore:
     """Reads all sources into `directory`, which exists; `check` is called often and may raise.
 
     Raises:
@@ -166,7 +166,7 @@ def write_spool(
             os.fsync(file.fileno())
     content = json.dumps({"sources": about, "fingerprint": fingerprint.hexdigest()})
     (directory / "spool.json").write_text(content, encoding="utf-8")
-    return Spool(directory)
+    return CorpusStore(directory)
 
 
 def _total(sources: list[tuple[Part, Corpus]]) -> int:

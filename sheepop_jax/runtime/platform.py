@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sheepop_jax import malloc, processes
 from sheepop_jax.errors import InputError
+from sheepop_jax.runtime import allocator, distributed
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ class Runtime:
         return jnp.dtype(name)
 
 
-def prepare(platform: str = "auto", member: processes.Membership = processes.ALONE) -> Runtime:
+def prepare(
+    platform: str = "auto", member: distributed.DistributedConfig = distributed.ALONE
+) -> Runtime:
     """Settles platform, flags and caches, starts JAX, and checks that it computes right numbers.
 
     Args:
@@ -119,14 +121,14 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
         RuntimeError: this version of jax computes wrong numbers on this machine.
     """
     _set_xla_flags()
-    malloc.keep_freed_memory()
+    allocator.keep_freed_memory()
     import jax
 
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     jax.config.update("jax_threefry_partitionable", True)  # random numbers independent of layout
     _use_compile_cache(jax)
-    processes.join(member)
+    distributed.join(member)
     try:
         device = jax.local_devices()[0]
     # An installed backend that fails raises RuntimeError; one that is not installed, in jax 0.12, a
@@ -149,7 +151,7 @@ def prepare(platform: str = "auto", member: processes.Membership = processes.ALO
     peak, memory = known_figures(device.device_kind)
     ampere = found != "cuda" or float(device.compute_capability) >= _AMPERE
     runtime = Runtime(found, device.device_kind, count, peak * count, memory, ampere)
-    of = f", process 0 of {processes.count()}" if processes.count() > 1 else ""
+    of = f", process 0 of {distributed.count()}" if distributed.count() > 1 else ""
     log.info("jax %s on %d x %s (%s%s)", jax.__version__, count, device.device_kind, found, of)
     return runtime
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, cast, get_origin, get_type_hints
 
-from sheepop_jax.data_config import DataConfig
+from sheepop_jax.config.data import DataConfig
+from sheepop_jax.config.validation import Section
 from sheepop_jax.errors import InputError
-from sheepop_jax.rules import Section
 
 _T = TypeVar("_T")
 

@@ -1,0 +1,1 @@
+"""The configuration: its schema, its validation and its loading."""

@@ -1,0 +1,1 @@
+"""Offline: from a corpus to a tokenizer and token shards."""
