@@ -1,14 +1,16 @@
-"""Compiles the train step for TPUs or GPUs that are not here, and holds it against the plan.
+"""Compiles the train step ahead of time for TPUs or GPUs and compares it with the plan.
 
     python benchmarks/aot.py --topology v5e:2x4 --mesh 8,1,1 1,8,1 2,2,2
     python benchmarks/aot.py --target_config h100.txtpb --config.train.batch_size=64
 
-Nothing runs: what is compared is what the compiler says of memory, and the collectives that stand
-in its program, with `training/memory.py` and `training/communication.py`; and how often a whole
-gradient crosses the mesh's data axis in an update (1 is right). Any field of the configuration can
-be changed, as for train.py. It needs `pip install "jax[tpu]"`; or, for a GPU, jax-cuda12-plugin and
-jax-cuda12-pjrt of jax's version, and a file that describes the card: a GpuTargetConfigProto as
-text, of which XLA's sources have one for each (xla/backends/gpu/target_config/specs).
+Nothing runs. The memory that the compiler reports and the collectives in the compiled program are
+compared with `planning/memory.py` and `planning/communication.py`. The last column counts how often
+a full gradient crosses the data axis in an update (expected: 1). Every field of the configuration
+can be set, as for train.py.
+
+TPUs need `pip install "jax[tpu]"`. GPUs need jax-cuda12-plugin and jax-cuda12-pjrt of JAX's
+version, and a GpuTargetConfigProto in text format: XLA's sources have one per card
+(xla/backends/gpu/target_config/specs).
 """
 
 import argparse
@@ -20,18 +22,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.collectives import sent_over
 from benchmarks.lib.report import default_out, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Read by libtpu: it asks no metadata server what machine this is.
+# For libtpu: do not query the metadata server.
 ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 def sizes(words: str) -> tuple[int, ...]:
-    """8,1,1 → (8, 1, 1)."""
+    """Parses "8,1,1" to (8, 1, 1)."""
     found = tuple(map(int, words.split(",")))
     if len(found) != 3 or min(found) < 1:
         raise ValueError(words)
@@ -39,28 +41,32 @@ def sizes(words: str) -> tuple[int, ...]:
 
 
 def main() -> None:
-    """A row for each mesh."""
+    """Prints one row per mesh."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--config", default=str(ROOT / "configs/gpt2_124m.py"), metavar="PATH")
-    made.add_argument("--topology", default="v5e:2x4", help="of TPUs (default v5e:2x4)")
-    made.add_argument("--target_config", type=Path, metavar="PATH", help="of a GPU, instead")
-    made.add_argument("--devices", type=int, default=8, help="GPUs of a node (default 8)")
+    made.add_argument("--topology", default="v5e:2x4", help="TPU topology (default v5e:2x4)")
+    made.add_argument("--target_config", type=Path, metavar="PATH", help="target GPU instead")
+    made.add_argument("--devices", type=int, default=8, help="GPUs per node (default 8)")
     made.add_argument(
         "--mesh", type=sizes, nargs="+", default=[(8, 1, 1), (1, 8, 1), (2, 2, 2)], metavar="D,F,T"
     )
-    made.add_argument("--vocab", type=int, default=50257, help="tokens (default 50257)")
+    made.add_argument("--vocab", type=int, default=50257, help="vocabulary size (default 50257)")
     made.add_argument("--out", type=Path, default=default_out(), metavar="DIR")
     flags, overrides = made.parse_known_args()
+    for word in overrides:
+        if not (word.startswith("--config.") and "=" in word):
+            made.error(f"unknown argument {word}")
     os.environ.update(ALONE)
-    # After the environment is set, since it decides what jax sees.
-    from sheepop_jax.cli.common import load_config
+    # After setting the environment, which determines JAX's devices.
+    from sheepop_jax.config.loading import load_config
     from sheepop_jax.errors import InputError
 
     platform = "cuda" if flags.target_config else "tpu"
     try:
-        config = load_config(flags.config, [*overrides, f"--config.train.platform={platform}"])
+        assignments = [word.removeprefix("--config.") for word in overrides]
+        config = load_config(flags.config, [*assignments, f"train.platform={platform}"])
         devices = imagined_devices(flags)
         rows = [row(config, platform, devices, mesh, flags.vocab) for mesh in flags.mesh]
     except InputError as error:
@@ -70,7 +76,7 @@ def main() -> None:
 
 
 def imagined_devices(flags: argparse.Namespace) -> Any:
-    """Devices to compile for; ends with one line if their compiler is not installed."""
+    """Returns the devices to compile for; exits with an error if their compiler is missing."""
     from jax.experimental.topologies import get_topology_desc
 
     try:
@@ -85,7 +91,7 @@ def imagined_devices(flags: argparse.Namespace) -> Any:
 
 
 def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], vocab: int) -> Any:
-    """Compiles for one mesh, and compares."""
+    """Compiles for one mesh and compares with the plan."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -101,8 +107,8 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
         state_shardings,
     )
     from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.communication import bytes_sent
-    from sheepop_jax.training.memory import abstract_state, estimate_memory
+    from sheepop_jax.planning.communication import bytes_sent
+    from sheepop_jax.planning.memory import abstract_state, estimate_memory
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
     from sheepop_jax.training.step import jit_step, make_train_step
 
@@ -131,9 +137,9 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     with jax.set_mesh(mesh):
         compiled = jit_step(step, places, mesh, m.remat).lower(state, batch).compile()
     seconds = time.perf_counter() - started
-    said = compiled.memory_analysis()
-    results = said.output_size_in_bytes - said.alias_size_in_bytes
-    memory = said.argument_size_in_bytes + results + said.temp_size_in_bytes
+    reported = compiled.memory_analysis()
+    results = reported.output_size_in_bytes - reported.alias_size_in_bytes
+    memory = reported.argument_size_in_bytes + results + reported.temp_size_in_bytes
     planned = estimate_memory(config, model, mesh, platform, shapes).total
     expected = bytes_sent(config, model, mesh, platform, shapes)
     sent = sent_over(compiled.as_text(), dict(mesh.shape))
@@ -142,11 +148,9 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
         "data, fsdp, tensor": ", ".join(map(str, mesh_sizes)),
         "compile, s": seconds,
         "memory, MB": memory / 1e6,
-        "planned": planned / 1e6,
-        "planned / said": planned / memory,
+        "planned / reported": planned / memory,
         "sent, MB": sum(sent.values()) / 1e6,
-        "formula": sum(expected.values()) / 1e6,
-        "formula / program": sum(expected.values()) / max(sum(sent.values()), 1.0),
+        "planned / program": sum(expected.values()) / max(sum(sent.values()), 1.0),
         "gradients over data": over_data / expected["data"] if expected["data"] else None,
     }
 

@@ -1,9 +1,9 @@
-"""How long a save holds up the loop: ours, in the background, against one that is waited for.
+"""Time that a checkpoint save blocks the training loop: background save against synchronous save.
 
     python benchmarks/checkpoints.py [--config configs/base.py] [--repeats 5]
 
-The state is that of a whole training run (parameters, optimizer) at its first step. "loop waits" is
-the time that `save` takes; "until on disk" is until the checkpoint has its name.
+Saves a complete training state (parameters and optimizer). A background save blocks the loop until
+`save` returns, a synchronous save until the checkpoint is committed.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
-from sheepop_jax.cli.common import load_config
+# After setting the path, so that the program runs from any directory.
+from sheepop_jax.config.loading import load_config
 from sheepop_jax.runtime import platform
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """Prints a table of medians."""
+    """Prints a table of median times."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default=str(ROOT / "configs/base.py"))
     parser.add_argument("--repeats", type=int, default=5)
@@ -36,7 +36,7 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from sheepop_jax.checkpoint.checkpoints import Checkpoints
+    from sheepop_jax.checkpoint.saver import CheckpointSaver
     from sheepop_jax.model.transformer import Transformer
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
     from sheepop_jax.training.step import init_state, jit_init
@@ -50,19 +50,19 @@ def main() -> None:
     times: dict[str, list[float]] = {"loop waits": [], "until on disk": []}
     with tempfile.TemporaryDirectory() as directory:
         for repeat in range(flags.repeats + 1):
-            checkpoints = Checkpoints(Path(directory) / str(repeat))
+            checkpoints = CheckpointSaver(Path(directory) / str(repeat))
             started = time.perf_counter()
             checkpoints.save(state, {})
             returned = time.perf_counter()
             checkpoints.wait()
-            if repeat:  # the first compiles
+            if repeat:  # the first save compiles
                 times["loop waits"].append(returned - started)
                 times["until on disk"].append(time.perf_counter() - started)
             shutil.rmtree(checkpoints.directory)
     waits, disk = (statistics.median(values) for values in times.values())
     print(f"{count / 1e6:.1f} M parameters, {size / 1e6:.0f} MB of state, {machine.device_kind}")
-    print(f"| medians of {flags.repeats} | the loop waits |\n|---|---|")
-    print(f"| asynchronous save (as trained) | {waits:.3f} s |")
+    print(f"| median of {flags.repeats} saves | loop waits |\n|---|---|")
+    print(f"| background save (as in training) | {waits:.3f} s |")
     print(f"| synchronous save | {disk:.3f} s |")
     print(f"| ratio | {disk / waits:.1f} |")
 

@@ -1,15 +1,15 @@
-"""How fast and in how much memory a large corpus becomes tokens, and tokens become batches.
+"""Speed and memory of data preparation and of the batch loader.
 
     python benchmarks/data.py --gigabytes 5 --workdir /tmp/corpus
 
-Makes a corpus of that size in WORKDIR (kept, and used again), then, each in a process of its own:
+Generates a corpus of this size in WORKDIR (kept and reused). Then measures, each in a new process:
 
-prepare   the whole corpus to shards, into an empty cache
-compare   encoding and sharding beside bare `encode_batch_fast` and `datasets.map` with the same
+prepare   the whole corpus to token shards, with an empty cache
+compare   encoding and sharding against bare `encode_batch_fast` and `datasets.map` with the same
           tokenizer on the same text, in turns; medians
 load      batches on one core
 
-Prints a table; memory is the peak resident size of the process.
+Memory is the peak resident size of the process.
 """
 
 import argparse
@@ -34,14 +34,14 @@ WINDOW, BATCH = 512, 64
 
 
 def main() -> None:
-    """Runs each measurement in a fresh process, so that peaks of memory are its own."""
+    """Runs each measurement in a new process, since peak memory is per process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=0.2, metavar="N", help="default 0.2")
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--vocab_size", type=int, default=32_000, metavar="N", help="default 32000")
-    parser.add_argument("--only", choices=STEPS, help="one measurement, in this process")
+    parser.add_argument("--only", choices=STEPS, help="run one measurement, in this process")
     flags = parser.parse_args()
     if flags.only:
         print(json.dumps(STEPS[flags.only](flags)))
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def make_corpus(directory: Path, size: int) -> None:
-    """Documents of varied lines; no two are equal. The same for the same size."""
+    """Generates distinct documents of source code; deterministic for a given size."""
     done = directory.with_suffix(".done")
     if done.exists() and done.read_text() == str(size):
         return
@@ -77,7 +77,7 @@ def make_corpus(directory: Path, size: int) -> None:
     made = number = 0
     directory.mkdir(parents=True, exist_ok=True)
     while made < size:
-        # One line in eight has words that stand nowhere else, as names and numbers do in real text.
+        # About one line in 12 has unique words, like the names and numbers of real text.
         parts = [f"document {number}\n"]
         length = 0
         while length < DOCUMENT_BYTES:
@@ -93,12 +93,12 @@ def make_corpus(directory: Path, size: int) -> None:
         made += path.write_bytes("".join(parts).encode())
         number += 1
         if number % 5000 == 0:
-            print(f"making the corpus: {made / 1e9:.1f} GB", file=sys.stderr)
+            print(f"generating the corpus: {made / 1e9:.1f} GB", file=sys.stderr)
     done.write_text(str(size))
 
 
 def prepare(flags: argparse.Namespace) -> dict[str, float]:
-    """`prepare`, into an empty cache."""
+    """Measures `prepare` with an empty cache."""
     import logging
     import shutil
 
@@ -120,7 +120,7 @@ def prepare(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(flags: argparse.Namespace) -> dict[str, float]:
-    """Three ways from text in the page cache to token ids, in turns; MB/s, medians."""
+    """Measures three ways to encode text from the page cache, in turns; medians in MB/s."""
     import contextlib
     import io
 
@@ -177,7 +177,7 @@ def compare(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def load(flags: argparse.Namespace) -> dict[str, float]:
-    """Batches on one core, and by how much they let memory grow."""
+    """Measures batches on one core, and the growth of memory."""
     from sheepop_jax.data.loader import PackingConfig, TrainBatches
 
     data = prepared(flags)
@@ -198,7 +198,7 @@ def load(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def data_config(flags: argparse.Namespace):
-    """The corpus, by a BPE of its own."""
+    """Returns the data configuration: the corpus with a new BPE tokenizer."""
     from configs.base import get_config
     from sheepop_jax.config.schema import Config
 
@@ -210,7 +210,7 @@ def data_config(flags: argparse.Namespace):
 
 
 def prepared(flags: argparse.Namespace):
-    """The shards that `prepare` left."""
+    """Opens the shards written by `prepare`."""
     from sheepop_jax.data.shards import open_shards
 
     [manifest] = (flags.workdir / "cache").glob("*/manifest.json")
@@ -218,7 +218,7 @@ def prepared(flags: argparse.Namespace):
 
 
 def peak() -> float:
-    """Peak resident size so far, in MB."""
+    """Returns the peak resident size so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 

@@ -1,10 +1,10 @@
-"""Tokens per second of cached greedy decoding beside transformers' `generate`.
+"""Cached greedy decoding against transformers' `generate`, in tokens per second.
 
     python benchmarks/decode.py [--batch 1 8 32] [--turns 5]
 
-The base model with random weights, prompts of 16 tokens, 128 new ones. A turn is a whole call,
-prompt included. "share" is of what memory allows: "memory alone" reads every weight once for each
-new token of a batch, and does nothing else.
+The base model with random weights, prompts of 16 tokens, 128 new tokens. A turn is a whole call,
+including the prompt. "memory alone" only reads every weight once per new token of the batch: the
+bandwidth limit. "share" is relative to it. "speedup" is the row's time over that of sheepop_jax.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.contest import Contender, take_turns
 from benchmarks.lib.flags import absolute, parser
 from benchmarks.lib.report import publish
@@ -22,7 +22,7 @@ PEERS = {"transformers GPT-2": "gpt2", "transformers Starcoder2": "starcoder2"}
 
 
 def main() -> None:
-    """One table for all batch sizes, ratios to ours in each."""
+    """Prints one table for all batch sizes."""
     made = parser(__doc__, turns=5, peers=True, dtype=True)
     made.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     made.add_argument("--prompt", type=int, default=16)
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def contest(size: int, flags: Any) -> list[dict[str, Any]]:
-    """Rows of one batch size, ours first."""
+    """Returns the rows of one batch size, sheepop_jax first."""
     words = ["decode", "base", "--rows", str(size), "--dtype", flags.dtype]
     words += ["--prompt", str(flags.prompt), "--new_tokens", str(flags.new_tokens)]
     ours = Contender("sheepop_jax", "ours", [*words, "--platform", flags.platform])
@@ -49,9 +49,9 @@ def contest(size: int, flags: Any) -> list[dict[str, Any]]:
             "batch": size,
             "contender": c.name,
             "tokens/s": tokens / c.median,
-            "ms a call": 1e3 * c.median,
+            "ms/call": 1e3 * c.median,
             "min–max": c.spread,
-            "ours is faster": c.median / finished[0].median,
+            "speedup": c.median / finished[0].median,
             "share": f"{memory.median / c.median:.0%}" if memory in finished else "",
             "first token: cold, s": c.about.get("first_cold_s"),
             "warm, ms": c.about.get("first_warm_ms"),

@@ -1,11 +1,11 @@
-"""What the training loop costs beside the compiled step alone.
+"""Overhead of the training loop over the compiled step alone.
 
     python benchmarks/loop.py [--steps 300] [--turns 5]
 
-Both train the same small model from the same state on batches of the same data, in turns: the
-trainer's own loop with its data, metrics, log and progress, and a bare Python loop that calls the
-compiled step on batches that lie on the device. Evaluation and saving are left out: the loop's
-clock stands still for them as well.
+Both train the same small model from the same state on the same data, in turns: the trainer's loop
+with its data, metrics, log and progress, and a bare Python loop that calls the compiled step on
+batches already on the device. Evaluation and saving are disabled; the trainer's clock excludes them
+anyway.
 """
 
 import statistics
@@ -17,17 +17,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
-from sheepop_jax.cli.common import load_config
+from sheepop_jax.config.loading import load_config
 from sheepop_jax.runtime import platform
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """Two rows, medians of seconds a step, and the ratio."""
+    """Prints two rows with median times per step and their ratio."""
     made = parser(__doc__, turns=5)
     made.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
     made.add_argument("--steps", type=int, default=300)
@@ -43,10 +43,12 @@ def main() -> None:
     rows = [
         {
             "loop": name,
-            "ms a step": 1e3 * statistics.median(values),
+            "ms/step": 1e3 * statistics.median(values),
             "min–max": "–".join(f"{1e3 * f(values):.4g}" for f in (min, max)),
-            "of the bare step": statistics.median(ratios) if name == "trainer" else 1.0,
-            "each": "–".join(f"{f(ratios):.3f}" for f in (min, max)) if name == "trainer" else "",
+            "relative": statistics.median(ratios) if name == "trainer" else 1.0,
+            "each turn": "–".join(f"{f(ratios):.3f}" for f in (min, max))
+            if name == "trainer"
+            else "",
         }
         for name, values in seconds.items()
     ]
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def make_job(path: str, steps: int, directory: str) -> Any:
-    """The job that train.py would make, but for evaluation and samples."""
+    """Returns the job of train.py, without evaluation and samples."""
     import jax
 
     from sheepop_jax.data.loader import PackingConfig, TrainBatches
@@ -64,8 +66,7 @@ def make_job(path: str, steps: int, directory: str) -> Any:
     from sheepop_jax.training.loop import Job
 
     every = ("train.eval_every", "checkpoint.save_every", "optimizer.warmup_steps")
-    overrides = [f"--config.train.num_steps={steps}", *(f"--config.{name}=0" for name in every)]
-    config = load_config(path, overrides)
+    config = load_config(path, [f"train.num_steps={steps}", *(f"{name}=0" for name in every)])
     data = prepare(config.data)
     train = config.train
     return Job(
@@ -85,12 +86,13 @@ def make_job(path: str, steps: int, directory: str) -> Any:
             ("val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy"), 1.0
         ),
         sample=None,
+        flops_per_token=0.0,
         peak_flops=0.0,
     )
 
 
 def trained(path: str, steps: int) -> float:
-    """Seconds a step by the trainer's own clock, as it stands in metrics.jsonl."""
+    """Returns seconds per step by the trainer's own clock, from metrics.jsonl."""
     from sheepop_jax.training.loop import fit
     from sheepop_jax.training.metrics import read_metrics
     from sheepop_jax.training.signals import StopSignal
@@ -98,12 +100,12 @@ def trained(path: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as directory:
         fit(make_job(path, steps, directory), StopSignal())
         lines = [line for line in read_metrics(Path(directory)) if "loss" in line]
-    first, last = lines[0], lines[-1]  # the first interval has the warm-up
+    first, last = lines[0], lines[-1]  # the first interval includes the warmup
     return (last["train_seconds"] - first["train_seconds"]) / (last["step"] - first["step"])
 
 
 def bare(path: str, steps: int) -> float:
-    """Seconds a step of nothing but the compiled step."""
+    """Returns seconds per step of the compiled step alone."""
     import jax
 
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule

@@ -1,9 +1,9 @@
-"""Cross-entropy in chunks against whole logits: time and memory of the loss and its gradients.
+"""Chunked cross-entropy against full logits: time and memory of the loss and its gradients.
 
     python benchmarks/loss.py [--time 128 256 512] [--batch 4]
 
-The base model's width and vocabulary. Temporaries are what the compiled program needs beside its
-arguments and results.
+Uses the base model's width and vocabulary. Temporaries are the memory of the compiled program
+without its arguments and results.
 """
 
 import sys
@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.contest import Contender, take_turns
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
 
 
 def main() -> None:
-    """A row for each length and way, ratios to ours."""
+    """Prints one row per sequence length and implementation."""
     made = parser(__doc__, turns=7)
     made.add_argument("--time", type=int, nargs="+", default=[128, 256, 512])
     made.add_argument("--batch", type=int, default=4)
@@ -35,7 +35,7 @@ def main() -> None:
                 "loss": c.name,
                 "ms": 1e3 * c.median,
                 "min–max": c.spread,
-                "time, of whole": c.median / finished[-1].median,
+                "time / whole": c.median / finished[-1].median,
                 "temporaries, MB": c.about["temporaries_MB"],
                 "peak, MB": c.about["peak_MB"],
             }

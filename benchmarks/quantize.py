@@ -1,9 +1,10 @@
-"""Tokens per second of greedy decoding, with weights and activations in each precision.
+"""Greedy decoding in each precision of weights and activations, in tokens per second.
 
     python benchmarks/quantize.py [--batch 1 8] [--turns 9] [--platform cpu]
 
-The base model with random weights, prompts of 16 tokens, 128 new ones. A turn is a whole call,
-prompt included; the ways take turns, so that what else the machine does meets all of them.
+The base model with random weights, prompts of 16 tokens, 128 new tokens. A turn is a whole call,
+including the prompt. The precisions take turns, so that other load on the machine affects all of
+them.
 """
 
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
 from configs import base
@@ -25,7 +26,7 @@ INT8 = " + int8"
 
 
 def main() -> None:
-    """A row for each batch size and way."""
+    """Prints one row per batch size and precision."""
     made = parser(__doc__, turns=9)
     made.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     flags = made.parse_args()
@@ -33,9 +34,9 @@ def main() -> None:
     import numpy as np
 
     from sheepop_jax.generation.benchmark import cached_program
-    from sheepop_jax.model.quantize import quantized
-    from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.step import init_params, jit_init
+    from sheepop_jax.model.linear import quantized
+    from sheepop_jax.model.transformer import Transformer, init_params
+    from sheepop_jax.training.step import jit_init
 
     config = Config.from_dict(base.get_config()).model
     models = {
@@ -53,7 +54,7 @@ def main() -> None:
             for how in weights
         }
         seconds: dict[str, list[float]] = {way: [] for way in programs}
-        for turn in range(1 + flags.turns):  # the first is not counted
+        for turn in range(1 + flags.turns):  # the first turn is a warmup
             for way, program in programs.items():
                 begin = time.perf_counter()
                 program.write(False).block_until_ready()
@@ -63,10 +64,10 @@ def main() -> None:
         rows += [
             {
                 "batch": size,
-                "way": way,
+                "precision": way,
                 "tokens/s": medians[way],
                 "min–max": f"{min(rates[way]):.0f}–{max(rates[way]):.0f}",
-                "of that without int8": medians[way] / medians[way.removesuffix(INT8)],
+                "relative to no int8": medians[way] / medians[way.removesuffix(INT8)],
                 "peak, MB": round(program.peak_bytes / 1e6),
             }
             for way, program in programs.items()

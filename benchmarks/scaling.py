@@ -1,11 +1,11 @@
-"""What a training step costs as the model, its context, its vocabulary or its devices grow.
+"""Step time as the model, its context, its vocabulary or the number of devices grows.
 
     python benchmarks/scaling.py [--only width depth context vocab devices copies] [--turns 3]
 
-One size changes at a time, from 4 layers of 256, 8 windows of 128, V 2048. "of the FLOPs" compares
-a step's growth with that of its FLOPs: 1 is a cost that follows the work. `devices` splits the same
-batch over 1, 2, 4 fake devices of the host, so the same work on the same cores, and what is above 1
-is what partitioning costs; `copies` gives every device the same batch instead. Draws scaling.png.
+Each sweep changes one size of a model with 4 layers of 256, 8 windows of 128 and V 2048.
+"time / FLOPs" is growth in time over growth in FLOPs; 1 means proportional. `devices` splits one
+batch over 1, 2, 4 and 8 fake devices on the same cores, so anything above 1 is the cost of
+partitioning. `copies` gives each device its own batch. Plots scaling.png.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.contest import Contender, take_turns
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
@@ -32,7 +32,7 @@ SWEEPS: dict[str, list[dict[str, int]]] = {
 
 
 def main() -> None:
-    """A table of all sweeps, and a plot."""
+    """Prints a table of all sweeps and plots them."""
     made = parser(__doc__, turns=3)
     made.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     flags = made.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def points(sweep: str, flags: Any) -> list[dict[str, Any]]:
-    """One row a size; the sizes take turns, so that all see the same minutes of the machine."""
+    """Returns one row per size. The sizes take turns, so that load affects all of them."""
     contenders, flops = [], []
     for sizes in SWEEPS[sweep]:
         words = ["train_step", "small", "--platform", flags.platform]
@@ -60,10 +60,10 @@ def points(sweep: str, flags: Any) -> list[dict[str, Any]]:
         {
             "sweep": sweep,
             "size": int(c.name),
-            "ms a step": 1e3 * c.median,
+            "ms/step": 1e3 * c.median,
             "min–max": c.spread,
-            "of the first": c.median / first,
-            "of the FLOPs": c.median / first / (f / flops[0]),
+            "time / first": c.median / first,
+            "time / FLOPs": c.median / first / (f / flops[0]),
             "temporaries, MB": c.about["temporaries_MB"],
         }
         for c, f in zip(finished, flops, strict=True)
@@ -71,7 +71,7 @@ def points(sweep: str, flags: Any) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel a sweep, both axes logarithmic, with a line of slope by FLOPs."""
+    """Plots one log-log panel per sweep, with a line proportional to FLOPs."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -85,13 +85,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, sweep in zip(axes.flat, sweeps, strict=False):
         mine = [row for row in rows if row["sweep"] == sweep]
         sizes = [row["size"] for row in mine]
-        axis.loglog(sizes, [row["ms a step"] for row in mine], "o-", label="measured")
-        by_flops = [row["ms a step"] / row["of the FLOPs"] for row in mine]
-        axis.loglog(sizes, by_flops, ":", color="gray", label="as the FLOPs grow")
+        axis.loglog(sizes, [row["ms/step"] for row in mine], "o-", label="measured")
+        by_flops = [row["ms/step"] / row["time / FLOPs"] for row in mine]
+        axis.loglog(sizes, by_flops, ":", color="gray", label="proportional to FLOPs")
         axis.set(title=sweep, xticks=sizes, xticklabels=sizes)
         axis.minorticks_off()
         axis.tick_params("x", labelrotation=30)
-        axis.set_ylabel("ms a step")
+        axis.set_ylabel("ms/step")
     axes[0][0].legend()
     figure.savefig(path, dpi=120)
 

@@ -1,8 +1,8 @@
-"""How soon train.py leaves after SIGTERM, by what it is doing then; medians, in seconds.
+"""Time from SIGTERM to the exit of train.py, by phase; medians in seconds.
 
     python benchmarks/signals.py [--repeats 3]
 
-Trains a small BPE model on Python's standard library in fresh directories; prints a table.
+Trains quickstart on Python's standard library in new directories and prints a table.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Phase → the line of the log after which the signal is sent, and how many seconds later.
+# Phase → the log line that triggers the signal, and the delay in seconds.
 PHASES = {
     "training the tokenizer": ("training a bpe", 0.1),
     "encoding": ("training a bpe", 3.0),
@@ -27,7 +27,7 @@ PHASES = {
 
 
 def main() -> None:
-    """One process for each phase and repeat."""
+    """Runs one process per phase and repeat."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def stop(trigger: str, delay: float) -> tuple[int, float]:
-    """Exit code, and seconds from the signal to the end."""
+    """Returns the exit code and the seconds from the signal to the exit."""
     with tempfile.TemporaryDirectory() as directory:
         words = ["--config", "configs/quickstart.py", "--workdir", f"{directory}/run"]
         words += ["--config.train.eval_every=40", "--config.train.num_steps=400"]

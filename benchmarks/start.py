@@ -1,9 +1,9 @@
-"""From typing the command to the first training step and to the first sampled token.
+"""Time from the start of a process to the first training step and to the first sampled token.
 
     python benchmarks/start.py [--turns 3] [--config configs/quickstart.py]
 
-Whole processes. "first" starts with an empty compile cache (the text is tokenized already: how long
-that takes is the text's affair), "second" is the same command again.
+"first" starts with an empty compile cache, "second" is the same command again. The text is already
+tokenized.
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.flags import parser
 from benchmarks.lib.report import publish
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """A row for each command, medians of seconds."""
+    """Prints one row per command and start, with median seconds."""
     made = parser(__doc__, turns=3)
     made.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
     flags = made.parse_args()
@@ -63,13 +63,13 @@ def main() -> None:
 
 
 def has_step(run: Path) -> bool:
-    """Whether a training step stands in the run's log."""
+    """Whether the run has logged a training step."""
     path = run / "metrics.jsonl"
     return path.exists() and '"loss"' in path.read_text()
 
 
 def time_until(words: Sequence[str], seen: Callable[[], bool]) -> float:
-    """Seconds until `seen`, or until the process has ended; it is always let to its end."""
+    """Returns the seconds until `seen`, or until the process ends; always waits for its end."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=-3)
     found = None

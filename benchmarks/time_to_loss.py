@@ -1,14 +1,15 @@
-"""Seconds of a whole process until Tiny Shakespeare's held-out loss is 1.8857 or less.
+"""Process time until the validation loss on Tiny Shakespeare is at most 1.8857.
 
     python benchmarks/time_to_loss.py --text tinyshakespeare.txt [--turns 3] [--ablate]
 
-That loss is what nanoGPT's recipe for a CPU reaches. The model stays what it is there: characters,
-4 layers of 128, context 64; the loss is over the whole last tenth, in windows of 64, overlap 0. The
-time is a whole process's, from the text: interpreter, imports, data, compile, training, evaluation
-and checkpoint. "first time" has empty caches (compiled programs, tokens), "again" has those of the
-run before; each run has a seed and a directory of its own.
+nanoGPT's CPU recipe reaches this loss. The model is the same: characters, 4 layers of 128, context
+64. The loss covers the whole last tenth, in windows of 64 without overlap. The time is that of a
+whole process: interpreter, imports, data, compilation, training, evaluation and checkpoint. "first
+time" has empty caches for compiled programs and tokens, "again" those of the previous run. Each run
+has its own seed and directory.
 
---ablate instead changes one ingredient of configs/shakespeare_fast.py at a time, for as many steps.
+--ablate changes one ingredient of configs/shakespeare_fast.py at a time, for the same number of
+steps.
 """
 
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib.contest import say
 from benchmarks.lib.flags import absolute, parser
 from benchmarks.lib.report import publish
@@ -34,21 +35,21 @@ TARGET = 1.8857
 ADAM_BETAS = ["--config.optimizer.b1=0.9", "--config.optimizer.b2=0.99"]
 ABLATIONS: dict[str, list[str]] = {
     "everything": [],
-    "AdamW at its own best rate, 3e-3, for Muon": [
+    "AdamW at its best rate, 3e-3, instead of Muon": [
         *("--config.optimizer.name=adamw", "--config.optimizer.learning_rate=3e-3"),
         *ADAM_BETAS,
     ],
-    "a learning rate of 4e-3 for 1.4e-2": ["--config.optimizer.learning_rate=4e-3"],
-    "cosine to a tenth for linear to zero": [
+    "learning rate 4e-3 instead of 1.4e-2": ["--config.optimizer.learning_rate=4e-3"],
+    "cosine to a tenth instead of linear to zero": [
         *("--config.optimizer.schedule=cosine", "--config.optimizer.final_lr_fraction=0.1"),
     ],
-    "100 updates of warmup for 10": ["--config.optimizer.warmup_steps=100"],
-    "b1 0.9 and b2 0.99 for 0.8 and 0.95": ADAM_BETAS,
+    "100 warmup updates instead of 10": ["--config.optimizer.warmup_steps=100"],
+    "b1 0.9 and b2 0.99 instead of 0.8 and 0.95": ADAM_BETAS,
 }
 
 
 def main() -> None:
-    """A row for each contender, or for each ingredient."""
+    """Prints one row per contender, or per ingredient."""
     made = parser(__doc__, turns=3, peers=True)
     made.add_argument("--text", required=True, metavar="FILE", help="Tiny Shakespeare, 1.1 MB")
     made.add_argument("--ablate", action="store_true")
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def contest(flags: Any, scratch: str) -> list[dict[str, Any]]:
-    """Whole processes in turns."""
+    """Runs the contenders in turns, each as a whole process."""
     runs: dict[str, list[tuple[float, float]]] = {}
 
     def note(name: str, words: Sequence[str], cache: str) -> None:
@@ -80,7 +81,7 @@ def contest(flags: Any, scratch: str) -> list[dict[str, Any]]:
 
 
 def ablate(flags: Any, scratch: str) -> list[dict[str, Any]]:
-    """Losses after as many steps, ingredient by ingredient."""
+    """Trains with each ingredient changed, for the same number of steps."""
     runs: dict[str, list[tuple[float, float]]] = {}
     for turn in range(flags.turns):
         for name, changes in ABLATIONS.items():
@@ -92,13 +93,13 @@ def ablate(flags: Any, scratch: str) -> list[dict[str, Any]]:
 
 
 def row(name: str, found: list[tuple[float, float]], reference: float) -> dict[str, Any]:
-    """Medians of seconds and losses, and the worst."""
+    """Returns a table row: medians and ranges of seconds and losses."""
     seconds, losses = zip(*found, strict=True)
     return {
         "process": name,
         "s": statistics.median(seconds),
         "min–max": f"{min(seconds):.1f}–{max(seconds):.1f}",
-        "as long": statistics.median(seconds) / reference,
+        "relative": statistics.median(seconds) / reference,
         "loss": f"{statistics.median(losses):.4f}",
         "losses": f"{min(losses):.4f}–{max(losses):.4f}",
         "reached": f"{sum(loss <= TARGET for loss in losses)} of {len(losses)}",
@@ -106,7 +107,7 @@ def row(name: str, found: list[tuple[float, float]], reference: float) -> dict[s
 
 
 def ours(flags: Any, workdir: str, seed: int) -> list[str]:
-    """The command that trains on the text."""
+    """Returns the training command."""
     return [
         *(
             sys.executable,
@@ -120,7 +121,7 @@ def ours(flags: Any, workdir: str, seed: int) -> list[str]:
 
 
 def measure(words: Sequence[str], cache: str) -> tuple[float, float]:
-    """Seconds of a whole process, and the held-out loss that it ended with."""
+    """Returns the seconds of a whole process and its final validation loss."""
     from sheepop_jax.training.metrics import read_metrics
 
     environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPATH": str(ROOT)}

@@ -1,11 +1,11 @@
-"""Training steps per second beside PyTorch's, on the same model, batch and tokens.
+"""Training steps against PyTorch, with the same model, batch and tokens.
 
     python benchmarks/train_step.py --shape small base [--remat full none] [--dtype float32]
 
-A step is forward, loss, backward, clipping and AdamW. The contenders are processes that take turns;
-"share" is the part of the device's bf16 peak (where that is not known, of the matrix rate measured
-at the start) that the step's FLOPs amount to: 6 a weight and 12 layers x T x D, for each token. The
-peak in MB is the whole process's memory.
+A step is forward pass, loss, backward pass, clipping and AdamW. The contenders are processes that
+take turns. "speedup" is the row's time over that of the first contender. MFU is relative to the
+device's bf16 peak, or to the matmul rate measured at the start if the peak is unknown, and counts 6
+FLOPs per weight and 12 x layers x T x D per token. Peak memory is of the process.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# After the path is set, so that it runs from anywhere.
+# After setting the path, so that the program runs from any directory.
 from benchmarks.lib import machine
 from benchmarks.lib.contest import Contender, say, take_turns
 from benchmarks.lib.flags import absolute, parser
@@ -30,13 +30,15 @@ PEERS = {
 
 
 def main() -> None:
-    """One table for all shapes, ratios to ours in each."""
+    """Prints one table for all shapes."""
     made = parser(__doc__, turns=9, peers=True, dtype=True)
     made.add_argument("--shape", nargs="+", choices=SHAPES, default=["small", "base"])
-    made.add_argument("--steps", type=int, default=0, help="in a turn (default: about 1 s of them)")
-    made.add_argument("--batch", type=int, default=0, help="instead of the shape's own")
+    made.add_argument("--steps", type=int, default=0, help="steps per turn (default: about 1 s)")
+    made.add_argument("--batch", type=int, default=0, help="batch size (default: the shape's)")
     kinds = ("none", "dots", "full")
-    made.add_argument("--remat", nargs="+", choices=kinds, default=["none"], help="ours with each")
+    made.add_argument(
+        "--remat", nargs="+", choices=kinds, default=["none"], help="remat of sheepop_jax"
+    )
     made.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     flags = made.parse_args()
     limits = machine.measure(flags.dtype)
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def contest(name: str, flags: Any, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """Rows of one shape; ratios to the first, which is ours."""
+    """Returns the rows of one shape; the first is sheepop_jax."""
     shape = SHAPES[name]
     steps = flags.steps or (20 if name == "small" else 1)
     words = [
@@ -71,11 +73,11 @@ def contest(name: str, flags: Any, limits: dict[str, float]) -> list[dict[str, A
         {
             "shape": name,
             "contender": c.name,
-            "ms a step": 1e3 * c.median / steps,
+            "ms/step": 1e3 * c.median / steps,
             "min–max": "–".join(f"{1e3 * f(c.seconds) / steps:.4g}" for f in (min, max)),
             "tokens/s": tokens * steps / c.median,
-            "ours is faster": c.median / finished[0].median,
-            "share": f"{flops * steps / c.median / limits['peak_GFLOP_s'] / 1e9:.0%}",
+            "speedup": c.median / finished[0].median,
+            "MFU": f"{flops * steps / c.median / limits['peak_GFLOP_s'] / 1e9:.0%}",
             "peak, MB": c.about["peak_MB"],
             "compile, s": c.about["compile_s"],
         }

@@ -1,4 +1,4 @@
-"""GPT-2's size on FineWeb-Edu, from the Hugging Face hub: the sample of 10 billion tokens."""
+"""GPT-2 124M on the 10-billion-token sample of FineWeb-Edu, from the Hugging Face Hub."""
 
 from ml_collections import ConfigDict
 
@@ -6,9 +6,8 @@ from configs import gpt2_124m
 
 
 def get_config() -> ConfigDict:
-    """123.6M parameters at a vocabulary of 50257; 5 billion tokens."""
+    """123.6M parameters with a vocabulary of 50257; 5 billion training tokens."""
     c = gpt2_124m.get_config()
-    c.data.source = "hub"
     c.data.name = "HuggingFaceFW/fineweb-edu"
     c.data.subset = "sample-10BT"
     c.data.val_split = "document"

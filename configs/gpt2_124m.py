@@ -1,4 +1,4 @@
-"""A model of GPT-2's size: 12 layers of 768, context 1024. For one GPU of 24 GB or more."""
+"""GPT-2 124M: 12 layers, width 768, context 1024. For one GPU with at least 24 GB."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """123.6M parameters at a vocabulary of 50257; about half a million tokens an update."""
+    """123.6M parameters with a vocabulary of 50257; about 0.5M tokens per update."""
     c = base.get_config()
     c.model.d_model = 768
     c.model.num_layers = 12

@@ -1,7 +1,7 @@
-"""A mixture of sources by weight: Python's standard library, and the documents of this repository.
+"""A weighted mixture of Python's standard library and the documentation of this repository.
 
-An example that needs no download. The weights are shares of the windows trained on; a small source
-with a large weight is seen several times in an epoch.
+Needs no download. Weights are fractions of the training windows; a small source with a large weight
+is repeated several times per epoch.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    """The model of quickstart."""
+    """The quickstart model on two sources."""
     c = quickstart.get_config()
     c.data.mixture.code = ConfigDict({"weight": 0.9, "source": "stdlib"})
     c.data.mixture.prose = ConfigDict({"weight": 0.1, "path": "README.md,DESIGN.md,docs/"})

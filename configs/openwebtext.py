@@ -1,4 +1,4 @@
-"""GPT-2's size on OpenWebText, from the Hugging Face hub: 40 GB of text."""
+"""GPT-2 124M on OpenWebText (40 GB of text), from the Hugging Face Hub."""
 
 from ml_collections import ConfigDict
 
@@ -6,9 +6,8 @@ from configs import gpt2_124m
 
 
 def get_config() -> ConfigDict:
-    """123.6M parameters at a vocabulary of 50257; 5 billion tokens."""
+    """123.6M parameters with a vocabulary of 50257; 5 billion training tokens."""
     c = gpt2_124m.get_config()
-    c.data.source = "hub"
     c.data.name = "Skylion007/openwebtext"
     c.data.val_split = "document"
     c.data.val_fraction = 0.0005

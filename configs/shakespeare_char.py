@@ -1,6 +1,6 @@
-"""Characters of Shakespeare in nanoGPT's CPU setting: 4 layers of 128, batches of 12 x 64.
+"""Character-level Shakespeare with nanoGPT's CPU settings: 4 layers, width 128, batch 12 x 64.
 
-Give the text with --config.data.path=FILE; the last tenth is held out. Tiny Shakespeare:
+Set the text with --config.data.path=FILE; the last 10% is the validation split. Tiny Shakespeare:
 https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 """
 
@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
     c.model.max_seq_len = 64
     c.model.dropout = 0.0
 
-    c.data.source = "files"
     c.data.path = "tinyshakespeare.txt"
     c.data.tokenizer = "char"
     c.data.seq_len = 64

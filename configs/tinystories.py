@@ -1,4 +1,4 @@
-"""Short stories in simple words, from the Hugging Face hub: a small model learns to tell some."""
+"""A small model on TinyStories, short stories in simple language, from the Hugging Face Hub."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """4 layers of 384, 10.2M parameters at a vocabulary of 8192; a document is a story."""
+    """10.2M parameters with a vocabulary of 8192: 4 layers, width 384. One document per story."""
     c = base.get_config()
     c.model.d_model = 384
     c.model.num_layers = 4
@@ -14,7 +14,6 @@ def get_config() -> ConfigDict:
     c.model.d_ff = 1536
     c.model.dropout = 0.0
 
-    c.data.source = "hub"
     c.data.name = "roneneldan/TinyStories"
     c.data.val_split = "source"
     c.data.vocab_size = 8192

@@ -1,4 +1,4 @@
-"""The base model on WikiText-103, from the Hugging Face hub."""
+"""The base model on WikiText-103, from the Hugging Face Hub."""
 
 from ml_collections import ConfigDict
 
@@ -8,11 +8,10 @@ from configs import base
 def get_config() -> ConfigDict:
     """44.6M parameters; about 2.3 epochs."""
     c = base.get_config()
-    c.data.source = "hub"
     c.data.name = "Salesforce/wikitext"
     c.data.subset = "wikitext-103-raw-v1"
-    c.data.join_rows = True  # its rows are the lines of articles, blank ones included
-    c.data.val_split = "source"  # its own validation split, as published figures have it
+    c.data.join_rows = True  # rows are the lines of articles, including blank lines
+    c.data.val_split = "source"  # the official validation split, as in published results
     c.data.vocab_size = 32_000
 
     c.optimizer.learning_rate = 6e-4

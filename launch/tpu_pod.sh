@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod slice: makes the slice if it is not there, sets it up, starts train.py on
-# all of its hosts.
+# Trains on a Cloud TPU pod slice: creates the slice if it does not exist, installs the repository,
+# and runs train.py on all hosts.
 #
 #   REPO=https://github.com/OWNER/sheepop_jax SHARED=10.0.0.2:/runs \
 #     launch/tpu_pod.sh --config configs/gpt2_124m.py --workdir /mnt/shared/gpt2
 #
-# What follows the script's name goes to train.py. The same line again goes on with the run, on a new
-# slice if the old one was preempted. Delete it when done:
+# Arguments are passed to train.py. Run the same command again to resume, on a new slice if the old
+# one was preempted. Delete the slice when done:
 #   gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force
 set -euo pipefail
 
-: "${REPO:?the address that git clones this repository from}"
-: "${SHARED:?an NFS export that all hosts can mount, for run directories}"
+: "${REPO:?git URL of this repository}"
+: "${SHARED:?NFS export for run directories, mountable on all hosts}"
 NAME=${NAME:-sheepop}
 ZONE=${ZONE:-us-east5-a}
-TYPE=${TYPE:-v5p-128} # counts TensorCores, two a chip: 64 chips, 16 hosts
+TYPE=${TYPE:-v5p-128} # TensorCores, two per chip: 64 chips, 16 hosts
 IMAGE=${IMAGE:-v2-alpha-tpuv5}
 
 state() {
@@ -26,12 +26,12 @@ on_all_hosts() {
 }
 
 case $(state) in
-SUSPENDED | FAILED) # preempted: such a request never comes back by itself
+SUSPENDED | FAILED) # preempted: the request never restarts, so delete it
   gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
   ;;
 esac
 if [ "$(state)" = MISSING ]; then
-  # --spot: cheaper, and may be taken away at any time; what was saved stays.
+  # --spot: cheaper, but can be preempted at any time; checkpoints are kept.
   gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" --node-id="$NAME" \
     --accelerator-type="$TYPE" --runtime-version="$IMAGE" --spot
 fi
@@ -45,6 +45,6 @@ on_all_hosts "
   cd sheepop_jax && ./setup.sh --accelerator tpu
   sudo mkdir -p /mnt/shared
   mountpoint -q /mnt/shared || sudo mount -t nfs '$SHARED' /mnt/shared"
-# One process a host; jax finds the others in the slice's metadata. Words are quoted for the far shell.
+# One process per host; JAX finds the others in the slice metadata. %q quotes for the remote shell.
 printf -v words ' %q' "$@"
 on_all_hosts "cd sheepop_jax && .venv/bin/python train.py --coordinator_address auto$words"

@@ -1,27 +1,33 @@
-"""The two exceptions that a user can act on; the command line prints each as one line."""
+"""The exceptions for invalid input and failed runs; the command line prints each on one line."""
 
 
 class InputError(ValueError):
-    """Bad input: a configuration field, a flag, a path or a file.
+    """Invalid input: a configuration field, a flag, a path or a file.
 
-    The message reads `<field>: got X; expected Y; try Z`. Any exception of another type is a bug
-    and keeps its traceback.
+    The message is `<field>: got X; expected Y; try Z`. Exceptions of other types are bugs and keep
+    their traceback.
 
     Attributes:
-        field: what is wrong: a field's dotted name, a flag, or a path.
-        got: the value found there.
+        field: dotted name of a configuration field, a flag, or a path.
+        got: the invalid value.
         expected: the rule, in words.
-        hint: what to try; "" where there is nothing to suggest.
+        hint: a suggestion, or "". In `expected` and `hint`, names of Python arguments and
+            configuration fields are in backticks; the command line prints them as flags.
     """
 
     def __init__(self, field: str, got: object, expected: str, hint: str = ""):
         self.field, self.got, self.expected, self.hint = field, got, expected, hint
-        message = f"{field}: got {got!r}; expected {expected}" + (f"; try {hint}" if hint else "")
-        super().__init__(" ".join(message.split()))
+        super().__init__(self.sentence(field, got, expected, hint))
+
+    @staticmethod
+    def sentence(field: str, got: object, expected: str, hint: str = "") -> str:
+        """Formats the message on one line."""
+        text = f"{field}: got {got!r}; expected {expected}" + (f"; try {hint}" if hint else "")
+        return " ".join(text.split())
 
     @classmethod
     def from_message(cls, message: str) -> "InputError":
-        """The error of another process, of which only the message was sent."""
+        """Rebuilds the error of another process from its message."""
         error = cls.__new__(cls)
         ValueError.__init__(error, message)
         error.field = message.partition(":")[0]
@@ -30,4 +36,4 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """Work that cannot continue although the input is valid; what was saved before is intact."""
+    """A run that failed despite valid input; saved checkpoints are intact."""

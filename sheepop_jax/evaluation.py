@@ -1,37 +1,36 @@
-"""Held-out figures: loss, perplexity, bits per byte and accuracy, exact over every token."""
+"""Validation metrics over every token: loss, perplexity, bits per byte and accuracy."""
 
-import lzma
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
+from jax.sharding import Mesh
 
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import EvaluationBatches, PackingConfig
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.model.loss import EvaluationSums, chunk_length, evaluation_sums
-from sheepop_jax.model.partitioning import sum_over_replicas
+from sheepop_jax.model.partitioning import global_batch, own_rows, sum_over_replicas
 from sheepop_jax.model.transformer import Transformer, output_embedding
+from sheepop_jax.progress import Progress
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one evaluation found.
+class EvaluationMetrics:
+    """The result of one evaluation.
 
     Attributes:
         loss: nats per predicted token.
         perplexity: e^loss.
-        bits_per_byte: loss in bits over all tokens, per UTF-8 byte of the documents; comparable
-            between tokenizers.
-        accuracy: share of tokens whose most probable prediction was right.
-        tokens: predicted, end-of-text included.
-        bytes: of the documents they stand for.
+        bits_per_byte: total loss in bits per UTF-8 byte of the documents; comparable between
+            tokenizers.
+        accuracy: fraction of tokens predicted correctly by the argmax.
+        tokens: number of predicted tokens, including end-of-text.
+        bytes: UTF-8 bytes of the documents that these tokens encode.
     """
 
     loss: float
@@ -42,7 +41,7 @@ class Figures:
     bytes: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """Plain values, as `evaluate --json` prints them."""
+        """Returns plain values, as printed by `evaluate --json`."""
         return asdict(self)
 
 
@@ -67,19 +66,19 @@ def _batch_sums(model: Transformer, params: Any, batch: Batch) -> EvaluationSums
 
 def evaluate(
     model: Transformer, params: Any, batches: Iterable[Batch], bytes_per_token: float
-) -> Figures:
-    """Sums over all batches, divided once.
+) -> EvaluationMetrics:
+    """Computes metrics over all batches: sums first, one division at the end.
 
     Args:
-        model: with the dtype to compute in.
-        params: fp32 or quantised.
-        batches: [B, T] with weight 0 on what does not count; on the device or not.
-        bytes_per_token: UTF-8 bytes of the documents over all predicted tokens.
+        model: the model, with the dtype to compute in.
+        params: model parameters, fp32 or quantized.
+        batches: [B, T] batches, on the host or on devices; ignored tokens have weight 0.
+        bytes_per_token: UTF-8 bytes of the documents per predicted token.
 
     Raises:
-        ValueError: no token counts.
+        ValueError: all tokens have weight 0.
     """
-    totals = [0.0, 0.0, 0.0]  # float64, since fp32 stops counting at 2**24
+    totals = [0.0, 0.0, 0.0]  # float64: fp32 cannot count beyond 2**24
     queued: list[EvaluationSums] = []
 
     def add(sums: EvaluationSums) -> None:
@@ -88,15 +87,15 @@ def evaluate(
 
     for batch in batches:
         queued.append(_batch_sums(model, params, batch))
-        if len(queued) > 1:  # fetch a batch's numbers while the next one is computed
+        if len(queued) > 1:  # fetch sums while the next batch is computed
             add(queued.pop(0))
     for sums in queued:
         add(sums)
     loss_sum, correct, tokens = totals
     if tokens == 0:
-        raise ValueError("an evaluation without a single counted token")
+        raise ValueError("evaluation without tokens: all weights are 0")
     loss, num_bytes = loss_sum / tokens, tokens * bytes_per_token
-    return Figures(
+    return EvaluationMetrics(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=loss_sum / math.log(2) / num_bytes,
@@ -106,67 +105,55 @@ def evaluate(
     )
 
 
-def evaluate_stream(
-    model: Transformer,
-    params: Any,
-    stream: TokenStream,
-    layout: PackingConfig,
-    *,
-    batch_size: int,
-    overlap: int = 0,
-    max_batches: int = 0,
-    rows: Sequence[int] | None = None,
-    show: bool = True,
-    put: Callable[[Batch], Batch] = lambda batch: batch,
-    check: Callable[[], None] = lambda: None,
-) -> Figures:
-    """Evaluates over a token stream, showing how far it is.
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates parameters on one token stream.
 
-    Args:
-        model: with the dtype to compute in.
-        params: fp32 or quantised.
-        stream: from `prepare` or `TokenStream.from_array`.
-        layout: its windows.
-        batch_size: B.
-        overlap: tokens of context that a window shares with the one before.
-        max_batches: 0 = all.
-        rows: of each batch, those of this process; None is all.
-        show: whether to show a bar.
-        put: moves a batch [rows, T] to the devices.
-        check: called before each batch; may raise to leave.
+    Attributes:
+        model: the model, with the dtype to compute in.
+        stream: token stream from `prepare` or `TokenStream.from_array`.
+        packing: how the stream is split into windows.
+        batch_size: B, sequences per batch over all devices.
+        overlap: tokens of context that a window shares with the previous one.
+        max_batches: maximum number of batches; 0 evaluates the whole stream.
+        mesh: devices that share each batch; None for the default device.
+        check: called before each batch; may raise to stop the evaluation.
     """
-    batches = EvaluationBatches(
-        stream,
-        layout,
-        batch_size=batch_size,
-        overlap=overlap,
-        max_batches=max_batches,
-        rows=rows,
-    )
 
-    def on_device() -> Iterator[Batch]:
-        for batch in batches:
-            check()
-            yield put(batch)
+    model: Transformer
+    stream: TokenStream
+    packing: PackingConfig
+    batch_size: int
+    overlap: int = 0
+    max_batches: int = 0
+    mesh: Mesh | None = None
+    check: Callable[[], None] = lambda: None
 
-    # On a terminal a bar, gone when done; elsewhere nothing.
-    shown = tqdm(
-        on_device(),
-        total=len(batches),
-        desc="evaluating",
-        leave=False,
-        delay=2,
-        disable=None if show else True,
-        dynamic_ncols=True,
-    )
-    return evaluate(model, params, shown, stream.num_bytes / (len(stream) - 1))
+    def __call__(self, params: Any) -> EvaluationMetrics:
+        """Evaluates parameters (fp32 or quantized); shows a progress bar on a terminal."""
+        batches = EvaluationBatches(
+            self.stream,
+            self.packing,
+            batch_size=self.batch_size,
+            overlap=self.overlap,
+            max_batches=self.max_batches,
+            rows=own_rows(self.mesh, self.batch_size) if self.mesh else None,
+        )
+        bytes_per_token = self.stream.num_bytes / (len(self.stream) - 1)
+        return evaluate(self.model, params, self._on_device(batches), bytes_per_token)
 
+    def validate(self, params: Any) -> dict[str, float]:
+        """Evaluates parameters; returns `val_loss`, `val_perplexity`, `val_bits_per_byte` and
+        `val_accuracy`.
+        """
+        metrics = self(params)
+        names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+        return {f"val_{name}": getattr(metrics, name) for name in names}
 
-def compression_figures(content: bytes) -> dict[str, float]:
-    """What `gzip -9` and `xz -9` need, in bits per byte of the content: to compare a model with."""
-    sizes = {
-        # 31: with gzip's own header, as the command writes it
-        "gzip_bits_per_byte": len(zlib.compress(content, 9, wbits=31)),
-        "xz_bits_per_byte": len(lzma.compress(content, preset=9)),
-    }
-    return {name: 8 * size / len(content) for name, size in sizes.items()}
+    def _on_device(self, batches: EvaluationBatches) -> Iterator[Batch]:
+        show = jax.process_index() == 0
+        with Progress("evaluating", len(batches), unit="batch", show=show) as progress:
+            for batch in batches:
+                self.check()
+                yield global_batch(self.mesh, self.batch_size, 0, batch) if self.mesh else batch
+                progress.update()

@@ -1,10 +1,10 @@
-"""Named points at which a test kills the process, or looks at what a kill would leave.
+"""Fault injection: named points at which tests kill the process or inspect its files.
 
-SHEEPOP_JAX_FAULT=NAME kills at the first passing of a point, NAME:K at the K-th. Exit code 137 is
-what a shell reports of `kill -9`: nothing is flushed, no handler runs.
+SHEEPOP_JAX_FAULT=NAME kills the process when it first reaches the point NAME, NAME:K the K-th time.
+The exit code is 137, as after `kill -9`: nothing is flushed, no handler runs.
 
-A test in the same process sets `observer`. It is called at every passing with the point's name and
-with `before`, and can copy the files: a kill at the point would leave the same files.
+A test in the same process sets `observer`, called at every point with its name and `before`. It
+can copy the files, which are those that a kill at the point would leave.
 """
 
 import os
@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 
 _NAME, _, _nth = os.environ.get("SHEEPOP_JAX_FAULT", "").partition(":")
-_left = int(_nth) if _nth.isdecimal() else 1  # passings until death
+_left = int(_nth) if _nth.isdecimal() else 1  # passes until the kill
 
 observer: Callable[[str, Callable[[], object]], None] | None = None
 
 
 def fault_point(name: str, before: Callable[[], object] = lambda: None) -> None:
-    """Dies here if it was asked for; `before` is called first."""
+    """Kills the process here if requested, after calling `before`."""
     if name == _NAME and _is_the_one():
         before()
         _die()
@@ -28,7 +28,7 @@ def fault_point(name: str, before: Callable[[], object] = lambda: None) -> None:
 
 
 def fault_during(name: str, begun: Callable[[], bool]) -> None:
-    """Dies in the middle of what comes next, as soon as `begun` says that it has begun."""
+    """Kills the process during the following operation, once `begun` returns True."""
     if name == _NAME and _is_the_one():
         threading.Thread(target=_die_when, args=(begun,), daemon=True).start()
 

@@ -1,20 +1,20 @@
-"""Numbers and text as a person reads them."""
+"""Human-readable formatting of numbers and text."""
 
 
 def printable(text: str) -> str:
-    """The text with control characters, but for line breaks and tabs, shown rather than sent."""
+    """Escapes control characters, except line breaks and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def format_seconds(seconds: float) -> str:
-    """1:02:03 or 4:05."""
+    """Formats a duration: 1:02:03 or 4:05."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def format_flops(flops: float) -> str:
-    """FLOP/s with a prefix: 12.3 GFLOP/s."""
+    """Formats FLOP/s with a prefix: 12.3 GFLOP/s."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if flops >= scale:
             return f"{flops / scale:.3g} {prefix}FLOP/s"
@@ -22,7 +22,7 @@ def format_flops(flops: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """Three digits and a letter: 123.6M."""
+    """Formats a count with four digits and a letter: 123.6M."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.4g}{letter}"
@@ -30,5 +30,5 @@ def format_count(count: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """3.7 GB, 86 MB."""
+    """Formats bytes: 3.7 GB or 86 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

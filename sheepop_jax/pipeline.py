@@ -1,96 +1,83 @@
-"""Training a run from a configuration: the rooms wired together, in the order data passes them."""
+"""The training pipeline: from a configuration to a trained model."""
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
-from sheepop_jax.checkpoint.run import WorkdirLock, check_run, create_run
+from sheepop_jax.checkpoint.storage import wait_for_all
+from sheepop_jax.checkpoint.workdir import WorkdirLock, check_run, create_run
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.shards import PreparedData, open_shards
-from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
-from sheepop_jax.evaluation import evaluate_stream
-from sheepop_jax.generation.engine import generate
-from sheepop_jax.generation.requests import SamplingConfig
+from sheepop_jax.evaluation import Evaluator
+from sheepop_jax.generation.preview import Preview
 from sheepop_jax.model.attention import choose_implementation
 from sheepop_jax.model.loss import chunk_elements
-from sheepop_jax.model.partitioning import check_mesh, global_batch, make_mesh, own_rows
+from sheepop_jax.model.partitioning import check_mesh, make_mesh, own_rows
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.planning.plan import Plan, make_plan
 from sheepop_jax.runtime import distributed
 from sheepop_jax.runtime.allocator import tune_allocator
-from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training.loop import Job, fit
-from sheepop_jax.training.memory import explain
-from sheepop_jax.training.plan import Plan, make_plan
-from sheepop_jax.training.plan_report import summary
 from sheepop_jax.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
-LONG_UPDATE_FLOPS = 5e12  # about a minute at what two CPU cores do
+_LONGEST_PREPARATION = 30 * 86_400  # seconds that processes wait for the token shards
+LONG_UPDATE_FLOPS = 5e12  # about a minute on two CPU cores
 
 
 def train(
     config: Config, workdir: str | Path, machine: Runtime, stop: StopSignal | None = None
 ) -> dict[str, float]:
-    """Trains a run in `workdir`, or goes on with the one that is there.
+    """Trains a model in `workdir`, or resumes the existing run.
 
     Args:
-        config: all of it.
-        workdir: created if missing.
-        machine: from `runtime.prepare`.
-        stop: looked at between steps; without one nothing stops the run.
+        config: the full configuration.
+        workdir: run directory; created if missing.
+        machine: the result of `platform.prepare`.
+        stop: checked between steps; None never stops the run.
 
     Returns:
-        The held-out figures after the last step: `val_loss`, `val_perplexity`,
-        `val_bits_per_byte`, `val_accuracy`. Empty for a run that was already beyond its last step,
-        if that step was not evaluated.
+        The validation metrics after the last step: `val_loss`, `val_perplexity`,
+        `val_bits_per_byte`, `val_accuracy`. Empty if the run was already past its last step and
+        that step was not evaluated.
 
     Raises:
         InputError: the configuration does not fit the machine, the data or the run in `workdir`.
-        OutOfMemory: the device has not enough.
-        RunFailed: a step failed that several processes made together; and as `trainer.fit`.
-        StopRequested: a signal came, and what was done is saved.
+        OutOfMemory: the device is out of memory.
+        RunFailed: a multi-process step failed, or `loop.fit` raised it.
+        StopRequested: a signal arrived; finished steps are saved.
     """
     stop = StopSignal() if stop is None else stop
     directory = Path(workdir)
     mesh = make_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
-    with contextlib.ExitStack() as held:
-        distributed.broadcast_from_main(lambda: held.enter_context(WorkdirLock(directory)))
-        distributed.broadcast_from_main(lambda: check_run(directory, config))
-        data = _prepared(config, stop)
-        stop.check()
-        if config.train.sample_tokens:
-            _check_prompt(config, data.tokenizer)
-        distributed.broadcast_from_main(lambda: create_run(directory, config, data))
+    with _locked(directory, config):
+        data = _prepare_data(config, directory, stop)
         model = build_model(config, data.tokenizer.vocab_size, machine)
-        layout = PackingConfig.of(config.data, data.tokenizer.end_of_text)
-        batches = TrainBatches(
-            data.train,
-            layout,
-            seed=config.seed,
-            accum=config.train.grad_accum_steps,
-            batch_size=config.train.batch_size,
-            weights=data.weights,
-            rows=own_rows(mesh, config.train.batch_size),
-        )
+        packing = PackingConfig.of(config.data, data.tokenizer.end_of_text)
+        batches = _training_batches(config, data, packing, mesh)
         num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
-        log.info("activations in %s, attention by %s", model.dtype.name, model.implementation)
-        plan = plan_run(config, model, mesh, machine)
-        for line in summary(plan):
-            log.info("%s", line)
-        _warn_of_what_is_ahead(config, num_steps, plan, machine)
-
+        plan = make_plan(config, model, mesh, machine)
+        _log_plan(config, model, plan, num_steps, machine)
+        evaluator = Evaluator(
+            model,
+            data.validation,
+            packing,
+            config.train.batch_size,
+            max_batches=config.train.eval_batches,
+            mesh=mesh,
+            check=stop.check,
+        )
         job = Job(
             config=config,
             directory=directory,
@@ -98,46 +85,110 @@ def train(
             mesh=mesh,
             batches=batches,
             num_steps=num_steps,
-            evaluate=_evaluator(config, data.validation, model, layout, mesh, stop),
-            sample=_sampler(config, data.tokenizer, model) if config.train.sample_tokens else None,
+            evaluate=evaluator.validate,
+            sample=_preview(config, model, data),
+            flops_per_token=plan.flops_per_token,
             peak_flops=machine.peak_flops,
             chunk_elements=chunk_elements(machine.platform),
             on_compiled=tune_allocator,
         )
-        try:
-            result = fit(job, stop)
-        except jax.errors.JaxRuntimeError as error:
-            if explained := explain(error, plan.memory) or distributed.explain(error):
-                raise explained from error
-            raise
-        if result and data.lossless:
+        with _explained(plan):
+            metrics = fit(job, stop)
+        if metrics and data.lossless:
             log.info(
-                "held-out text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
-                result["val_bits_per_byte"],
+                "validation text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
+                metrics["val_bits_per_byte"],
                 data.gzip_bits_per_byte,
             )
-        return result
+        return metrics
 
 
-def _prepared(config: Config, stop: StopSignal) -> PreparedData:
-    """The token shards: the first process prepares them, the others wait and open them."""
-    made: list[PreparedData] = []
+@contextlib.contextmanager
+def _locked(directory: Path, config: Config) -> Iterator[None]:
+    """Locks the run directory and checks that an existing run matches the configuration."""
+    with contextlib.ExitStack() as held:
+        distributed.broadcast_from_main(lambda: held.enter_context(WorkdirLock(directory)))
+        distributed.broadcast_from_main(lambda: check_run(directory, config))
+        yield
 
-    def directory() -> str:
-        made.append(prepare(config.data, stop.check))
-        return str(made[0].directory)
 
-    shards = Path(distributed.broadcast_from_main(directory))
-    if made:
-        return made[0]
+def _prepare_data(config: Config, directory: Path, stop: StopSignal) -> PreparedData:
+    """Prepares the token shards, checks the sample prompt and creates the run directory."""
+    data = _shards(config, stop)
+    stop.check()
+    if config.train.sample_tokens:
+        Preview.check(config, data.tokenizer)
+    distributed.broadcast_from_main(lambda: create_run(directory, config, data))
+    return data
+
+
+def _shards(config: Config, stop: StopSignal) -> PreparedData:
+    """Prepares the shards in process 0; the other processes wait, and open them.
+
+    They wait at a barrier, since a collective operation would time out after half an hour.
+    """
+    if distributed.count() == 1:
+        return prepare(config.data, stop.check)
+    data: PreparedData | None = None
+    failure: InputError | None = None
+    if distributed.is_main_process():
+        try:
+            data = prepare(config.data, stop.check)
+        except InputError as error:
+            failure = error
+    try:
+        wait_for_all("token shards", timeout_seconds=_LONGEST_PREPARATION)
+    except (RuntimeError, ValueError) as error:
+        raise distributed.explain(error) or error from error
+
+    def outcome() -> str:
+        if failure:
+            raise failure
+        return str(data.directory) if data else ""
+
+    shards = Path(distributed.broadcast_from_main(outcome))
+    if data is not None:
+        return data
     if not shards.is_dir():
-        got = f"{shards}, which process {distributed.index()} does not find"
+        got = f"{shards}, missing for process {distributed.index()}"
         raise InputError("data.cache_dir", got, "a directory that all processes share")
     return open_shards(shards)
 
 
+def _training_batches(
+    config: Config, data: PreparedData, packing: PackingConfig, mesh: Mesh
+) -> TrainBatches:
+    """Training batches, restricted to the rows that this process holds."""
+    return TrainBatches(
+        data.train,
+        packing,
+        seed=config.seed,
+        accum=config.train.grad_accum_steps,
+        batch_size=config.train.batch_size,
+        weights=data.weights,
+        rows=own_rows(mesh, config.train.batch_size),
+    )
+
+
+def _preview(config: Config, model: Transformer, data: PreparedData) -> Preview | None:
+    if not config.train.sample_tokens:
+        return None
+    return Preview.of(config, model, data.tokenizer)
+
+
+@contextlib.contextmanager
+def _explained(plan: Plan) -> Iterator[None]:
+    """Replaces known failures of a step with an error that suggests a remedy."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if explained := plan.explain(error) or distributed.explain(error):
+            raise explained from error
+        raise
+
+
 def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transformer:
-    """The model to train, with the dtype and the attention for the machine."""
+    """Builds the model with the dtype and attention implementation for the machine."""
     dtype = machine.compute_dtype(config.train.dtype)
     choose = partial(
         choose_implementation,
@@ -150,28 +201,19 @@ def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transforme
     implementation = choose(document_mask=config.data.document_mask)
     if implementation != choose():
         log.info(
-            "data.document_mask: attention by XLA rather than cuDNN, which has no segment "
-            "argument: slower, and memory grows with the square of the window"
+            "data.document_mask: using XLA attention instead of cuDNN, which has no document "
+            "mask; it is slower and its memory grows with the square of data.seq_len"
         )
     return Transformer(config.model, vocab_size, dtype, implementation)
 
 
-def plan_run(
-    config: Config, model: Transformer, mesh: Mesh | AbstractMesh, machine: Runtime
-) -> Plan:
-    """What the run will need on a machine, which need not be this one."""
-    return make_plan(
-        config,
-        model,
-        mesh,
-        platform=machine.platform,
-        device_kind=machine.device_kind,
-        device_memory=machine.device_memory,
-        peak_flops=machine.peak_flops,
-    )
-
-
-def _warn_of_what_is_ahead(config: Config, num_steps: int, plan: Plan, machine: Runtime) -> None:
+def _log_plan(
+    config: Config, model: Transformer, plan: Plan, num_steps: int, machine: Runtime
+) -> None:
+    """Logs the plan of the run; warns about slow or ineffective settings."""
+    log.info("activations in %s, attention by %s", model.dtype.name, model.implementation)
+    for line in plan.summary():
+        log.info("%s", line)
     if config.optimizer.warmup_steps >= num_steps:
         log.warning(
             "optimizer.warmup_steps = %d: the warmup is longer than the run of %d updates",
@@ -180,74 +222,8 @@ def _warn_of_what_is_ahead(config: Config, num_steps: int, plan: Plan, machine: 
         )
     if machine.platform == "cpu" and plan.flops > LONG_UPDATE_FLOPS:
         log.warning(
-            "one update of %d tokens is %.1f TFLOP: a minute or more on a CPU. Lower "
-            "train.grad_accum_steps, or begin with configs/quickstart.py",
+            "one update of %d tokens needs %.1f TFLOP: a minute or more on a CPU. Lower "
+            "train.grad_accum_steps or start with configs/quickstart.py",
             plan.tokens,
             plan.flops / 1e12,
         )
-
-
-def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuses a `train.sample_prompt` that cannot be encoded or fills the context."""
-    prompt = config.train.sample_prompt
-    tokenizer.check(prompt, "train.sample_prompt")
-    # An empty one begins at end-of-text.
-    tokens, most = max(len(tokenizer.encode(prompt)), 1), config.model.max_seq_len
-    if tokens >= most:
-        expected = f"fewer than model.max_seq_len = {most}"
-        hint = "--config.train.sample_tokens=0"
-        raise InputError("train.sample_prompt", f"{tokens} tokens", expected, hint)
-
-
-def _evaluator(
-    config: Config,
-    held_out: TokenStream,
-    model: Transformer,
-    layout: PackingConfig,
-    mesh: Mesh,
-    stop: StopSignal,
-) -> Callable[[Any], dict[str, float]]:
-    """Parameters → the figures of the held-out text that a run keeps."""
-    batch_size = config.train.batch_size
-
-    def evaluate(params: Any) -> dict[str, float]:
-        found = evaluate_stream(
-            model,
-            params,
-            held_out,
-            layout,
-            batch_size=batch_size,
-            max_batches=config.train.eval_batches,
-            rows=own_rows(mesh, batch_size),
-            show=distributed.is_main_process(),
-            put=partial(global_batch, mesh, batch_size, 0),
-            check=stop.check,
-        ).to_dict()
-        names = ("loss", "perplexity", "bits_per_byte", "accuracy")
-        return {f"val_{name}": found[name] for name in names}
-
-    return evaluate
-
-
-def _sampler(config: Config, tokenizer: Tokenizer, model: Transformer) -> Callable[[Any], str]:
-    """Parameters → a text that goes on from `train.sample_prompt`, which fits."""
-    train = config.train
-    prompt = tokenizer.encode(train.sample_prompt)
-    room = config.model.max_seq_len - max(len(prompt), 1)
-
-    def sample(params: Any) -> str:
-        try:
-            [completion] = generate(
-                model,
-                params,
-                [prompt],
-                sampling=SamplingConfig(temperature=0.8, top_k=50),
-                end_of_text=tokenizer.end_of_text,
-                max_new_tokens=min(train.sample_tokens, room),
-                seed=config.seed,
-            )
-        except InputError as error:  # logits that are not finite: no reason to end the training
-            return f"none ({error})"
-        return train.sample_prompt + tokenizer.decode_after(prompt, completion.tokens)
-
-    return sample

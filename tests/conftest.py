@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from sheepop_jax.config.schema import Config
-from sheepop_jax.runtime.platform import xla_flags
+from sheepop_jax.runtime.xla_flags import xla_flags
 
 # None of these imports brings jax. Flags stand before the user's own, so that the user's win.
 _OUTSIDE = dict(os.environ)

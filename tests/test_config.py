@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig
+from sheepop_jax.config.loading import PRESETS, load_config
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 
@@ -261,8 +262,8 @@ class TestMixture:
         [
             (3, "", 3, "weight"),
             ({"path": "a"}, "", {"path": "a"}, "weight"),
-            ({"weight": 0.0, "path": "a"}, ".weight", 0.0, "above 0"),
-            ({"weight": -1, "path": "a"}, ".weight", -1, "above 0"),
+            ({"weight": 0.0, "path": "a"}, ".weight", 0.0, "positive"),
+            ({"weight": -1, "path": "a"}, ".weight", -1, "positive"),
             ({"weight": math.nan, "path": "a"}, ".weight", math.nan, "finite"),
             ({"weight": math.inf, "path": "a"}, ".weight", math.inf, "finite"),
             ({"weight": True, "path": "a"}, ".weight", True, "type float"),
@@ -274,7 +275,7 @@ class TestMixture:
             ({"weight": 1, "pth": "a"}, ".pth", "a", "weight"),
             ({"weight": 1, "x": "a"}, ".x", "a", "weight"),
             ({"weight": 1, "path": "a", "seq_len": 3}, ".seq_len", 3, "field"),
-            ({"weight": 1}, "", "no source", "data.path"),
+            ({"weight": 1}, "", "no source", "path"),
             ({"weight": 1, "source": "hub"}, "", "data.name: got ''", ""),
             ({"weight": 1, "source": "web"}, "", "data.source: got 'web'", ""),
         ],
@@ -305,3 +306,36 @@ def test_head_width_and_groups():
     config = Config.from_dict(base.get_config()).model
     assert (config.head_dim, config.kv_heads) == (64, 8)
     assert dataclasses.replace(config, num_kv_heads=2).kv_heads == 2
+
+
+def test_a_preset_is_named_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("quickstart", ["train.num_steps=3"])
+    assert (config.model.d_model, config.train.num_steps) == (128, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "assigned", "refused"),
+    [
+        ("rows.jsonl", [], False),  # "auto" reads its rows
+        ("rows.jsonl", ["data.source=files"], False),  # the caller's own word
+        ("a.txt,rows.csv", [], True),
+        ("a.txt,rows.csv.gz", ["data.source=files"], False),
+        ("a.txt", [], False),
+    ],
+)
+@pytest.mark.parametrize("preset", ["base", "shakespeare_char"])
+def test_a_named_table_is_never_read_as_text_unasked(preset, path, assigned, refused):
+    words = [f"data.path={path}", *assigned]
+    if not refused:
+        load_config(preset, words)
+        return
+    with pytest.raises(InputError) as error:
+        load_config(preset, words)
+    assert (error.value.field, error.value.got) == ("data.path", "rows.csv")
+    assert "`data.source=files`" in error.value.hint
+
+
+@pytest.mark.parametrize("preset", sorted({p.stem for p in PRESETS.glob("*.py")} - {"mixture"}))
+def test_no_preset_decides_how_a_users_file_is_read(preset):
+    assert load_config(preset, ["data.path=rows.jsonl", "data.text_column=x"]).data.source == "auto"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from configs import base
+
 ROOT = Path(__file__).resolve().parent.parent
 
 REFERENCE = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
@@ -94,9 +96,10 @@ def test_what_a_document_names_exists(path: Path) -> None:
     assert missing(ROOT, path.read_text(encoding="utf-8")) == []
 
 
-def test_design_names_every_file_of_the_package() -> None:
+def test_design_names_every_package_and_module_of_the_top() -> None:
     text = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
-    names = {path.name for path in ROOT.glob("sheepop_jax/**/*.py")} - {"__init__.py"}
+    names = {path.stem for path in (ROOT / "sheepop_jax").iterdir()} - {"__init__", "__main__"}
+    names -= {"__pycache__"}
     assert {name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)} == set()
 
 
@@ -121,3 +124,31 @@ def test_missing_names_are_seen(tmp_path: Path) -> None:
     assert missing(tmp_path, "`a.py: A` `a.py: A.f` `a.py: A.f.g`") == []
     wrong = "`a.py: f` `a.py: os` `b.py: A`"
     assert missing(tmp_path, wrong) == ["a.py: no f", "a.py: no os", "b.py: no such file"]
+
+
+def test_the_configuration_page_has_every_field_and_its_default() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", text, re.MULTILINE)
+    defaults = base.get_config().copy_and_resolve_references()
+    wanted = {"seed": defaults.seed} | {
+        f"{section}.{name}": value.to_dict() if hasattr(value, "to_dict") else value
+        for section, fields in defaults.items()
+        if section != "seed"
+        for name, value in fields.items()
+    }
+    assert {name: ast.literal_eval(value) for name, value in rows} == wanted
+    assert len(rows) == len(wanted)
+
+
+def test_the_tour_is_short_and_knows_its_lines() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d \| \[[^\]]+\]\(\.\./([^)]+)\) \| (\d+) \| (.*) \|$", text, re.M)
+    assert 6 <= len(rows) <= 7
+    total = 0
+    for path, lines, names in rows:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert abs(len(source.splitlines()) - int(lines)) <= 5, path
+        total += len(source.splitlines())
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name in defined(ast.parse(source)), f"{path}: no {name}"
+    assert total <= 1500

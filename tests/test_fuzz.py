@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import train
 from configs import base
 from sheepop_jax import pipeline
-from sheepop_jax.cli.common import load_config
+from sheepop_jax.config.loading import load_config
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.errors import InputError
@@ -222,7 +222,8 @@ def check_command_line(
         return
     [config] = trained
     assert (code, unknown) == (0, [])
-    assert load_config("configs/base.py", [*small, *typed]) == config
+    assignments = [word.removeprefix("--config.") for word in (*small, *typed)]
+    assert load_config("configs/base.py", assignments) == config
 
 
 @seed(SEED)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import train
-from sheepop_jax.cli.common import load_config
+from sheepop_jax.cli import train
+from sheepop_jax.config.loading import load_config
 from sheepop_jax.training.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent

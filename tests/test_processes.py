@@ -11,7 +11,7 @@ from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.runtime import distributed
-from sheepop_jax.runtime.distributed import ALONE, DistributedConfig, join
+from sheepop_jax.runtime.distributed import DistributedConfig, initialize
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -50,12 +50,12 @@ def asked(monkeypatch):
         (("host:1", None, None), "processes", ["host:1"]),
         ((None, 2, 0), "processes", [2, 0]),
         (("host:1", 2, None), "processes", ["host:1", 2]),
-        (("host", 2, 0), "--coordinator_address", "host"),
-        (("host:port", 2, 0), "--coordinator_address", "host:port"),
-        (("auto", 2, 0), "--coordinator_address", "auto"),
-        (("host:1", 0, 0), "--num_processes", 0),
-        (("host:1", 2, 2), "--process_id", 2),
-        (("host:1", 2, -1), "--process_id", -1),
+        (("host", 2, 0), "coordinator_address", "host"),
+        (("host:port", 2, 0), "coordinator_address", "host:port"),
+        (("auto", 2, 0), "coordinator_address", "auto"),
+        (("host:1", 0, 0), "num_processes", 0),
+        (("host:1", 2, 2), "process_id", 2),
+        (("host:1", 2, -1), "process_id", -1),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(given, field, got):
@@ -72,9 +72,9 @@ def test_the_command_refuses_them_before_jax_starts(capsys):
     assert capsys.readouterr().err.startswith("error: processes: ")
 
 
-@pytest.mark.parametrize("one", [ALONE, DistributedConfig("host:1", 1, 0)])
+@pytest.mark.parametrize("one", [DistributedConfig(), DistributedConfig("host:1", 1, 0)])
 def test_a_process_alone_asks_nobody(asked, one):
-    join(one)
+    initialize(one)
     assert asked == []
     assert (distributed.count(), distributed.index(), distributed.is_main_process()) == (1, 0, True)
 
@@ -90,7 +90,7 @@ def test_a_process_alone_asks_nobody(asked, one):
     ],
 )
 def test_on_a_loopback_address_the_coordinator_is_bound_to_it(asked, address, bound):
-    join(DistributedConfig(address, 2, 1))
+    initialize(DistributedConfig(address, 2, 1))
     [options] = asked
     assert options["coordinator_address"] == address
     assert options["coordinator_bind_address"] == bound
@@ -116,14 +116,14 @@ def test_on_a_loopback_address_the_coordinator_is_bound_to_it(asked, address, bo
 def test_a_launcher_of_several_is_noticed(asked, monkeypatch, env, joins):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    join(ALONE)
+    initialize(DistributedConfig())
     assert len(asked) == joins
     if joins:
         assert asked[0]["coordinator_address"] is None  # jax finds it
 
 
 def test_auto_leaves_everything_to_jax(asked):
-    join(DistributedConfig("auto"))
+    initialize(DistributedConfig("auto"))
     names = ("coordinator_address", "num_processes", "process_id", "cluster_detection_method")
     assert [asked[0][name] for name in names] == [None] * 4
 
@@ -139,7 +139,7 @@ def test_auto_leaves_everything_to_jax(asked):
 def test_on_one_host_nobody_else_can_reach_the_coordinator(asked, monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    join(ALONE)
+    initialize(DistributedConfig())
     [options] = asked
     host, port = options["coordinator_address"].split(":")
     assert host == "127.0.0.1" and 61440 <= int(port) < 65536
@@ -148,7 +148,7 @@ def test_on_one_host_nobody_else_can_reach_the_coordinator(asked, monkeypatch, e
     assert options["process_id"] is None and options["cluster_detection_method"] is None
     job = "SLURM_JOB_ID" if "SLURM_JOB_ID" in env else "OMPI_MCA_orte_hnp_uri"
     monkeypatch.setenv(job, "8")
-    join(ALONE)
+    initialize(DistributedConfig())
     assert asked[1]["coordinator_address"] != options["coordinator_address"]  # jobs side by side
 
 
@@ -158,8 +158,8 @@ def test_who_is_not_found_is_one_line(asked, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
     with pytest.raises(InputError) as error:
-        join(DistributedConfig("h:1", 2, 1))
-    assert (error.value.field, error.value.got) == ("--coordinator_address", "h:1")
+        initialize(DistributedConfig("h:1", 2, 1))
+    assert (error.value.field, error.value.got) == ("coordinator_address", "h:1")
     assert "nobody there" in error.value.expected
 
 

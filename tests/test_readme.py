@@ -6,15 +6,16 @@ import io
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import sample
-import train
-from sheepop_jax import __main__ as tools
-from sheepop_jax.cli import common
+from sheepop_jax.cli import sample
+from sheepop_jax.config import loading
+from sheepop_jax.config.loading import load_config
+from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import platform
 from tests.test_docs import ROOT, documents
@@ -78,12 +79,16 @@ def test_a_command_has_known_flags_and_fields(shown: str, monkeypatch: pytest.Mo
     if program == "sample.py":
         sample.check(sample.parse(words))
         return
-    flags, fields = train.parse(words) if program == "train.py" else tools.parse(words)
-    if "config" in flags:
+    if program == "train.py":
+        words = ["train", *words]
+    parsed = importlib.import_module(f"sheepop_jax.cli.{words[0]}").parse(words[1:])
+    if isinstance(parsed, tuple):
+        flags, fields = parsed
         try:
-            common.load_config(flags.config, fields)
+            load_config(flags.config, fields)
         except InputError as error:
-            assert not error.field.startswith("--config"), error
+            shown = any(f"error: {error.field}: got" in path.read_text() for path in documents())
+            assert shown or (error.field != "config" and "a field of" not in error.expected), error
 
 
 SMALL = {**TINY, "data.tokenizer": "bpe", "data.vocab_size": 280, "model.max_seq_len": 256}
@@ -102,15 +107,12 @@ def from_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patched, one_device():
         patched.chdir(place)
         patched.setattr(platform, "prepare", lambda *asked: MACHINE)
-        for path in (ROOT / "configs").glob("*.py"):
-            module: Any = importlib.import_module(f"configs.{path.stem}")
+        load = loading.load_config
 
-            def small(shipped: Any = module.get_config) -> Any:
-                config = shipped()
-                config.update_from_flattened_dict(fields)
-                return config
+        def small(name: str, assignments: Sequence[str] = ()) -> Config:
+            return load(name, [*assignments, *(f"{key}={value}" for key, value in fields.items())])
 
-            patched.setattr(module, "get_config", small)
+        patched.setattr(loading, "load_config", small)
         with contextlib.redirect_stdout(printed):
             program: dict[str, Any] = {}
             for code in blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python"):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sheepop_jax.runtime import platform
+from sheepop_jax.runtime import devices, platform, xla_flags
 
 FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
 ALL_VERSIONS = [
@@ -23,20 +23,20 @@ ALL_VERSIONS = [
 # What only a new process shows: prepare's flags come before jax, and a platform is chosen once.
 FRESH = """
 import json
-from sheepop_jax.runtime import platform
+from sheepop_jax.runtime import devices, platform
 from sheepop_jax.errors import InputError
 from jax.extend import backend
 
 errors = {}
-for platform in ("tpu", "cuda"):
+for name in ("tpu", "cuda"):
     try:
-        platform.prepare(platform)
+        platform.prepare(name)
     except InputError as error:
-        errors[platform] = [error.field, error.got]
+        errors[name] = [error.field, error.got]
     backend.clear_backends()
 
 checks = []
-platform.DEVICES = (("cpu", 3.0, 5.0),)
+devices.DEVICES = (("cpu", 3.0, 5.0),)
 platform.check_numbers = lambda: checks.append("checked")
 machine = platform.prepare("cpu")
 import jax, jax.numpy as jnp, numpy as np
@@ -97,17 +97,17 @@ def test_wrong_numbers_are_noticed(monkeypatch):
     ],
 )
 def test_flags_by_version(jaxlib, flags):
-    assert platform.xla_flags(jaxlib) == flags
+    assert xla_flags.xla_flags(jaxlib) == flags
 
 
 def test_the_users_flags_are_kept_and_win(monkeypatch):
     others = " ".join(ALL_VERSIONS)
-    monkeypatch.setattr(platform, "version", lambda name: "0.12.0.1")
+    monkeypatch.setattr(xla_flags, "version", lambda name: "0.12.0.1")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    platform._set_xla_flags()
+    xla_flags.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {FUSIONS}=dot,individual_dot {others}"
     monkeypatch.setenv("XLA_FLAGS", f"{FUSIONS}=none")
-    platform._set_xla_flags()
+    xla_flags.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == f"{FUSIONS}=none {others}"
 
 
@@ -119,27 +119,27 @@ def test_what_prepare_settles_in_a_fresh_process(fresh):
     assert fresh["wanted_cache"].is_dir()
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_a_missing_platform_is_an_error_not_a_silent_cpu(fresh, platform):
-    if platform not in fresh["errors"] and shutil.which("nvidia-smi"):
+@pytest.mark.parametrize("name", ["tpu", "cuda"])
+def test_a_missing_platform_is_an_error_not_a_silent_cpu(fresh, name):
+    if name not in fresh["errors"] and shutil.which("nvidia-smi"):
         pytest.skip("this machine has a card")
-    assert fresh["errors"][platform] == ["platform", platform]
+    assert fresh["errors"][name] == ["platform", name]
 
 
 @pytest.fixture
 def prepare(monkeypatch):
     """`platform.prepare` in this process, whose settings stay as they are."""
-    monkeypatch.setattr(platform, "_set_xla_flags", lambda: None)
+    monkeypatch.setattr(platform, "set_xla_flags", lambda: None)
     monkeypatch.setattr(platform, "_use_compile_cache", lambda jax: None)
-    monkeypatch.setattr(platform.malloc, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(platform.allocator, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(platform, "check_numbers", lambda: None)
     return platform.prepare
 
 
 def test_dtypes_by_platform(caplog):
-    cpu = platform.Runtime("cpu", "cpu", 1, 0.0)
-    gpu = platform.Runtime("cuda", "H100", 1, 989e12)
-    old = platform.imagine("T4", 1)
+    cpu = devices.Runtime("cpu", "cpu", 1, 0.0)
+    gpu = devices.Runtime("cuda", "H100", 1, 989e12)
+    old = devices.hypothetical("T4", 1)
     names = ("auto", "float32", "bfloat16")
     assert [cpu.compute_dtype(name).name for name in names] == ["float32", "float32", "bfloat16"]
     assert [gpu.compute_dtype(name).name for name in names] == ["bfloat16", "float32", "bfloat16"]
@@ -149,8 +149,8 @@ def test_dtypes_by_platform(caplog):
         for machine in (cpu, gpu, old):
             assert all(machine.compute_dtype(name) for name in names)
     by_cpu, by_old = caplog.messages  # once by each for which it is no good choice
-    assert "bfloat16 on a CPU: no faster than float32" in by_cpu
-    assert "bfloat16 on a T4: less memory, but no faster than float32" in by_old
+    assert "bfloat16 on a CPU is no faster than float32" in by_cpu
+    assert "bfloat16 on T4 saves memory but is no faster than float32" in by_old
 
 
 @pytest.mark.parametrize(
@@ -166,17 +166,17 @@ def test_the_generation_by_compute_capability(monkeypatch, prepare, platform, ca
 
 
 def test_the_generation_of_cards_that_are_not_here():
-    kinds = [name for name, _, _ in platform.DEVICES]
-    without = [kind for kind in kinds if not platform.imagine(kind, 1).ampere]
+    kinds = [name for name, _, _ in devices.DEVICES]
+    without = [kind for kind in kinds if not devices.hypothetical(kind, 1).ampere]
     assert without == [kind for kind in kinds if "V100" in kind or kind == "T4"]
-    assert not platform.imagine("Tesla T4", 1).ampere  # as jax calls it
-    assert platform.known_figures("NVIDIA T400 4GB") == (0, 0)
-    assert platform.known_figures("NVIDIA GH200 480GB")[1] == 96e9
+    assert not devices.hypothetical("Tesla T4", 1).ampere  # as jax calls it
+    assert devices.known_figures("NVIDIA T400 4GB") == (0, 0)
+    assert devices.known_figures("NVIDIA GH200 480GB")[1] == 96e9
 
 
-@pytest.mark.parametrize(("platform", "warned"), [("auto", True), ("cpu", False)])
+@pytest.mark.parametrize(("wanted", "warned"), [("auto", True), ("cpu", False)])
 def test_an_nvidia_card_that_jax_cannot_use_is_reported(
-    platform, warned, prepare, tmp_path, monkeypatch, caplog
+    wanted, warned, prepare, tmp_path, monkeypatch, caplog
 ):
     """Unless the CPU was asked for."""
     fake = tmp_path / "nvidia-smi"
@@ -185,7 +185,7 @@ def test_an_nvidia_card_that_jax_cannot_use_is_reported(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     before = jax.config.jax_platforms
     try:
-        assert prepare(platform).platform == "cpu"
+        assert prepare(wanted).platform == "cpu"
     finally:
         jax.config.update("jax_platforms", before)
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import sample
+from sheepop_jax.cli import sample
 from sheepop_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def test_a_bad_flag_is_refused_without_jax() -> None:
 def test_process_and_bytes_that_are_no_text() -> None:
     done = run("--ckpt", "x", "--prompt_file", "-", stdin=b"ab\xff")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"error: --prompt_file: got '-, invalid at byte 2'")
+    assert done.stderr.startswith(b"error: --prompt_file: got 'stdin, invalid at byte 2'")
     assert done.stderr.count(b"\n") == 1
 
 
@@ -65,7 +65,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_debug_raises_what_is_otherwise_one_line() -> None:
     with pytest.raises(InputError) as caught:
         sample.main(["--ckpt", "x", "--seed", "-1", "--debug"])
-    assert (caught.value.field, caught.value.got) == ("--seed", -1)
+    assert (caught.value.field, caught.value.got) == ("seed", -1)
 
 
 LONG = """

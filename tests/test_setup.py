@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from sheepop_jax import __main__ as tools
+from sheepop_jax.cli import main as cli_main
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = "bash cat cksum dirname grep ls mkdir rm sed tail tr".split()
@@ -155,5 +155,5 @@ def test_the_package_has_the_same_requirements_and_a_command() -> None:
     files = project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]
     included = re.findall("^-r (.*)$", (ROOT / "requirements/cpu.txt").read_text(), re.M)
     assert files == [f"requirements/{name}" for name in included]
-    assert project["project"]["scripts"] == {"sheepop-jax": "sheepop_jax.__main__:main"}
-    inspect.signature(tools.main).bind()  # a console script is called without arguments
+    assert project["project"]["scripts"] == {"sheepop-jax": "sheepop_jax.cli.main:main"}
+    inspect.signature(cli_main.main).bind()  # a console script is called without arguments

@@ -18,7 +18,7 @@ from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.tokenizer import train_char
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import distributed
-from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training.signals import StopSignal
 from tests.data.sources.test_pdf import pdf
 from tests.data.sources.test_sql import server  # noqa: F401  a fixture: a real PostgreSQL
@@ -62,9 +62,9 @@ def as_parquet(root):
 def as_hub(root):
     import pandas
 
-    held_out = [f"held out {text}" for text in TEXTS[:20]]
+    is_val = [f"held out {text}" for text in TEXTS[:20]]
     pandas.DataFrame({"text": TEXTS}).to_parquet(root / "train-00000.parquet")
-    pandas.DataFrame({"text": held_out}).to_parquet(root / "validation-00000.parquet")
+    pandas.DataFrame({"text": is_val}).to_parquet(root / "validation-00000.parquet")
     return {"name": str(root)}
 
 
@@ -90,8 +90,8 @@ def as_sqlite(root):
 def as_mixture(root):
     (root / "prose").mkdir()
     as_files(root / "prose")
-    (root / "held_out.txt").write_text(" ".join(TEXTS[:9]))
-    rows = {"weight": 1.0, "val_path": str(root / "held_out.txt")}
+    (root / "is_val.txt").write_text(" ".join(TEXTS[:9]))
+    rows = {"weight": 1.0, "val_path": str(root / "is_val.txt")}
     (root / "more.txt").write_text("\n".join(text.replace("sheep", "goat") for text in TEXTS))
     return {
         "mixture": {
@@ -159,7 +159,7 @@ def test_a_run_is_given_batches_of_a_mixture(config, tmp_path, monkeypatch):
     rows = [row for step in range(3) for row in np.vstack(jobs[0].batches.batch_at(step).inputs)]
     texts = [run.tokenizer.decode(row) for row in rows]
     assert 0 < sum("goat" in text for text in texts) < sum("sheep" in text for text in texts)
-    assert [s["weight"] for s in run.held_out().manifest["sources"]] == [0.25, 0.75]
+    assert [s["weight"] for s in run.prepared_data().manifest["sources"]] == [0.25, 0.75]
 
 
 class TestSeveralProcesses:
@@ -180,8 +180,9 @@ class TestSeveralProcesses:
 
         def shards(of):
             monkeypatch.setattr(distributed, "_index", of)
+            monkeypatch.setattr(pipeline, "wait_for_all", lambda what, timeout_seconds: None)
             monkeypatch.setattr(distributed, "_from_first", exchange)
-            return pipeline._prepared(made, StopSignal())
+            return pipeline._shards(made, StopSignal())
 
         return shards
 
@@ -252,7 +253,10 @@ def unseen(root):
 BAD = [
     (lambda root: {"path": root / "no.txt"}, r"data\.path: got '.*no\.txt'; expected an existing"),
     (lambda root: {"path": root}, r"data\.path: .*a directory with text files"),
-    (file("a.txt", b""), r"data\.path: .*a\.txt'; expected text .*empty or only white space"),
+    (
+        file("a.txt", b""),
+        r"data\.path: .*a\.txt'; expected a source with text .*empty or only white space",
+    ),
     (file("a.txt", b" \n\t\n"), r"data\.path: .*only white space"),
     (file("a.txt", b"abcabcabc"), r"data\.seq_len: got 16; expected at most \d+: the training"),
     (file("a.txt", b"caf\xe9 au lait" * 9), r"data\.path: .*byte 0xe9 at offset 3 is not UTF-8"),

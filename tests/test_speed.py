@@ -9,7 +9,9 @@ import jax
 import pytest
 
 from sheepop_jax.pipeline import train
-from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.runtime.devices import Runtime
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 ROOT = Path(__file__).parent.parent
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"

@@ -11,7 +11,7 @@ from sheepop_jax import pipeline
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.model.partitioning import make_mesh
-from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.runtime.devices import Runtime
 
 MACHINE = Runtime("cpu", "cpu", 8, 0.0)
 TINY: dict[str, Any] = {

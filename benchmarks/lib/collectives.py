@@ -1,4 +1,4 @@
-"""What the devices of a mesh send each other in a compiled program, by its own text (HLO)."""
+"""Communication volume per mesh axis of a compiled program, from its HLO text."""
 
 import math
 import re
@@ -18,13 +18,14 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def sent_over(hlo: str, mesh: dict[str, int]) -> dict[str, float]:
-    """Mesh axes, joined by "+" where a collective goes over several → bytes each device sends.
+    """Returns the bytes that each device sends, per mesh axis.
 
-    By rings, as in `training/communication.py`. What stands in a loop counts as often as it runs.
+    Assumes ring algorithms, as `planning/communication.py` does. Collectives in a loop count once
+    per iteration. The axes of a collective over several are joined by "+".
 
     Args:
         hlo: `compiled.as_text()`.
-        mesh: axis → size, in the order of the devices' numbers.
+        mesh: axis → size, in the order of device numbering.
     """
     bodies, entry = _computations(hlo)
     seen: set[str] = set()
@@ -32,7 +33,7 @@ def sent_over(hlo: str, mesh: dict[str, int]) -> dict[str, float]:
     for name, times in _runs(bodies, entry):
         for line in bodies[name]:
             found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)
-            # A TPU's program spreads one collective over many fusions: it names it in each.
+            # TPU programs spread one collective over many fusions with the same channel id.
             if found is None or (channel is not None and channel[1] in seen):
                 continue
             if channel is not None:
@@ -47,11 +48,11 @@ def sent_over(hlo: str, mesh: dict[str, int]) -> dict[str, float]:
 
 
 def _sent(kind: str, size: float, n: int, start: bool, computation: str) -> float:
-    """Of a result of so many bytes; a start's result has its operand too."""
+    """Bytes sent for a result of `size` bytes; the result of a `-start` includes its operand."""
     others = (n - 1) / n
     match kind:
         case "all-reduce":
-            once = "all-reduce-scatter" in computation  # a TPU's name for a fused reduce-scatter
+            once = "all-reduce-scatter" in computation  # TPU name of a fused reduce-scatter
             return (1 if once else 2) * others * size / (1 + start)
         case "all-gather":
             return others * (size * n / (n + 1) if start else size)
@@ -76,7 +77,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]:
-    """Each computation that is reached, and how often it runs."""
+    """Yields each reachable computation and how often it runs."""
     todo, seen = [(entry, 1)], {entry}
     while todo:
         name, times = todo.pop()
@@ -91,17 +92,17 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]]
 
 
 def _trips(loop: str, bodies: dict[str, list[str]], called: dict[str, str]) -> int:
-    """As the compiler says; else what the counter is compared with."""
+    """Returns the trip count from the compiler, else from the loop condition's constant."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
     condition = "".join(bodies[called["condition"]])
     limit = max(map(int, re.findall(r"constant\((\d+)\)", condition)), default=1)
-    # A TPU's product that passes its operand round, one step each way: the counter counts by two.
+    # Bidirectional windowed einsum on TPUs: the counter advances by two per iteration.
     return limit // 2 if "windowed_dot_general" in called["body"] else limit
 
 
 def _axes(line: str, mesh: dict[str, int]) -> tuple[str, int]:
-    """The axes on which the members of a collective's first group differ, and their number."""
+    """Returns the axes along which a collective's first group extends, and the group's size."""
     sizes = tuple(mesh.values())
     ids = np.arange(math.prod(sizes))
     if pairs := re.search(r"source_target_pairs=\{\{([\d,]+)\}", line):

@@ -1,8 +1,8 @@
-"""Contenders for the same work, each a process of its own, taking turns: A B A B.
+"""Interleaved benchmarks: contenders in separate processes take turns (A B A B).
 
-A contender prepares its work, says that it is ready, and then does it once for every line that it
-reads. So the others wait while one works, all of them see the same minutes of the machine, and the
-peak memory of each is its own.
+A contender prepares its work, reports that it is ready, and performs the work once per line on
+stdin while the others wait. Load on the machine therefore affects all contenders, and peak memory
+is measured per process.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STARTED = "CONTENDER_STARTED"  # in a contender's environment: when it was started, time.time()
+STARTED = "CONTENDER_STARTED"  # environment variable of a contender: its start as time.time()
 
 
 @dataclass
 class Contender:
-    """One way to do the work.
+    """One implementation of the work.
 
     Attributes:
-        name: as the table shows it.
-        module: a file of `benchmarks/lib` that calls `serve`.
-        words: its arguments.
-        python: the interpreter that has its libraries.
-        about: what it said when it was ready, and its peak memory in MB after the end.
-        seconds: of each turn.
+        name: name in the table.
+        module: module of `benchmarks/lib` that calls `serve`.
+        words: command-line arguments.
+        python: Python interpreter with the required libraries.
+        about: facts reported when ready, and the peak memory in MB (`peak_MB`) at the end.
+        seconds: duration of each timed turn.
     """
 
     name: str
@@ -44,28 +44,31 @@ class Contender:
 
     @property
     def median(self) -> float:
-        """Seconds of a turn."""
+        """Median seconds per turn."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> str:
-        """Shortest and longest turn, in ms."""
+        """Shortest and longest turn in ms, as text."""
         return f"{1e3 * min(self.seconds):.4g}–{1e3 * max(self.seconds):.4g}"
 
 
 def take_turns(
     contenders: Sequence[Contender], turns: int, within: float | None = None
 ) -> list[Contender]:
-    """Lets each do its work `turns` times in rotation, after one turn that does not count.
+    """Runs `turns` timed turns of each contender in rotation, after one warmup turn.
 
     Args:
-        contenders: the first has to be able to start.
-        turns: that count.
-        within: seconds. Whoever is not ready by then is left out, and no turn begins later but the
-            first that counts.
+        contenders: the contenders; the first one is required to start.
+        turns: number of timed turns.
+        within: time limit in seconds. Contenders that are not ready by then are left out, and no
+            further turn begins, except the first timed one.
 
     Returns:
-        Those that could start; that another could not is told on stderr.
+        The contenders that started; the others are reported on stderr.
+
+    Raises:
+        SystemExit: the first contender could not start.
     """
     ends = None if within is None else time.monotonic() + within
     running: list[subprocess.Popen[str]] = []
@@ -81,11 +84,11 @@ def take_turns(
                 env={**os.environ, "PYTHONPATH": str(ROOT), STARTED: str(time.time())},
             )
             running.append(process)
-            said = _hear(process, ends)
-            if said is not None:
-                contender.about |= said
+            reported = _hear(process, ends)
+            if reported is not None:
+                contender.about |= reported
                 able.append((contender, process))
-                say(f"{contender.name}: ready ({said})")
+                say(f"{contender.name}: ready ({reported})")
             elif contender is contenders[0]:
                 raise SystemExit(f"{contender.name} could not start")
             else:
@@ -108,20 +111,20 @@ def take_turns(
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(BrokenPipeError):  # what it was told and did not read
+                with contextlib.suppress(BrokenPipeError):  # unread input
                     pipe.close()
     return [contender for contender, _ in able if contender.seconds]
 
 
 def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]) -> None:
-    """A contender's side: prepares, then works once for every line on stdin, and times that.
+    """Runs a contender: prepares, then performs and times the work once per line on stdin.
 
     Args:
-        prepare: returns the work, which waits for its own result and returns what JSON can hold,
-            and what there is to say about it.
+        prepare: returns the work and facts about it. The work must block until its result is ready
+            and return a value that JSON can encode.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    os.dup2(2, 1)  # redirect the output of libraries to stderr
     work, about = prepare()
     print(json.dumps(about), file=answers, flush=True)
     for _ in sys.stdin:
@@ -133,10 +136,10 @@ def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]) -> No
 
 
 def first_tokens(write: Callable[[int], Any], new_tokens: int) -> dict[str, float]:
-    """Times `write(n)`, which writes n tokens, for one token: cold, then warm.
+    """Times the generation of one token by `write(1)`: cold, then warm.
 
-    Cold counts from when this contender was started: interpreter, imports and compiling included.
-    What `new_tokens` compiles is compiled afterwards.
+    The cold time starts with the process and includes imports and compilation. `write(new_tokens)`
+    is compiled afterwards.
     """
     write(1)
     cold = time.time() - float(os.environ[STARTED])
@@ -148,18 +151,18 @@ def first_tokens(write: Callable[[int], Any], new_tokens: int) -> dict[str, floa
 
 
 def say(line: str) -> None:
-    """Progress, on stderr."""
+    """Prints a line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def _peak_megabytes() -> float:
-    """Resident, of this process alone: `ru_maxrss` would begin with the parent's."""
+    """Peak resident size of this process; `ru_maxrss` would start at the parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _hear(process: subprocess.Popen[str], ends: float | None = None) -> dict[str, Any] | None:
-    """The next line of what it says; None if it ends, or says nothing until then."""
+    """Reads the next line of a contender's output; None if it exits, or is silent until `ends`."""
     left = None if ends is None else max(ends - time.monotonic(), 0)
     heard, _, _ = select.select([process.stdout], [], [], left)
     line = process.stdout.readline() if heard else ""

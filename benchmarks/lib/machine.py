@@ -1,4 +1,4 @@
-"""What the machine allows: the rate of a large matrix product, and how fast memory is read."""
+"""Machine limits: the FLOP/s of a large matmul and the memory bandwidth."""
 
 import os
 import time
@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.runtime.platform import known_figures
+from sheepop_jax.runtime.devices import known_figures
 
 
 def measure(dtype: str = "float32") -> dict[str, float]:
-    """Best of several, by XLA and, on a CPU, by NumPy's BLAS.
+    """Measures with XLA and, on a CPU, also with NumPy's BLAS; reports the best of several runs.
 
     Returns:
-        `matmul_GFLOP_s`: of a cube of 2048 (8192 on an accelerator), 2 · n³ operations. `peak`: the
-        maker's figure for bf16, GFLOP/s, or, where it is not known, the one measured. `read_GB_s`:
-        of a product of a matrix of 400 MB, far beyond the caches, with a vector, which reads each
-        element once. `cores`: that this process may use.
+        `matmul_GFLOP_s`: rate of an n x n x n matmul, 2 · n³ FLOPs, with n = 2048 (8192 on an
+        accelerator). `peak_GFLOP_s`: the manufacturer's bf16 peak, or the measured rate if unknown.
+        `read_GB_s`: bandwidth of a matrix-vector product, which reads each element once; the matrix
+        (400 MB in fp32) is far larger than the caches. `cores`: CPU cores of this process.
     """
     import jax
     import jax.numpy as jnp
@@ -45,7 +45,7 @@ def measure(dtype: str = "float32") -> dict[str, float]:
 
 
 def best(work: Callable[[], Any], repeats: int = 15) -> float:
-    """Seconds of the fastest of several runs: what the machine can do, not what it does."""
+    """Returns the seconds of the fastest run, since slower ones reflect other load."""
     work()
     seconds = []
     for _ in range(repeats):

@@ -1,10 +1,10 @@
-"""nanoGPT's recipe for Tiny Shakespeare on a CPU, in PyTorch: a whole process, for `time_to_loss`.
+"""nanoGPT's CPU recipe for Tiny Shakespeare in PyTorch, as a whole process for `time_to_loss.py`.
 
     python -m benchmarks.lib.nanogpt FILE
 
-4 layers of 128, batches of 12 x 64, 2,000 steps of AdamW (learning rate 1e-3 down to 1e-4 by a
-cosine after 100 steps of warmup, b2 0.99, decay 0.1, clip 1), no dropout. Prints the held-out loss
-of the last tenth, whole, in windows of 64.
+4 layers of 128, batches of 12 x 64, 2,000 steps of AdamW (100 warmup steps, cosine decay from 1e-3
+to 1e-4, b2 0.99, weight decay 0.1, clipping at 1), no dropout. Prints the validation loss of the
+last tenth, in windows of 64.
 """
 
 import argparse
@@ -22,14 +22,14 @@ STEPS, WARMUP, PEAK, FLOOR = 2000, 100, 1e-3, 1e-4
 
 
 def main() -> None:
-    """Trains, then prints the loss."""
+    """Trains and prints the validation loss."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
     text = parser.parse_args().file.read_text()
     ids = {character: i for i, character in enumerate(sorted(set(text)))}
     tokens = torch.from_numpy(np.array([ids[character] for character in text]))
     split = int(len(tokens) * 0.9)
-    train, held_out = tokens[:split], tokens[split:]
+    train, validation = tokens[:split], tokens[split:]
     shape = SHAPES["small"]
     model = make("plain", shape, shape.time)
     optimizer = adamw(model, PEAK, 0.99, 0.1)
@@ -46,15 +46,15 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     with torch.inference_mode():
-        count = (len(held_out) - 1) // shape.time
+        count = (len(validation) - 1) // shape.time
         starts = shape.time * torch.arange(count)
-        windows = held_out[starts[:, None] + torch.arange(shape.time + 1)]
+        windows = validation[starts[:, None] + torch.arange(shape.time + 1)]
         total = sum(float(loss(model, part)) * len(part) for part in windows.split(128))
     print(f"{total / count:.4f}")
 
 
 def loss(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Mean over the windows [B, T + 1]."""
+    """Returns the mean loss of windows [B, T + 1]."""
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 

@@ -1,4 +1,4 @@
-"""Our side of a contest: `python -m benchmarks.lib.ours WORK SHAPE …`, driven by `contest`."""
+"""sheepop_jax as a contender: `python -m benchmarks.lib.ours WORK SHAPE …`, run by `contest`."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ SIZES = [field.name for field in dataclasses.fields(Shape)]
 Work = tuple[Callable[[], Any], dict[str, Any]]
 
 
-# Explicit, and not from configs/base.py: these benchmarks also run where ml_collections is not.
+# Explicit instead of configs/base.py, so that these benchmarks run without ml_collections.
 ADAMW = OptimizerConfig(
     name="adamw",
     learning_rate=3e-4,
@@ -36,7 +36,7 @@ ADAMW = OptimizerConfig(
 
 
 def model_config(shape: Shape, context: int = 0) -> ModelConfig:
-    """Our architecture in a shape, without dropout: the peers have none either."""
+    """Returns the model configuration of a shape, without dropout, like the peers'."""
     return ModelConfig(
         d_model=shape.width,
         num_layers=shape.layers,
@@ -57,7 +57,7 @@ def model_config(shape: Shape, context: int = 0) -> ModelConfig:
 
 
 def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
-    """The train step as the trainer compiles it; a turn is `flags.steps` of them."""
+    """The train step, compiled as in training; a turn is `flags.steps` steps."""
     if flags.devices > 1:
         count = f"--xla_force_host_platform_device_count={flags.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
@@ -69,15 +69,9 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     from sheepop_jax.model.attention import choose_implementation
     from sheepop_jax.model.loss import chunk_elements
     from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shardings
-    from sheepop_jax.model.transformer import Transformer
+    from sheepop_jax.model.transformer import Transformer, boxed_shapes
     from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-    from sheepop_jax.training.step import (
-        boxed_shapes,
-        init_state,
-        jit_init,
-        jit_step,
-        make_train_step,
-    )
+    from sheepop_jax.training.step import init_state, jit_init, jit_step, make_train_step
 
     config = model_config(shape)
     dtype = machine.compute_dtype(flags.dtype)
@@ -94,7 +88,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
     boxed = boxed_shapes(model)
     shardings = state_shardings(boxed, jax.eval_shape(new), mesh)
     state = jit_init(new, shardings)()
-    del new  # and so its program, which the trainer does not keep either
+    del new  # frees its program, as the trainer does
     batches = []
     for seed in range(4):
         ids = np.random.default_rng(seed).integers(
@@ -124,13 +118,13 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 
 
 def decode(shape: Shape, flags: argparse.Namespace) -> Work:
-    """Greedy decoding of random prompts; a turn is one call, prompt included."""
+    """Greedy decoding of random prompts; a turn is one call, including the prompt."""
     machine = platform.prepare(flags.platform)
 
     from sheepop_jax.generation.engine import NO_END, generate
-    from sheepop_jax.generation.requests import SamplingConfig
-    from sheepop_jax.model.transformer import Transformer
-    from sheepop_jax.training.step import init_params, jit_init
+    from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
+    from sheepop_jax.model.transformer import Transformer, init_params
+    from sheepop_jax.training.step import jit_init
 
     model = Transformer(model_config(shape, 1024), shape.vocab, machine.compute_dtype(flags.dtype))
     params = jit_init(lambda: init_params(model, 0))()
@@ -141,9 +135,8 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
             model,
             params,
             prompts.tolist(),
-            sampling=SamplingConfig(temperature=0.0),
-            end_of_text=NO_END,
-            max_new_tokens=new_tokens,
+            NO_END,
+            GenerationConfig(SamplingConfig(temperature=0.0), max_new_tokens=new_tokens),
         )
 
     about = first_tokens(write, flags.new_tokens)
@@ -155,7 +148,7 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
 
 
 def read(shape: Shape, flags: argparse.Namespace) -> Work:
-    """Nothing but the weights' way from memory: each is read once for every new token of a row."""
+    """The bandwidth limit of decoding: reads every weight once per new token, and nothing else."""
     machine = platform.prepare(flags.platform)
     import jax
     import jax.numpy as jnp
@@ -165,7 +158,7 @@ def read(shape: Shape, flags: argparse.Namespace) -> Work:
 
     @jax.jit
     def times(weights: Any, vector: Any) -> Any:
-        def token(_: Any, x: Any) -> Any:  # each product waits for the one before
+        def token(_: Any, x: Any) -> Any:  # each matmul depends on the previous one
             return x + 1e-9 * jnp.max(weights @ x)
 
         return jax.lax.fori_loop(0, flags.new_tokens, token, vector)
@@ -180,7 +173,7 @@ def read(shape: Shape, flags: argparse.Namespace) -> Work:
 
 
 def loss(shape: Shape, flags: argparse.Namespace) -> Work:
-    """Loss and its gradients, of random hidden states: in chunks, or by whole logits."""
+    """The loss and its gradients for random hidden states, chunked or with full logits."""
     machine = platform.prepare(flags.platform)
     import jax
     import jax.numpy as jnp
@@ -217,21 +210,21 @@ def loss(shape: Shape, flags: argparse.Namespace) -> Work:
 
 
 def main() -> None:
-    """Prepares what the flags name, and serves it."""
+    """Serves the work selected by the flags."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["train_step", "decode", "read", "loss"])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--platform", default="auto")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--steps", type=int, default=1, help="train_step: steps in a turn")
-    parser.add_argument("--rows", type=int, default=1, help="decode: prompts at once")
-    parser.add_argument("--prompt", type=int, default=16, help="decode: tokens in a prompt")
-    parser.add_argument("--new_tokens", type=int, default=128, help="decode: tokens to write")
+    parser.add_argument("--steps", type=int, default=1, help="train_step: steps per turn")
+    parser.add_argument("--rows", type=int, default=1, help="decode: prompts per batch")
+    parser.add_argument("--prompt", type=int, default=16, help="decode: tokens per prompt")
+    parser.add_argument("--new_tokens", type=int, default=128, help="decode: tokens to generate")
     parser.add_argument("--way", default="chunked", help="loss: chunked or whole")
-    parser.add_argument("--devices", type=int, default=1, help="train_step: so many fake ones")
+    parser.add_argument("--devices", type=int, default=1, help="train_step: fake devices")
     for name in SIZES:
         kind = str if name == "remat" else int
-        parser.add_argument(f"--{name}", type=kind, help="instead of the shape's own")
+        parser.add_argument(f"--{name}", type=kind, help="default: the shape's")
     flags = parser.parse_args()
     sizes = {name: getattr(flags, name) for name in SIZES if getattr(flags, name)}
     shape = dataclasses.replace(SHAPES[flags.shape], **sizes)

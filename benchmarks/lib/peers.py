@@ -1,8 +1,8 @@
-"""The peers' side of a contest, in PyTorch: `python -m benchmarks.lib.peers WORK SHAPE …`.
+"""PyTorch contenders: `python -m benchmarks.lib.peers WORK SHAPE …`, run by `contest`.
 
-Each at its best settings on the machine: fused AdamW, fused attention, set_to_none, inference mode,
-and `torch.compile` where asked for. `plain` is a GPT-2-like model in as few modules as one would
-write by hand; `gpt2` and `starcoder2` are those of transformers, the latter with our architecture.
+All use their best settings: fused AdamW, fused attention, set_to_none, inference mode, and
+`torch.compile` if requested. `plain` is a minimal handwritten model like GPT-2; `gpt2` and
+`starcoder2` are those of transformers, the latter with the architecture of sheepop_jax.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class PlainBlock(nn.Module):
 
 
 class Plain(nn.Module):
-    """Learned positions, blocks, tied output; on a GPU with as many rows as its products like."""
+    """Learned positions, blocks, tied output; on a GPU, V is padded to a multiple of 128."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -69,7 +69,7 @@ class Plain(nn.Module):
 
 
 def make(kind: str, shape: Shape, context: int) -> nn.Module:
-    """A model of a shape, without dropout."""
+    """Creates a model of a shape, without dropout."""
     torch.manual_seed(0)
     if kind == "plain":
         return Plain(shape).to(DEVICE)
@@ -111,7 +111,7 @@ def make(kind: str, shape: Shape, context: int) -> nn.Module:
 
 
 def adamw(model: nn.Module, learning_rate: float, b2: float, decay: float) -> torch.optim.AdamW:
-    """Decay on matrices only."""
+    """Creates AdamW with weight decay on matrices only."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -120,7 +120,7 @@ def adamw(model: nn.Module, learning_rate: float, b2: float, decay: float) -> to
 
 
 def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
-    """Forward, loss, backward, clip, AdamW; a turn is `flags.steps` of them."""
+    """Forward, loss, backward, clipping, AdamW; a turn is `flags.steps` steps."""
     model = make(flags.kind, shape, shape.time)
     started = time.perf_counter()
     optimizer = adamw(model, 3e-4, 0.999, 0.01)
@@ -136,7 +136,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
             logits = getattr(out, "logits", out)
             return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    run = torch.compile(loss_of) if flags.compile else loss_of  # the loss with the model
+    run = torch.compile(loss_of) if flags.compile else loss_of  # including the loss
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         loss = run(ids)
@@ -159,7 +159,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 
 
 def decode(shape: Shape, flags: argparse.Namespace) -> Work:
-    """transformers' `generate`, greedy, with its key/value cache; a turn is one call."""
+    """transformers' greedy `generate` with its key/value cache; a turn is one call."""
     model: Any = make(flags.kind, shape, 1024).eval()
     if flags.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
@@ -189,7 +189,7 @@ def decode(shape: Shape, flags: argparse.Namespace) -> Work:
 
 
 def main() -> None:
-    """Prepares what the flags name, and serves it."""
+    """Serves the work selected by the flags."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["train_step", "decode"])
     parser.add_argument("shape", choices=SHAPES)

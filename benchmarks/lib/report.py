@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a Markdown table on stdout, and JSON beside it."""
+"""Benchmark output: a Markdown table on stdout and a JSON file."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ LIBRARIES = ("jax", "flax", "optax", "torch", "transformers")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a column for each key of the first row; numbers stand to the right."""
+    """Formats rows as a Markdown table; columns are the keys, numbers are right-aligned."""
     names = list(rows[0])
     right = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
     lines = [names, ["--:" if r else ":--" for r in right]]
@@ -22,7 +22,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def publish(name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any], out: Path) -> None:
-    """Prints the table, and writes it with its circumstances to `out/NAME.json`."""
+    """Prints the table, and writes it to `out/NAME.json` with date, versions and `about`."""
     circumstances = {"date": date.today().isoformat(), **versions(), **about}
     print(table(rows))
     print("\n" + ", ".join(f"{key} {_cell(value)}" for key, value in circumstances.items()))
@@ -33,7 +33,7 @@ def publish(name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any], ou
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """Returns the versions of the installed libraries."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def default_out() -> Path:
-    """Where results go: beside the benchmarks, outside of git."""
+    """The default directory of results, ignored by git."""
     return ROOT / "benchmarks" / "results"
 
 

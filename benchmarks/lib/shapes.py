@@ -1,4 +1,4 @@
-"""The models that the benchmarks compare, by name; read by both sides, so it imports neither."""
+"""Model shapes of the benchmarks. Imports neither JAX nor PyTorch, since both sides use it."""
 
 from dataclasses import dataclass
 
@@ -18,18 +18,18 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """In one batch."""
+        """Tokens per batch."""
         return self.batch * self.time
 
     @property
     def weights(self) -> int:
-        """Elements of the matrices that each token is multiplied with, the tied embedding once."""
+        """Weights in the matmuls of each token; the tied embedding counts once."""
         layer = 4 * self.width**2 + 2 * self.width * self.feed_forward
         return self.layers * layer + self.vocab * self.width
 
     @property
     def step_flops(self) -> float:
-        """Of one training step: 6 a weight, 12 · N · T · D a token (PaLM, appendix B)."""
+        """FLOPs per step: 6 per weight and 12 · N · T · D, per token (PaLM, appendix B)."""
         a_token = 6.0 * self.weights + 12.0 * self.layers * self.time * self.width
         return a_token * self.tokens
 

@@ -1,1 +1,1 @@
-"""The run directory and its checkpoints: save, verify, quarantine, restore."""
+"""Run directory and checkpoints: save, verify, quarantine, restore."""

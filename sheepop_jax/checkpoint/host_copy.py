@@ -1,4 +1,4 @@
-"""A state as it is saved: fit to go on from, and out of the next step's way."""
+"""Copies of the training state for saving, and checks that parameters are finite."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.runtime import distributed
-from sheepop_jax.training.step import TrainState
 
 
 def host_copy(state: TrainState) -> TrainState:
-    """A copy that the next step, which takes the state's buffers, leaves alone.
+    """Copies the state, since the next step donates its buffers.
 
-    In host memory, so that devices need not hold it twice. But on a CPU "device to host" is no
-    copy, and of several processes each holds a part of an array, as only arrays on devices can.
+    Copies to host memory, to spare device memory. Exceptions copy on the device: on CPU
+    `device_get` does not copy, and with several processes only device arrays can be sharded.
     """
     if jax.default_backend() != "cpu" and distributed.count() == 1:
         on_host: TrainState = jax.device_get(state)
@@ -24,12 +24,12 @@ def host_copy(state: TrainState) -> TrainState:
 
 @jax.jit
 def all_finite(params: Any) -> jax.Array:
-    """Whether every parameter is a number; a bool on the device."""
+    """Whether every parameter is finite, as a bool on the device."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def not_finite(params: Any) -> str:
-    """The names of those that are not."""
+    """The names of parameters that are not finite."""
     found = (
         storage.name_of(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

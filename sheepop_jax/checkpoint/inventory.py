@@ -1,4 +1,4 @@
-"""What checkpoints a run has, for a person; and deleting some of them."""
+"""Lists and deletes the checkpoints of a run (the `checkpoints` command)."""
 
 import contextlib
 import os
@@ -8,24 +8,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, REASON, Checkpoints
-from sheepop_jax.checkpoint.manifest import DamagedCheckpoint
+from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, REASON, Checkpoints, DamagedCheckpoint
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class Item:
-    """One checkpoint, or what is left of one.
+    """One checkpoint, damaged or not.
 
     Attributes:
         path: its directory.
-        step: its number.
-        bytes: of all its files.
-        figures: recorded with it, e.g. `val_loss`; empty where they cannot be read.
-        is_latest: the one that training goes on from.
-        is_best: the one with the lowest validation loss.
-        quarantine: moved out of the way as damaged; never loaded.
-        damage: why it cannot be loaded; empty where nothing is known against it.
+        step: its step.
+        bytes: size of all its files.
+        figures: its metrics, e.g. `val_loss`; empty if unreadable.
+        is_latest: whether training resumes from it.
+        is_best: whether it has the lowest validation loss.
+        quarantined: whether it was renamed as damaged; never loaded.
+        damage: why it cannot be loaded; "" if no damage is known.
     """
 
     path: Path
@@ -34,16 +34,17 @@ class Item:
     figures: dict[str, Any]
     is_latest: bool = False
     is_best: bool = False
-    quarantine: bool = False
+    quarantined: bool = False
     damage: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `checkpoints --json` prints them."""
-        return asdict(self) | {"path": str(self.path)}
+        """JSON values, as printed by `checkpoints --json`."""
+        fields = asdict(self) | {"path": str(self.path)}
+        return {{"quarantined": "set_aside"}.get(name, name): fields[name] for name in fields}
 
 
 def table(items: list[Item], verified: bool) -> str:
-    """A line for each; `verified`: whether the files were read."""
+    """Formats one line per checkpoint; `verified`: whether `inventory` verified the files."""
     if not items:
         return "no checkpoints"
     lines = [f"{'step':>8}{'MB':>10}{'val_loss':>10}  state"]
@@ -52,8 +53,8 @@ def table(items: list[Item], verified: bool) -> str:
         marks = [
             mark for mark, is_so in (("latest", item.is_latest), ("best", item.is_best)) if is_so
         ]
-        if item.quarantine:
-            marks.append(f"set aside as {item.path.name}: {item.damage}")
+        if item.quarantined:
+            marks.append(f"quarantined as {item.path.name}: {item.damage}")
         elif item.damage:
             marks.append(f"DAMAGED: {item.damage}")
         elif verified:
@@ -64,9 +65,9 @@ def table(items: list[Item], verified: bool) -> str:
 
 
 def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
-    """All checkpoints by step, then those that were set aside.
+    """All checkpoints by step, then the quarantined ones.
 
-    With `verify`, every file is read and compared; otherwise only the manifests are.
+    With `verify`, every file is verified; otherwise only manifests are read.
     """
     steps, best = checkpoints.steps(), checkpoints.best()
     items = []
@@ -85,40 +86,39 @@ def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
         try:
             damage = (path / REASON).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
-            damage = "no reason was recorded"
-        items.append(Item(path, step, _bytes(path), {}, quarantine=True, damage=damage))
+            damage = "no reason recorded"
+        items.append(Item(path, step, _bytes(path), {}, quarantined=True, damage=damage))
     return items
 
 
-def delete(checkpoints: Checkpoints, steps: Collection[int]) -> list[int]:
-    """Deletes these steps, and returns them in order.
+def delete(checkpoints: CheckpointSaver, steps: Collection[int]) -> list[int]:
+    """Deletes these steps and returns them in order.
 
     Raises:
-        InputError: one of them is not there, or no whole checkpoint would be left; then none is
-            deleted.
+        InputError: a step does not exist, or no valid checkpoint would remain; nothing is deleted.
     """
     present = checkpoints.steps()
     for step in steps:
         if step not in present:
-            raise InputError("--delete", step, f"some of {_listed(present)}")
-    _require_a_whole_one(checkpoints, set(present) - set(steps), "--delete", steps)
+            raise InputError("delete", step, f"existing steps ({_listed(present)})")
+    _require_a_whole_one(checkpoints, set(present) - set(steps), "delete", steps)
     doomed = sorted(set(steps))
     for step in doomed:
         checkpoints.delete(step)
     return doomed
 
 
-def keep_only(checkpoints: Checkpoints, steps: Collection[int]) -> list[int]:
-    """Deletes all steps but these, and returns those deleted.
+def keep_only(checkpoints: CheckpointSaver, steps: Collection[int]) -> list[int]:
+    """Deletes all steps except these, and returns the deleted ones.
 
     Raises:
-        InputError: one of them is not there, or none of them is whole; then none is deleted.
+        InputError: a step does not exist, or none of these is valid; nothing is deleted.
     """
     present = checkpoints.steps()
     for step in steps:
         if step not in present:
-            raise InputError("--keep", step, f"some of {_listed(present)}")
-    _require_a_whole_one(checkpoints, set(steps), "--keep", steps)
+            raise InputError("keep", step, f"existing steps ({_listed(present)})")
+    _require_a_whole_one(checkpoints, set(steps), "keep", steps)
     doomed = [step for step in present if step not in steps]
     for step in doomed:
         checkpoints.delete(step)
@@ -134,8 +134,8 @@ def _require_a_whole_one(
             return
         except DamagedCheckpoint:
             continue
-    hint = f"rm -r {checkpoints.directory}, to begin again"
-    raise InputError(flag, _listed(sorted(steps)), "at least one whole checkpoint left", hint)
+    hint = f"rm -r {checkpoints.directory} to start over"
+    raise InputError(flag, _listed(sorted(steps)), "at least one valid checkpoint left", hint)
 
 
 def _listed(steps: Collection[int]) -> str:
@@ -146,7 +146,7 @@ def _bytes(root: Path) -> int:
     total = 0
     for directory, _, names in os.walk(root):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a training beside this may be pruning it
+            with contextlib.suppress(FileNotFoundError):  # a running training may prune it
                 found = os.lstat(os.path.join(directory, name))
                 total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total

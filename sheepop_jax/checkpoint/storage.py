@@ -1,4 +1,4 @@
-"""Arrays in a directory, by orbax; the only file that knows it."""
+"""Reads and writes arrays with orbax; the only module that imports it."""
 
 import contextlib
 import logging
@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-# How long a process waits for the others, which may have much more to write.
+# Barrier timeout; other processes may have much more to write.
 _BARRIER_SECONDS = 3600
 
 log = logging.getLogger(__name__)
 
 
 def write(directory: Path, items: dict[str, Any]) -> None:
-    """Writes each item, a tree of arrays, into a directory of its name.
+    """Writes each item, a pytree of arrays, to a subdirectory of its name.
 
-    Among several processes each writes what its devices hold, and all have to call this.
+    With several processes, each writes its addressable shards, and all must call this.
     """
     _hush_orbax()
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -28,28 +28,33 @@ def write(directory: Path, items: dict[str, Any]) -> None:
         checkpointer.save(directory.absolute(), args=ocp.args.Composite(**args))
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once all processes have come to the same point; from any thread."""
+def wait_for_all(what: str, timeout_seconds: int = _BARRIER_SECONDS) -> None:
+    """A barrier named `what` across all processes; callable from any thread.
+
+    Raises:
+        RuntimeError: a process died, or the barrier timed out.
+    """
     barrier = ocp.multihost.get_barrier_sync_fn()
-    barrier(key=what, timeout_ms=1000 * _BARRIER_SECONDS)
+    barrier(key=what, timeout_ms=1000 * timeout_seconds)
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether an unfinished `write` has written arrays."""
+    """Whether an unfinished `write` has written any array."""
     return any(p.is_file() for p in directory.parent.glob(f"{directory.name}*/**/d/*"))
 
 
 def read(directory: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """Reads items into the shapes, dtypes and shardings of abstract targets."""
+    """Reads items with the shapes, dtypes and shardings of abstract targets."""
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     with _checkpointer() as checkpointer:
         return checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**args))
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """With the processes named, orbax lets them meet by messages from whichever thread saves.
+    """A checkpointer whose barriers are host messages, usable from the saving thread.
 
-    Else it does so by a computation on the devices, in the midst of those of the training step.
+    Without `active_processes`, orbax synchronizes by a device computation, which would interleave
+    with those of the training step.
     """
     several = set(range(jax.process_count())) if jax.process_count() > 1 else None
     among = ocp.options.MultiprocessingOptions(active_processes=several)
@@ -59,31 +64,31 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def describe(item: Path) -> Any:
-    """The tree of an item, with a shape and a dtype for each array; reads no arrays."""
+    """The pytree of an item with shapes and dtypes; reads no arrays."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.metadata(item.absolute()).tree
 
 
 def difference(item: Path, target: Any) -> str:
-    """How an item differs from a target in names, shapes and dtypes; "" where it does not.
+    """Differences in names, shapes and dtypes between an item and a target; "" if none.
 
-    Nothing large is allocated for a model that does not fit.
+    Allocates no arrays.
     """
     saved, wanted = _arrays(describe(item)), _arrays(target)
     both = [name for name in saved if name in wanted and saved[name] != wanted[name]]
     changed = [f"{name} {saved[name]}, not {wanted[name]}" for name in both]
-    more = [f"{name}, which this model does not have" for name in saved if name not in wanted]
-    fewer = [f"no {name}" for name in wanted if name not in saved]
+    more = [f"unexpected {name}" for name in saved if name not in wanted]
+    fewer = [f"missing {name}" for name in wanted if name not in saved]
     return few(changed + more + fewer)
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """A namedtuple's fields, a dictionary's keys and a list's numbers, written alike."""
+    """A key path as dotted names, the same for namedtuples, dictionaries and lists."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def few(found: list[str]) -> str:
-    """The first of many."""
+    """Joins the first four entries, and counts the rest."""
     return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
 
 
@@ -94,10 +99,10 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 
 def _hush_orbax() -> None:
-    """Leaves what is said of a failed save to us: one line. With --debug nothing is kept back.
+    """Silences orbax's output on a failed save, which we report in one line; not with --debug.
 
-    The threads that write log a traceback each, tensorstore prints another when it wants to tell a
-    loop that has given up meanwhile, and writes that never began are warned of as never awaited.
+    Otherwise each writer thread logs a traceback, tensorstore prints another when it notifies an
+    event loop that has already closed, and writes never started warn about unawaited coroutines.
     """
     absl = logging.getLogger("absl")
     if log.isEnabledFor(logging.DEBUG) or _from_elsewhere in absl.filters:

@@ -1,1 +1,1 @@
-"""The commands: one file each, flags to one library call to stdout."""
+"""The commands, one file each: parse flags, call the library, print the result."""

@@ -1,83 +1,102 @@
-"""What the commands share: configurations, one-line errors, exit codes, logs on stderr."""
+"""Shared by the commands: flags, one-line errors, exit codes, logging to stderr."""
 
 import argparse
 import contextlib
-import difflib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Collection, Iterator
+from typing import NoReturn
 
-from sheepop_jax.config.schema import Config
+from sheepop_jax.config.schema import DTYPES, PLATFORMS
 from sheepop_jax.errors import InputError, RunFailed
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-PLATFORM_HELP = "where to run (default auto: the GPU or TPU that is here, or the CPU)"
+PLATFORM_HELP = "device platform (default auto: a GPU or TPU if available, else the CPU)"
 DTYPE_HELP = (
-    "of activations (default auto: bfloat16 on TPUs and on GPUs from Ampere on, else float32)"
+    "dtype of activations (default auto: bfloat16 on TPUs and GPUs since Ampere, else float32)"
 )
-_KINDS = {bool: "True or False", int: "a whole number, in digits", float: "a number"}
-MAX_STEP_DIGITS = 18  # Python refuses to read numbers of thousands
+MAX_STEP_DIGITS = 18  # int() raises for strings of thousands of digits
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help keeps its line breaks and whose errors take one line."""
+    """An argument parser with preformatted help and one-line errors."""
 
-    def __init__(self, **options: object):
-        # The options are argparse's own, each of its type: hence the ignore.
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, name: str, description: str, epilog: str):
+        """Creates a parser; `name` is a command or a script such as `train.py`."""
+        super().__init__(
+            prog=name if name.endswith(".py") else f"python -m sheepop_jax {name}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def add_config(self) -> None:
-        """The flag that names a configuration; overrides of its fields are left over."""
-        self.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/base.py")
+        """Adds `--config`; `parse_with_overrides` collects the field overrides."""
+        text = "config file, e.g. configs/base.py, or preset name, e.g. quickstart"
+        self.add_argument("--config", required=True, metavar="FILE", help=text)
+
+    def add_run(self) -> None:
+        """Adds the flags that select a run and how its model is loaded."""
+        add = self.add_argument
+        add("--ckpt", required=True, metavar="RUN", help="run directory written by train.py")
+        add("--step", default="latest", help="checkpoint: latest (default), best or a step number")
+        add("--context", type=int, metavar="N", help="default: model.max_seq_len of the run")
+        add("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
+        add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
+        add("--quantize", choices=("int8",), help="quantize the weights (default: off)")
+
+    def add_debug(self) -> None:
+        """Adds `--debug`."""
+        self.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
 
     def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Our own flags, and the `--config.section.field=value` words."""
+        """Parses the flags, and `--config.section.field=value` to `section.field=value`."""
         flags, overrides = self.parse_known_args(argv)
         for word in overrides:
             if not word.startswith("--config."):
                 self.error(f"unknown argument {word}")
             if "=" not in word:
                 self.error(f"{word} has no value: write {word}=VALUE")
-        return flags, overrides
+        return flags, [word.removeprefix("--config.") for word in overrides]
 
     def error(self, message: str) -> NoReturn:
         """Prints `error: …` and exits with 2."""
-        line = " ".join(message.split())  # an argument may hold line breaks
+        line = " ".join(message.split())  # an argument may contain line breaks
         print(f"error: {line}; try --help", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 
 def checked_step(step: str) -> str | int:
-    """`--step`, before there is a run to look into.
+    """Validates `--step` before the run is opened.
 
     Raises:
-        InputError: neither latest, best nor a number.
+        InputError: the value is neither latest, best nor a number.
     """
     if step in ("latest", "best"):
         return step
     if not (step.isascii() and step.isdigit() and len(step) <= MAX_STEP_DIGITS):
-        raise InputError("--step", step, "latest, best or a number")
+        raise InputError("step", step, "latest, best or a number")
     return int(step)
 
 
 @contextlib.contextmanager
-def command(debug: bool) -> Iterator[None]:
-    """Sets up logs on stderr, and turns what a user can fix into one line and an exit code.
+def command(flags: argparse.Namespace) -> Iterator[None]:
+    """Logs to stderr and turns user errors into one line and an exit code.
 
-    With `debug` tracebacks are shown and logs are full.
+    With `flags.debug`, shows tracebacks and full logs. Errors refer to the names in `flags`.
     """
+    debug = flags.debug
     streams = _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # independent of the locale
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     shown = "%(asctime)s %(name)s %(levelname)s %(message)s" if debug else "%(message)s"
@@ -85,22 +104,22 @@ def command(debug: bool) -> Iterator[None]:
     handler.setFormatter(logging.Formatter(shown))
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
-    if not debug:  # others' loggers speak up only when something is wrong
+    if not debug:  # other loggers: warnings only
         logging.getLogger("sheepop_jax").setLevel(logging.INFO)
         logging.getLogger("absl").setLevel(logging.ERROR)
-        # The hub's client logs each retry; it reads this when it is imported.
+        # The Hugging Face client logs each retry; it reads this variable on import.
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        # When one of orbax's writes fails, those beside it are reported as "never retrieved".
+        # When an Orbax write fails, asyncio reports the concurrent ones as "never retrieved".
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         yield
-        sys.stdout.flush()  # at exit, a closed pipe would be Python's own message and code
+        sys.stdout.flush()  # raise BrokenPipeError here, not at exit
     except BrokenPipeError:
-        # Whoever read our output is gone. Python flushes stdout at exit: give it somewhere to go.
+        # The reader closed the pipe. Python flushes stdout at exit, so redirect it to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        line = _explained(error)
+        line = _explained(error, set(vars(flags)))
         if debug or not line:
             raise
         print(f"error: {line}", file=sys.stderr)
@@ -108,14 +127,14 @@ def command(debug: bool) -> Iterator[None]:
         sys.exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    finally:  # whoever called us in a process of their own has logs of their own
+    finally:  # restore the caller's logging
         root.handlers[:] = before
         root.setLevel(level)
         streams.close()
 
 
 def _open_closed_streams() -> contextlib.ExitStack:
-    """A standard stream that was closed is None, and the next file opened would get its number."""
+    """Opens closed standard streams (None); otherwise a new file would reuse their descriptor."""
     opened = contextlib.ExitStack()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -124,20 +143,41 @@ def _open_closed_streams() -> contextlib.ExitStack:
     return opened
 
 
-def _explained(error: Exception) -> str:
-    """One line for what a user can do something about; "" for a bug."""
+def as_flags(text: str, flags: Collection[str]) -> str:
+    """Replaces Python names in backticks with command-line flags.
+
+    A name becomes a flag (`top_k` -> --top_k) or an override of a configuration field
+    (`mesh.data=-1` -> --config.mesh.data=-1).
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name = found[1]
+        if name.partition("=")[0] in flags:
+            return f"--{name}"
+        field = name.partition("=")[0]
+        return f"--config.{name}" if "." in field or field == "seed" else name
+
+    return re.sub("`([^`]+)`", flag, text)
+
+
+def _explained(error: Exception, flags: Collection[str]) -> str:
+    """Returns a one-line message for an error that a user can fix; "" for a bug."""
     match error:
+        case InputError() if error.expected:
+            field = f"--{error.field}" if error.field in flags else error.field
+            expected, hint = as_flags(error.expected, flags), as_flags(error.hint, flags)
+            return InputError.sentence(field, error.got, expected, hint)
         case InputError() | RunFailed():
             return str(error)
         case MemoryError():
-            return f"out of memory ({error}); try smaller numbers"
-        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # jax's own class of it
+            return f"out of memory ({error}); try smaller values"
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # from XLA
             reason = str(error).splitlines()[0][:200]
-            return f"out of memory ({reason}); try less at once: fewer texts, a shorter context"
+            return f"out of memory ({reason}); try fewer texts at once or a shorter context"
         case ModuleNotFoundError():
             return (
-                f"the Python package {error.name} is missing here; try ./setup.sh, and then run "
-                "this with .venv/bin/python"
+                f"the Python package {error.name} is not installed; try ./setup.sh and run this "
+                "with .venv/bin/python"
             )
         case OSError():
             return str(error)
@@ -145,10 +185,10 @@ def _explained(error: Exception) -> str:
 
 
 def leave_on_interrupt() -> None:
-    """Makes Ctrl-C end the program at once with 130, also while XLA compiles or decodes.
+    """Makes Ctrl-C exit immediately with code 130, even while XLA compiles or decodes.
 
-    For programs that have nothing to save. A Python signal handler waits until compiled code
-    returns; a thread on the wake-up descriptor does not.
+    For programs with nothing to save. A Python signal handler waits until compiled code returns; a
+    thread that reads the wake-up file descriptor does not.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -162,63 +202,10 @@ def leave_on_interrupt() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def load_config(path: str, overrides: list[str]) -> Config:
-    """Runs a config file, applies `--config.section.field=value` overrides, and validates.
+def print_text(text: str) -> None:
+    """Prints model or corpus text; escapes control characters on a terminal."""
+    if sys.stdout.isatty():
+        from sheepop_jax.formatting import printable
 
-    Raises:
-        InputError: the file or a field is wrong; names it.
-    """
-    from absl import flags as absl_flags
-    from ml_collections import ConfigDict, config_flags
-
-    def load(argv: list[str]) -> ConfigDict:
-        values = absl_flags.FlagValues()
-        argv = ["program", f"--config={path}", *argv]
-        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-        values(argv)
-        return holder.value
-
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        files = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
-        raise InputError("--config", path, "a config file", files)
-    try:
-        plain = load([])
-        if not isinstance(plain, ConfigDict):
-            raise TypeError(f"it gives {plain!r}, not a ConfigDict")
-    except (Exception, SystemExit) as error:  # a config file is a program, and may fail in any way
-        cause: BaseException | None = error
-        if isinstance(error, absl_flags.Error):  # wrapped by absl, and with a traceback as its text
-            while cause and (cause is error or "Traceback (most" in str(cause)):
-                cause = cause.__context__
-        got = f"{type(cause).__name__}: {cause}" if cause else "it fails"
-        raise InputError("--config", path, f"a file whose get_config() works ({got})") from error
-    known = [name for name, _ in _flatten(plain)]
-    for override in overrides:
-        name, _, value = override.removeprefix("--config.").partition("=")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"--config.{near[0]}" if near else "one of those in configs/base.py"
-            inside = [field for field in known if field.startswith(f"{name}.")]
-            if inside:
-                hint = f"one of those in it, such as --config.{inside[0]}"
-            raise InputError(f"--config.{name}", value, "a field of the configuration", hint)
-    try:
-        return Config.from_dict(load(overrides))
-    except (absl_flags.Error, ValueError, TypeError):
-        for override in overrides:  # one of them is the culprit
-            name, _, value = override.removeprefix("--config.").partition("=")
-            try:
-                load([override])
-            except (absl_flags.Error, ValueError, TypeError):
-                kind = type(dict(_flatten(plain))[name])
-                expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
-                raise InputError(name, value, expected) from None
-        raise
-
-
-def _flatten(config: Any, prefix: str = "") -> list[tuple[str, object]]:
-    fields: list[tuple[str, object]] = []
-    for name, value in config.items():
-        is_section = hasattr(value, "items")
-        fields += _flatten(value, f"{prefix}{name}.") if is_section else [(prefix + name, value)]
-    return fields
+        text = printable(text)
+    print(text)

@@ -1,1 +1,1 @@
-"""The configuration: its schema, its validation and its loading."""
+"""The configuration: schema, validation and loading."""

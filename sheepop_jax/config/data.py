@@ -1,4 +1,4 @@
-"""The `data` section: where the text comes from, and how it becomes windows of tokens."""
+"""The `data` section: text sources, tokenizer, packing and validation split."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sheepop_jax.config.validation import Section
 from sheepop_jax.errors import InputError
 
-# What a part of a mixture may set for itself; the rest of the section holds for all parts.
+# Fields that each part of a mixture may set; all other fields apply to the whole mixture.
 SOURCE_FIELDS = (
     "source",
     "path",
@@ -29,7 +29,7 @@ SOURCE_FIELDS = (
 TABLE_SUFFIXES = {
     ".jsonl": "json",
     ".ndjson": "json",
-    ".json": "json",  # of rows: in a directory it is text
+    ".json": "json",  # rows if named explicitly; plain text within a directory
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
@@ -39,13 +39,13 @@ COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 
 def inner_suffix(path: Path) -> str:
-    """The suffix in lower case, without that of a compression: `.txt` for a.TXT.gz."""
+    """The suffix in lower case, ignoring a compression suffix: `.txt` for a.TXT.gz."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 class Part(NamedTuple):
-    """One source of a mixture; a corpus that is none has one part."""
+    """One source of a mixture; a corpus without a mixture has one part."""
 
     name: str
     weight: float
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Where the text comes from, and how it becomes windows of tokens."""
+    """Text sources, tokenizer, packing and validation split; see configs/base.py."""
 
     source: str
     path: str
@@ -89,64 +89,62 @@ class DataConfig(Section):
         self.one_of("packing", "stream", "one_per_window")
         self.at_least(1, "seq_len", "tokenizer_sample_bytes")
         self.at_least(0, "max_file_bytes", "max_bytes", "vocab_size")
-        self.require(
-            0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", "0.1 for a tenth"
-        )
-        self.require(self.tokenizer != "", "tokenizer", "bpe, char or a path to a tokenizer.json")
+        self.require(0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", "0.1 for 10%")
+        self.require(self.tokenizer != "", "tokenizer", "bpe, char or the path of a tokenizer.json")
         if self.tokenizer == "bpe":
             self.require(
                 self.vocab_size >= 257, "vocab_size", "at least 257 (256 bytes and end-of-text)"
             )
-        # The library that trains a BPE takes memory for all of them at once.
+        # The BPE trainer allocates memory for the whole vocabulary up front.
         self.require(self.vocab_size <= 2**20, "vocab_size", "at most 2**20")
         if self.mixture:
             for field in ("path", "name", "query", "val_path"):
-                self.require(getattr(self, field) == "", field, '"" beside data.mixture')
+                self.require(getattr(self, field) == "", field, '"" with data.mixture')
             self._check_mixture()
             return
         source = self.resolved_source
         if source == "hub":
-            self.require(self.name != "", "name", "the name of a hub dataset")
+            self.require(self.name != "", "name", "the name of a Hugging Face dataset")
         elif source != "stdlib":
             self.require(self.path != "", "path", "a file, a directory or a glob")
         if source in ("json", "csv", "parquet", "hub", "sql"):
             self.require(self.text_column != "", "text_column", "the name of the text column")
         if source == "sql":
-            self.require(self.query != "", "query", "a SELECT that gives the text column")
+            self.require(self.query != "", "query", "a SELECT that returns the text column")
         if self.val_path:
-            self.require(self.path != "", "val_path", '"", or data.path set too')
+            self.require(self.path != "", "val_path", '"" unless data.path is set')
             ruled_out = source in ("sql", "stdlib", "hub")
-            self.require(not ruled_out, "val_path", f'"" for source={source}')
+            self.require(not ruled_out, "val_path", f'"" with data.source={source}')
 
     def _check_mixture(self) -> None:
         for name, fields in self.mixture.items():
             where = f"data.mixture.{name}"
             if not isinstance(fields, dict) or "weight" not in fields:
-                expected = "a section with a weight and a source's fields"
+                expected = "a section with a weight and source fields"
                 raise InputError(where, fields, expected, '{"weight": 1.0, "path": "a/"}')
             for field, value in fields.items():
                 if field != "weight" and field not in SOURCE_FIELDS:
                     near = difflib.get_close_matches(field, SOURCE_FIELDS, n=1)
                     hint = near[0] if near else "one of " + ", ".join(SOURCE_FIELDS)
-                    expected = "weight or a field of a source"
+                    expected = "weight or a source field"
                     raise InputError(f"{where}.{field}", value, expected, hint)
                 kind = float if field == "weight" else type(getattr(self, field))
                 if type(value) is not kind and not (kind is float and type(value) is int):
                     expected = f"a value of type {kind.__name__}"
                     raise InputError(f"{where}.{field}", value, expected)
             if not 0 < fields["weight"] <= sys.float_info.max:
-                raise InputError(f"{where}.weight", fields["weight"], "a finite number above 0")
-        for part in self.parts:  # each is built, and so checked
+                raise InputError(f"{where}.weight", fields["weight"], "a positive finite number")
+        for part in self.parts:  # building a part validates it
             if part.config.resolved_source == "stdlib" and part.config.source == "auto":
-                expected = "data.path, data.name or source=stdlib"
+                expected = "a path, a name or source=stdlib"
                 raise InputError(f"data.mixture.{part.name}", "no source", expected)
 
     @property
     def parts(self) -> list[Part]:
-        """The sources, their weights summing to 1.
+        """The sources, with weights that sum to 1.
 
         Raises:
-            InputError: one of them breaks a rule.
+            InputError: a source is invalid.
         """
         if not self.mixture:
             return [Part("", 1.0, self)]
@@ -157,15 +155,15 @@ class DataConfig(Section):
             try:
                 config = dataclasses.replace(self, mixture={}, **own)
             except InputError as error:
-                raise InputError(f"data.mixture.{name}", str(error), "a source") from None
+                raise InputError(f"data.mixture.{name}", str(error), "a valid source") from None
             parts.append(Part(name, float(fields["weight"]) / total, config))
         return parts
 
     @property
     def resolved_source(self) -> str:
-        """`source` with "auto" decided as far as names go; a directory counts as files.
+        """Resolves `source="auto"` from the names alone; a directory counts as files.
 
-        Path if set, by its suffix or scheme; else name; else the standard library.
+        Uses the suffix or URL scheme of `path` if set, else `name`, else the standard library.
         """
         if self.source != "auto":
             return self.source
@@ -175,9 +173,9 @@ class DataConfig(Section):
         if scheme in ("sqlite", "postgresql", "postgres"):
             return "sql"
         kinds = set()
-        whole = os.path.lexists(os.path.expanduser(self.path))  # a name may hold a comma
+        whole = os.path.lexists(os.path.expanduser(self.path))  # a file name may contain a comma
         for item in [self.path] if whole else filter(None, map(str.strip, self.path.split(","))):
-            # The query of a URL is no part of the name; a file's name may hold a question mark.
+            # Drop the query of a URL; a file name may contain a question mark.
             path = Path(item.partition("?")[0] if "://" in item else item)
             kinds.add(FILE_SUFFIXES.get(inner_suffix(path), "files"))
         return kinds.pop() if len(kinds) == 1 else "files"

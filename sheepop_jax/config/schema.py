@@ -1,7 +1,7 @@
-"""The resolved configuration: frozen dataclasses that hold every rule a field must obey.
+"""The configuration schema: frozen dataclasses that validate every field.
 
-Defaults stand in `configs/base.py` alone. `Config.from_dict` is the only reader of a `ConfigDict`;
-whatever it returns is complete and valid, so nothing further down asks `if field is set`.
+All defaults are in `configs/base.py`. `Config.from_dict` is the only reader of a `ConfigDict` and
+returns a complete, valid configuration.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ _T = TypeVar("_T")
 
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
-HUGE_INT = 10**300  # further than any float field goes
+HUGE_INT = 10**300  # beyond the range of every float field
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The architecture; the vocabulary size is not here: it is known only after the tokenizer."""
+    """The architecture. The vocabulary size comes from the tokenizer, so it is not a field."""
 
     d_model: int
     num_layers: int
@@ -54,12 +54,12 @@ class ModelConfig(Section):
         self.require(
             self.d_model % self.num_heads == 0,
             "num_heads",
-            f"a divisor of model.d_model = {self.d_model}",
+            f"a divisor of {self.d_model} (model.d_model)",
         )
         self.require(
             self.num_heads % self.kv_heads == 0,
             "num_kv_heads",
-            f"0 or a divisor of model.num_heads = {self.num_heads}",
+            f"0 or a divisor of {self.num_heads} (model.num_heads)",
         )
         if self.position == "rope":
             self.require(
@@ -83,7 +83,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """The update rule and its schedule, counted in optimizer updates."""
+    """The optimizer and its learning rate schedule, in units of optimizer updates."""
 
     name: str
     learning_rate: float
@@ -105,14 +105,14 @@ class OptimizerConfig(Section):
         self.positive("learning_rate", "eps")
         self.fraction("b1", "b2")
         self.count(0, "warmup_steps")
-        # 0 turns either of the last two off.
+        # 0 disables either of the last two.
         self.not_negative("weight_decay", "max_grad_norm", "max_grad_zscore")
         self.require(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", "a number in [0, 1]")
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """How long, how many sequences, on what, and what is reported when."""
+    """Training length, batch size, platform, logging and evaluation."""
 
     platform: str
     num_steps: int
@@ -141,18 +141,18 @@ class TrainConfig(Section):
             (self.num_steps > 0) != (self.num_epochs > 0),
             "num_steps",
             f"exactly one of train.num_steps and train.num_epochs (= {self.num_epochs}) above 0",
-            "--config.train.num_steps=0" if self.num_epochs else "--config.train.num_epochs=1",
+            "`train.num_steps=0`" if self.num_epochs else "`train.num_epochs=1`",
         )
 
     @property
     def sequences_per_update(self) -> int:
-        """Sequences that one optimizer update sees, over all devices."""
+        """Sequences per optimizer update, over all devices."""
         return self.batch_size * self.grad_accum_steps
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """When to save, and how many of the latest to keep; the best is always kept."""
+    """Checkpoint interval and number of latest checkpoints; the best is always kept."""
 
     save_every: int
     keep: int
@@ -166,7 +166,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class MeshConfig(Section):
-    """Sizes of the device mesh's axes; one of them may be -1, meaning the rest."""
+    """Sizes of the device mesh axes; one may be -1 for the remaining devices."""
 
     data: int
     fsdp: int
@@ -177,15 +177,17 @@ class MeshConfig(Section):
     def __post_init__(self) -> None:
         for field in ("data", "fsdp", "tensor"):
             value = getattr(self, field)
-            self.require(value == -1 or value >= 1, field, "at least 1, or -1 for the rest")
+            self.require(
+                value == -1 or value >= 1, field, "at least 1, or -1 for the remaining devices"
+            )
         rest = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
         if len(rest) > 1:
-            self.require(False, rest[1], "at most one axis of -1")
+            self.require(False, rest[1], "at most one axis with -1")
 
 
 @dataclass(frozen=True)
 class Config(Section):
-    """A whole run; valid by construction."""
+    """The full configuration of a run; validated on construction."""
 
     seed: int
     model: ModelConfig
@@ -196,37 +198,37 @@ class Config(Section):
     mesh: MeshConfig
 
     def __post_init__(self) -> None:
-        self.require(0 <= self.seed < 2**32, "seed", "a whole number in [0, 2**32)")
+        self.require(0 <= self.seed < 2**32, "seed", "an integer in [0, 2**32)")
         self.data.require(
             self.data.seq_len <= self.model.max_seq_len,
             "seq_len",
-            f"at most model.max_seq_len = {self.model.max_seq_len}",
-            f"--config.model.max_seq_len={self.data.seq_len}",
+            f"at most {self.model.max_seq_len} (model.max_seq_len)",
+            f"`model.max_seq_len={self.data.seq_len}`",
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds a valid configuration from a `ConfigDict` or from JSON.
+        """Builds and validates a configuration from a `ConfigDict` or parsed JSON.
 
         Raises:
-            InputError: a field is unknown, missing, of the wrong type, or breaks a rule.
+            InputError: a field is unknown, missing, of the wrong type or invalid.
         """
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as saved in a run's `config.json`."""
+        """Returns nested plain values, as saved in `config.json`."""
         return dataclasses.asdict(self)
 
 
 def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
     hints = get_type_hints(cls)
-    # `_T` is always a dataclass here, which a TypeVar cannot say: hence the ignore.
+    # `_T` is always a dataclass, which a TypeVar cannot express: hence the ignore.
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"{prefix}{near[0]}" if near else "one of " + ", ".join(names)
-            raise InputError(f"{prefix}{key}", "an unknown field", "a known one", hint)
+            raise InputError(f"{prefix}{key}", "an unknown field", "a known field", hint)
     built: dict[str, Any] = {}
     for name in names:
         kind, path = hints[name], f"{prefix}{name}"
@@ -249,5 +251,5 @@ def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
 
 
 def _plain(value: Any) -> Any:
-    """A ConfigDict, and those in it, as dicts."""
+    """Converts nested ConfigDicts to dicts."""
     return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value

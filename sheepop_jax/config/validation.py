@@ -1,16 +1,16 @@
-"""The rules that configuration fields share; a broken one is named with its value."""
+"""Validation methods shared by the configuration sections."""
 
 import difflib
 
 from sheepop_jax.errors import InputError
 
-# What float32 holds: beyond it lies infinity, below it zero.
+# The float32 range: larger values overflow to infinity, smaller ones underflow to zero.
 TINY, HUGE = 1.2e-38, 3.4e38
-BELOW_ONE = 1 - 2**-25  # from here on float32 rounds to 1
+BELOW_ONE = 1 - 2**-25  # this and larger values round to 1 in float32
 
 
 class Section:
-    """Rules shared by the sections; each names the field, the value and the rule."""
+    """Base class of the sections; failed checks raise `InputError` with field, value and rule."""
 
     prefix = ""
 
@@ -23,7 +23,7 @@ class Section:
             self.require(getattr(self, field) >= low, field, f"at least {low}")
 
     def count(self, low: int, *fields: str) -> None:
-        """For what jax counts, in int32."""
+        """For fields that JAX handles as int32."""
         self.at_least(low, *fields)
         for field in fields:
             self.require(getattr(self, field) < 2**31, field, "at most 2**31 - 1")
@@ -37,14 +37,16 @@ class Section:
     def fraction(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            self.require(0 <= value < BELOW_ONE, field, "a number in [0, 1), in float32 too")
+            self.require(0 <= value < BELOW_ONE, field, "a number in [0, 1), also in float32")
 
     def positive(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            self.require(TINY <= value <= HUGE, field, "a finite number above 0, in float32 too")
+            self.require(TINY <= value <= HUGE, field, "a positive finite number, also in float32")
 
     def not_negative(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            self.require(0 <= value <= HUGE, field, "a finite number of at least 0, in float32 too")
+            self.require(
+                0 <= value <= HUGE, field, "a finite number of at least 0, also in float32"
+            )

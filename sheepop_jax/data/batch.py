@@ -1,4 +1,4 @@
-"""What a batch is; all that the model's side needs to know of the data."""
+"""The batch: the interface between the data pipeline and the model."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """What one update ([A, B, T]) or one evaluation step ([B, T]) sees.
+    """The input of one update ([A, B, T]) or one evaluation step ([B, T]).
 
     Attributes:
         inputs: token ids, int32.
         targets: the token that follows each input, int32.
-        weights: 1 where the target counts, 0 where it is padding or overlap, float32.
-        segments: which document of its window each input belongs to, counted from 0, int32;
-            attention and positions then stop at documents' borders. None: they do not.
+        weights: 1 for counted targets, 0 for padding and overlap, float32.
+        segments: index of each input's document within its window, from 0, int32; attention and
+            positions then stop at document boundaries. None disables document masking.
     """
 
     inputs: np.ndarray

@@ -1,5 +1,6 @@
-"""Token streams to batches: which tokens make up batch k, a function of (seed, k) alone."""
+"""Batches from token streams. Batch k is a function of (seed, k) alone."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,13 @@ from sheepop_jax.errors import InputError
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How streams become rows of a batch.
+    """How token streams are packed into batch rows.
 
     Attributes:
-        seq_len: T, tokens to predict in one window.
-        end_of_text: the token between documents.
-        packing: "stream", windows across documents, or "one_per_window", padded.
-        document_mask: whether batches carry segments.
+        seq_len: T, predicted tokens per window.
+        end_of_text: id of the token between documents.
+        packing: "stream" packs across documents; "one_per_window" pads each document.
+        document_mask: whether batches carry segment ids.
     """
 
     seq_len: int
@@ -31,11 +32,11 @@ class PackingConfig:
 
     @classmethod
     def of(cls, config: DataConfig, end_of_text: int) -> "PackingConfig":
-        """As configured."""
+        """The packing of a `data` section."""
         return cls(config.seq_len, end_of_text, config.packing, config.document_mask)
 
     def batch(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
-        """Inputs and targets of windows [..., T + 1]."""
+        """Builds a batch from windows [..., T + 1]."""
         inputs, targets = tokens[..., :-1], tokens[..., 1:]
         segments = None
         if self.document_mask:
@@ -50,7 +51,7 @@ def window_order(
     seed: int,
     weights: Sequence[float] = (1.0,),
 ) -> MixtureSampler:
-    """The order in which the windows of a corpus are trained on."""
+    """The order in which training visits the windows of a corpus."""
     sources = [
         make_windows(stream, layout.seq_len, layout.packing, layout.end_of_text)
         for stream in streams
@@ -58,51 +59,66 @@ def window_order(
     return MixtureSampler(sources, seed, weights)
 
 
+@dataclass(frozen=True)
 class TrainBatches:
-    """The training batches of one process: `rows` of a global batch [A, B, T]; None is all.
+    """The training batches of one process.
 
-    Row b of microbatch a at step s is window (s * A + a) * B + b of `MixtureSampler`, so that what is
-    trained on does not depend on how many processes there are.
+    Row b of microbatch a at step s is window (s * A + a) * B + b of `MixtureSampler`. The training
+    text therefore does not depend on the number of processes.
+
+    Attributes:
+        streams: one token stream per source.
+        packing: how streams become windows.
+        seed: of the order of windows.
+        accum: A, microbatches in one update.
+        batch_size: B, sequences in one microbatch over all processes.
+        weights: the share of windows that each source gives.
+        rows: the rows of a microbatch that this process holds; None is all.
     """
 
-    def __init__(
-        self,
-        streams: Sequence[TokenStream],
-        layout: PackingConfig,
-        *,
-        seed: int,
-        accum: int,
-        batch_size: int,
-        weights: Sequence[float] = (1.0,),
-        rows: Sequence[int] | None = None,
-    ):
-        self._order = window_order(streams, layout, seed, weights)
-        self._rows = range(batch_size) if rows is None else rows
-        self._streams, self._layout = list(streams), layout
-        self._accum, self._batch_size = accum, batch_size
-        self.steps_per_epoch = -(-self._order.num_windows // (accum * batch_size))
+    streams: Sequence[TokenStream]
+    packing: PackingConfig
+    seed: int
+    accum: int
+    batch_size: int
+    weights: Sequence[float] = (1.0,)
+    rows: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a stream does not fill a window."""
+        self._order  # noqa: B018 - computed now, so that the error comes before training
+
+    @functools.cached_property
+    def _order(self) -> MixtureSampler:
+        return window_order(self.streams, self.packing, self.seed, self.weights)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in which every window is visited once."""
+        return -(-self._order.num_windows // (self.accum * self.batch_size))
 
     def batch_at(self, step: int) -> Batch:
         """This process's rows [A, rows, T] of the global batch of `step`."""
-        shape = (self._accum, len(self._rows), self._layout.seq_len)
+        rows = range(self.batch_size) if self.rows is None else self.rows
+        shape = (self.accum, len(rows), self.packing.seq_len)
         tokens = np.zeros((*shape[:2], shape[2] + 1), np.int32)
         weights = np.zeros(shape, np.float32)
-        for a in range(self._accum):
-            for i, b in enumerate(self._rows):
-                window = (step * self._accum + a) * self._batch_size + b
+        for a in range(self.accum):
+            for i, b in enumerate(rows):
+                window = (step * self.accum + a) * self.batch_size + b
                 source, start, stop = self._order.span(window)
-                tokens[a, i, : stop - start] = self._streams[source].read(start, stop)
+                tokens[a, i, : stop - start] = self.streams[source].read(start, stop)
                 weights[a, i, : stop - start - 1] = 1
-        return self._layout.batch(tokens, weights)
+        return self.packing.batch(tokens, weights)
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """`batch_at` for first_step up to last_step - 1, made ahead by threads of grain."""
+        """Yields `batch_at` for steps [first_step, last_step), prefetched by grain's threads."""
         steps = grain.MapDataset.range(first_step, last_step).map(self.batch_at)
         yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
 
 
 class EvaluationBatches:
-    """Batches [rows, T] in which every token of the stream but the first counts once."""
+    """Batches [rows, T] that count every token of the stream exactly once, except the first."""
 
     def __init__(
         self,
@@ -114,30 +130,30 @@ class EvaluationBatches:
         max_batches: int = 0,
         rows: Sequence[int] | None = None,
     ):
-        """Nothing is read yet.
+        """Plans the batches.
 
         Args:
             stream: N tokens; the weights of all batches sum to N - 1.
-            layout: the windows.
+            layout: the packing.
             batch_size: B, over all processes.
-            overlap: tokens that a window repeats from the one before, as context that does not
-                count; 0 where each document has windows of its own.
-            max_batches: stops after so many; 0 means all.
-            rows: of each batch of B, those to give; None is all.
+            overlap: context tokens repeated from the previous window, not counted again; must be
+                0 with "one_per_window" packing.
+            max_batches: upper limit on the number of batches; 0 means all.
+            rows: indices of this process's rows in each batch of B; None means all.
 
         Raises:
-            InputError: overlap is not in [0, T).
+            InputError: overlap is not in [0, T), or not 0 with "one_per_window" packing.
         """
         seq_len = layout.seq_len
         if not 0 <= overlap < seq_len:
-            raise InputError("overlap", overlap, f"a whole number in [0, {seq_len})")
+            raise InputError("overlap", overlap, f"an integer in [0, {seq_len})")
         self._stream, self._layout, self._overlap = stream, layout, overlap
         self._batch_size = batch_size
         self._rows = range(batch_size) if rows is None else rows
         self._documents = None
         if layout.packing == "one_per_window":
             if overlap:
-                expected = "0, since each document has windows of its own (data.packing)"
+                expected = "0 with `data.packing=one_per_window`"
                 raise InputError("overlap", overlap, expected)
             self._documents = DocumentWindows(stream, seq_len, layout.end_of_text)
             self._windows = len(self._documents)
@@ -153,7 +169,7 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         seq_len = self._layout.seq_len
         for index in range(self._count):
-            # Zeros beyond the end of the stream, and in rows beyond the last window: shapes stay.
+            # Static shapes: zero-pad past the end of the stream and past the last window.
             tokens = np.zeros((len(self._rows), seq_len + 1), np.int32)
             weights = np.zeros((len(self._rows), seq_len), np.float32)
             for i, b in enumerate(self._rows):

@@ -1,8 +1,7 @@
-"""Token shards: files of ids, and a manifest of what they hold, checked when they are opened."""
+"""Token shards: files of token ids and a manifest, verified on open."""
 
 import hashlib
 import importlib.metadata
-import json
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,30 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.data.preprocess.corpus_store import CorpusStore
-from sheepop_jax.data.preprocess.encode import SIDES, dtype_of
-from sheepop_jax.data.preprocess.split import Split
 from sheepop_jax.data.stream import TokenFile, TokenStream, damaged
 from sheepop_jax.data.tokenizer import Tokenizer
-from sheepop_jax.data.windows import realised_shares
 from sheepop_jax.errors import InputError
+from sheepop_jax.files import read_sealed, sealed, sha256_of_file
 
-FORMAT = 2  # raised whenever the same text would give other files
-_HASH_BYTES = 2**30  # so much is hashed each time that shards are opened: 1 s at most
+SIDES = ("train", "validation")
+FORMAT = 2  # incremented when the same text would produce different files
+_HASH_BYTES = 2**30  # shards up to this size are hashed on every open: 1 s at most
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus as tokens, ready to be read.
+    """A tokenized corpus, open for reading.
 
     Attributes:
-        train: the training stream of each source; one, but for a mixture.
-        weights: the share of windows that each is to give; they sum to 1.
-        validation: the held-out stream, all sources together.
-        identity: what decides the tokens and their order; equal identities, equal training.
-        directory: where the shards lie.
-        gzip_bits_per_byte: `gzip -9` on the held-out bytes (the first 64 MB of them).
-        manifest: all that is known of the corpus.
+        train: one training stream per source (one in all without a mixture).
+        weights: the share of windows from each source; they sum to 1.
+        validation: the validation stream of all sources together.
+        tokenizer: the tokenizer that produced the tokens.
+        identity: what determines the tokens and their order; equal identities give equal training.
+        directory: the shard directory.
+        gzip_bits_per_byte: `gzip -9` on the validation bytes (at most the first 64 MB).
+        manifest: the content of `manifest.json`.
     """
 
     train: list[TokenStream]
@@ -48,87 +46,30 @@ class PreparedData:
 
     @property
     def train_tokens(self) -> int:
-        """Tokens to train on, over all sources."""
+        """Training tokens of all sources."""
         return sum(len(stream) for stream in self.train)
 
     @property
     def lossless(self) -> bool:
-        """Whether the tokenizer gives the text back, so that bits per byte mean something."""
-        return bool(self.manifest.get("lossless", True))  # shards of before do not say
+        """Whether decoding restores the text; otherwise bits per byte are not comparable."""
+        return bool(self.manifest.get("lossless", True))  # absent in older manifests
 
 
-def make_manifest(
-    spool: CorpusStore,
-    split: Split,
-    tokenizer: Tokenizer,
-    units: list[dict[str, Any]],
-    *,
-    split_rule: str,
-    gzip_bits_per_byte: float,
-    lossless: bool,
-) -> dict[str, Any]:
-    """What `manifest.json` says.
-
-    Args:
-        spool: the corpus.
-        split: what became of its documents.
-        tokenizer: what encoded it.
-        units: from `encode_units`.
-        split_rule: the rule as configured, with its fraction.
-        gzip_bits_per_byte: of the held-out bytes.
-        lossless: whether the tokenizer gives the text back.
-    """
-
-    def total(side: str, what: str, source: int | None = None) -> int:
-        chosen = [unit for unit in units if source in (None, unit["source"])]
-        return sum(unit.get(side, {}).get(what, 0) for unit in chosen)
-
-    sources = []
-    shares = realised_shares([source["weight"] for source in spool.sources])
-    for number, source in enumerate(spool.sources):
-        documents = {side: total(side, "documents", number) for side in SIDES}
-        tokens = {side: total(side, "tokens", number) for side in SIDES}
-        size = {side: total(side, "bytes", number) for side in SIDES}
-        read = int(np.count_nonzero(spool.documents["source"] == number))
-        sources.append(
-            {
-                **source,
-                "share": shares[number],
-                "split": split.rules[number],
-                "documents_read": read,
-                "documents": documents,
-                "bytes": size,
-                "tokens": tokens,
-            }
-        )
-    versions = ("numpy", "tokenizers", "datasets", "grain")
-    manifest = {
-        "format": FORMAT,
-        "source": spool.fingerprint,
-        "split": split_rule,
-        "duplicates": split.duplicates,
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": dtype_of(tokenizer),
-        "gzip_bits_per_byte": gzip_bits_per_byte,
-        "lossless": lossless,
-        "versions": {name: importlib.metadata.version(name) for name in versions},
-        "sources": sources,
-        "units": units,
-    }
-    return {**manifest, "sha256": _sha256_of(manifest)}
+def dtype_of(tokenizer: Tokenizer) -> str:
+    """The narrowest little-endian unsigned dtype that holds every token id."""
+    return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
 
 
 def open_shards(directory: Path) -> PreparedData:
-    """Opens what `prepare` made.
+    """Opens and verifies the shards that `prepare` wrote.
+
+    Above 1 GiB in total only file sizes are compared; `verify_shards` reads everything.
 
     Raises:
-        InputError: a file is missing or has changed. Beyond 1 GiB in all only sizes are compared;
-            `verify_shards` reads everything.
+        InputError: a file is missing or has changed.
     """
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["sha256"] != _sha256_of(manifest):
-            raise ValueError("its content has another SHA-256 than it says")
+        manifest = sealed(read_sealed(directory / "manifest.json"))
         tokenizer_file = directory / "tokenizer.json"
         _compare(tokenizer_file, manifest["tokenizer"])
         tokenizer = Tokenizer.from_file(tokenizer_file)
@@ -158,25 +99,27 @@ def open_shards(directory: Path) -> PreparedData:
             "tokens": hashlib.sha256(hashes.encode()).hexdigest(),
             "train_tokens": sum(map(len, train)),
             "validation_tokens": len(validation),
-            "grain": importlib.metadata.version("grain"),  # its shuffle is the order of windows
+            "grain": importlib.metadata.version("grain"),  # its shuffle orders the windows
         }
         gzip_figure = float(manifest["gzip_bits_per_byte"])
     except OSError as error:
-        raise damaged(directory, f"{error.filename} ({error.strerror})", "all files") from error
+        raise damaged(
+            directory, f"{error.filename} ({error.strerror})", "every shard file"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise damaged(directory / "manifest.json", error, "a whole manifest") from error
+        raise damaged(directory / "manifest.json", error, "a valid manifest") from error
     return PreparedData(
         train, weights, validation, tokenizer, identity, directory, gzip_figure, manifest
     )
 
 
 def verify_shards(directory: Path, manifest: dict[str, Any]) -> int:
-    """Compares every file with its SHA-256 in the manifest; gives the number of files.
+    """Checks the SHA-256 of every file and returns the number of files.
 
     Raises:
-        InputError: one differs.
+        InputError: a file differs from the manifest.
     """
     _compare(directory / "tokenizer.json", manifest["tokenizer"])
     entries = list(_entries(manifest))
@@ -186,7 +129,7 @@ def verify_shards(directory: Path, manifest: dict[str, Any]) -> int:
 
 
 def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Side, source and entry of every token file, in the order of the streams."""
+    """Yields (split, source index, entry) of every token file, in stream order."""
     for unit in manifest["units"]:
         for side in SIDES:
             if side in unit:
@@ -210,17 +153,11 @@ def _stream(
 
 
 def _path(directory: Path, entry: dict[str, Any]) -> Path:
-    return directory / Path(entry["file"]).name  # a name, never a way out of the directory
-
-
-def _sha256_of(manifest: dict[str, Any]) -> str:
-    """Of all that a manifest says but this."""
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return directory / Path(entry["file"]).name  # file name only: no path traversal
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises the limit, 1024 in most shells, that a corpus of 40 GB would reach."""
+    """Raises the open-file limit: 1024 in most shells, which a 40 GB corpus would reach."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 256  # for the rest of the program
     if hard != resource.RLIM_INFINITY:
@@ -231,8 +168,7 @@ def _allow_open_files(count: int) -> None:
 
 def _compare(path: Path, sha256: str) -> None:
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of_file(path)
     except OSError as error:
         raise damaged(path, error.strerror, f"SHA-256 {sha256[:12]}") from error
     if found != sha256:

@@ -1,7 +1,7 @@
-"""The token stream of one split: its layout, and its files, read without loading them.
+"""The token stream of one split: layout and random access.
 
-The stream is end-of-text, then each document's tokens and end-of-text. So every token after the
-first is predicted from something, a document's first token from end-of-text.
+Layout: end-of-text, then each document's tokens followed by end-of-text. Every token after the
+first therefore has context; a document's first token is predicted from end-of-text.
 """
 
 import os
@@ -21,9 +21,10 @@ _SCAN_TOKENS = 2**22
 
 
 class TokenFile:
-    """One token file, read by position; memory-mapping it would let memory grow with its size.
+    """One token file, read with `pread`.
 
-    A file that has shrunk since it was opened is refused, where a mapping would kill the process.
+    A memory map would let resident memory grow with the file, and would kill the process (SIGBUS)
+    if the file shrinks; here a shrunken file raises `InputError`.
     """
 
     def __init__(self, path: Path, dtype: str):
@@ -39,7 +40,7 @@ class TokenFile:
         size = self._dtype.itemsize
         wanted = (span.stop - span.start) * size
         found = b""
-        while len(found) < wanted:  # one read gives 2 GiB at most
+        while len(found) < wanted:  # one pread returns at most 2 GiB
             start = span.start * size + len(found)
             block = os.pread(self._file, wanted - len(found), start)
             if not block:
@@ -54,7 +55,7 @@ class TokenStream:
 
     Attributes:
         num_bytes: UTF-8 bytes of the documents.
-        num_documents: how many documents there are.
+        num_documents: number of documents.
     """
 
     def __init__(self, parts: Sequence[np.ndarray | TokenFile], num_bytes: int, num_documents: int):
@@ -72,7 +73,11 @@ class TokenStream:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [stop - start] int32, a copy; the range must lie within the stream."""
+        """Copies tokens [start, stop) as int32.
+
+        Raises:
+            IndexError: the range is not within the stream.
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start}:{stop} of a stream of {len(self)}")
         out = np.empty(stop - start, np.int32)
@@ -86,7 +91,7 @@ class TokenStream:
         return out
 
     def document_starts(self, end_of_text: int) -> np.ndarray:
-        """Positions [documents + 1] int64 of every end-of-text: where documents begin and end."""
+        """Positions [documents + 1] int64 of every end-of-text, the document boundaries."""
         found = [np.zeros(0, np.int64)]
         for start in range(0, len(self), _SCAN_TOKENS):
             tokens = self.read(start, min(start + _SCAN_TOKENS, len(self)))
@@ -95,20 +100,20 @@ class TokenStream:
 
 
 class Piece(NamedTuple):
-    """A part of a document on its way to tokens."""
+    """A piece of a document to encode."""
 
     text: str
-    held_out: bool
-    begins: bool  # whether a document begins with it
+    is_val: bool
+    begins: bool  # whether it starts a document
 
 
 def encode_pieces(
     tokenizer: Tokenizer, pieces: Iterable[Piece]
 ) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
-    """Batches of pieces, each with the tokens [n] int32 of either side, in order.
+    """Yields batches of pieces with their [training, validation] tokens [n] int32, in order.
 
-    An end-of-text stands before each document; the one at the end of a stream is left to the
-    caller. While one batch is encoded on all cores, the tokens of the last are put in order.
+    Each document is preceded by end-of-text; the caller appends the final one of a stream. Encoding
+    a batch on all cores overlaps with the post-processing of the previous one.
     """
 
     def encode(batch: list[Piece]) -> tuple[list[Piece], list[np.ndarray]]:
@@ -116,8 +121,8 @@ def encode_pieces(
         encoded = tokenizer.encode_batch([piece.text for piece in batch])
         for piece, ids in zip(batch, encoded, strict=True):
             if piece.begins:
-                sides[piece.held_out].append(end_of_text)
-            sides[piece.held_out].append(np.fromiter(ids, np.int32, len(ids)))
+                sides[piece.is_val].append(end_of_text)
+            sides[piece.is_val].append(np.fromiter(ids, np.int32, len(ids)))
         return batch, [np.concatenate(side) for side in sides]
 
     nothing, end_of_text = np.zeros(0, np.int32), np.array([tokenizer.end_of_text], np.int32)
@@ -145,7 +150,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode_text(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """Tokens [N] int32 of the texts, one document each, laid out as a split's stream."""
+    """Encodes texts, one document each, into a stream [N] int32."""
     pieces = (
         Piece(piece, False, index == 0)
         for text in texts
@@ -157,5 +162,5 @@ def encode_text(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
 
 def damaged(path: Path, got: object, expected: str) -> InputError:
     directory = path if path.is_dir() else path.parent
-    hint = f"deleting {directory}; it is then made again"
-    return InputError(str(path), str(got), f"{expected}, as its manifest says", hint)
+    hint = f"deleting {directory}; the next run rebuilds it"
+    return InputError(str(path), str(got), f"{expected} (from the manifest)", hint)

@@ -1,7 +1,7 @@
-"""Text to token ids and back, by a Hugging Face `tokenizers` tokenizer.
+"""Tokenization with Hugging Face `tokenizers`.
 
-Whatever its kind, a tokenizer is one `tokenizer.json` that other programs load too. Special tokens
-found in text are text: only the program itself puts an end-of-text token into a stream.
+Every tokenizer is a standard `tokenizer.json` that other programs can load. Special tokens that
+occur in text are encoded as text; only the program inserts end-of-text into a stream.
 """
 
 import functools
@@ -17,47 +17,46 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sheepop_jax.errors import InputError
 
-# An explicit value: unset, the library turns its threads off, with a warning, in any process that
-# is forked after the first use. This package forks nothing (grain prefetches with threads).
+# When unset, the library warns and disables its threads in any process forked after first use.
+# This package never forks (grain prefetches with threads).
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 END_OF_TEXT = "<|endoftext|>"
-# What public tokenizers call it, the most specific first.
+# Names of the end-of-text token in public tokenizers, most specific first.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "[EOS]", "<EOS>")
 
-# Characters given to the library in one string: it holds over 50 bytes a character while at work.
+# Longest string passed to the library, which uses over 50 bytes per character while encoding.
 _PIECE_CHARS = 2**18
-CUT = re.compile(r"\S(?=[ \n])")  # where the ids of the two parts are those of the whole
+CUT = re.compile(r"\S(?=[ \n])")  # splitting here does not change the ids
 
 
 class Tokenizer:
-    """Text to ids in [0, vocab_size) and back.
+    """Encodes text to ids in [0, vocab_size) and decodes ids to text.
 
     Attributes:
-        vocab_size: the true size: one more than the largest id.
-        end_of_text: the id that stands before the first and after each document.
+        vocab_size: the largest id plus one.
+        end_of_text: the id before the first document and after every document.
     """
 
     vocab_size: int
     end_of_text: int
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "data.tokenizer"):
-        """Takes over `inner`; `name` is what an error about it is called."""
+        """Wraps and configures `inner`; `name` is the field named in error messages."""
         ids = inner.get_vocab(with_added_tokens=True)
         ends = [token for token in _END_OF_TEXT_NAMES if token in ids]
         if not ends:
             expected = "a tokenizer with an end-of-text token: " + ", ".join(_END_OF_TEXT_NAMES)
-            raise InputError(name, f"a tokenizer of {len(ids)} tokens without one", expected)
-        # A tokenizer.json may cut or pad what it encodes, or leave out merges at random, and never
-        # says so again.
+            raise InputError(name, f"a vocabulary of {len(ids)} tokens without one", expected)
+        # A tokenizer.json may enable truncation, padding or BPE dropout; all are silent.
         inner.no_truncation()
         inner.no_padding()
         if getattr(inner.model, "dropout", None):
             inner.model.dropout = None
         added = inner.get_added_tokens_decoder().get(ids[ends[0]])
-        if added is not None and not added.special:  # it would be found in text
+        if added is not None and not added.special:  # otherwise it would match in text
             inner.add_special_tokens(ends[:1])
-        inner.encode_special_tokens = True  # not kept in the JSON, so it is set at each load
+        inner.encode_special_tokens = True  # not stored in the JSON
         self._inner = inner
         self.vocab_size = max(ids.values()) + 1
         self.end_of_text = ids[ends[0]]
@@ -65,20 +64,20 @@ class Tokenizer:
 
     @property
     def has_fixed_characters(self) -> bool:
-        """Whether it knows the characters of the text that it was made from only."""
+        """Whether the vocabulary holds only the characters of the training text."""
         return self._characters is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without any end-of-text.
+        """Encodes `text` without end-of-text.
 
         Raises:
-            InputError: a character tokenizer never saw one of the characters, or a given one cannot
-                encode them.
+            InputError: a character is not in a character tokenizer's vocabulary, or a custom
+                tokenizer cannot encode the text.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, as `encode`, on all cores."""
+        """Encodes each text as `encode` does, on all cores."""
         if self._characters is not None:
             for text in texts:
                 self.check(text)
@@ -86,25 +85,28 @@ class Tokenizer:
             encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
         except MemoryError:
             raise
-        except Exception as error:  # of the library, plain; or half a surrogate pair: say where
+        except Exception as error:  # the library's plain Exception, or a lone surrogate: locate it
             for text in texts:
                 self.check(text)
             got = f"a tokenizer that cannot encode the text ({error})"
-            raise InputError("data.tokenizer", got, "one that can encode any text") from error
+            raise InputError("data.tokenizer", got, "a tokenizer that encodes any text") from error
         return [encoding.ids for encoding in encoded]
 
     def check(self, text: str, name: str = "text", offset: int = 0) -> None:
-        """Refuses, by character and position, a text that cannot be encoded.
+        """Checks that a text can be encoded.
 
         Args:
-            text: to be encoded.
-            name: of the text, for the message.
-            offset: the position of its first character in what the user knows by that name.
+            text: the text.
+            name: name of the text in the message.
+            offset: position of the text's first character within `name`.
+
+        Raises:
+            InputError: names the first character that cannot be encoded, and its position.
         """
         surrogate = re.search("[\ud800-\udfff]", text)
         if surrogate:
             got = f"U+{ord(surrogate[0]):04X} at position {offset + surrogate.start()}"
-            raise InputError(name, got, "valid Unicode (half a surrogate pair is not)")
+            raise InputError(name, got, "valid Unicode without lone surrogates")
         if self._characters is None:
             return
         unseen = set(text) - self._characters
@@ -114,24 +116,27 @@ class Tokenizer:
             raise InputError(
                 name,
                 f"character {character!a} (U+{ord(character):04X}) at position {offset + position}",
-                f"one of the {len(self._characters)} characters that the tokenizer knows",
-                "leaving it out, or training with data.tokenizer=bpe, which knows them all",
+                f"one of the {len(self._characters)} characters in the vocabulary",
+                "removing it, or training with `data.tokenizer=bpe`, which encodes any text",
             )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`; end-of-text and other special tokens are left out unless asked for.
+        """Decodes `ids`, without special tokens by default.
 
-        Bytes that are not UTF-8 (a character cut in two) become U+FFFD.
+        Bytes that are not valid UTF-8 (a split character) become U+FFFD.
         """
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """What `ids` add to a prompt: some tokenizers drop the space with which a text begins."""
+        """Decodes `ids` as a continuation of `prompt`.
+
+        Some tokenizers drop a leading space, so decoding `ids` alone would lose it.
+        """
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
     def is_lossless(self, texts: Iterable[str]) -> bool:
-        """Whether decoding what it encodes gives each text again, white space at its ends aside."""
+        """Whether encode and decode restore each text, ignoring white space at its ends."""
         back = ((self.decode(self.encode(text), skip_special=False), text) for text in texts)
         return all(decoded.strip() == text.strip() for decoded, text in back)
 
@@ -146,10 +151,10 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, content: str, name: str = "data.tokenizer") -> "Tokenizer":
-        """Loads what `to_json` gave, or any other `tokenizer.json`.
+        """Loads the content of a `tokenizer.json`.
 
         Raises:
-            InputError: not a tokenizer, or one without an end-of-text token.
+            InputError: not a tokenizer, or it has no end-of-text token.
         """
         try:
             inner = tokenizers.Tokenizer.from_str(content)
@@ -163,27 +168,29 @@ class Tokenizer:
         """Loads a `tokenizer.json`.
 
         Raises:
-            InputError: as `from_json`, or the file cannot be read.
+            InputError: the file cannot be read, or `from_json` rejects it.
         """
         name = f"data.tokenizer {path}"
         try:
             content = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            expected = "bpe, char or the path of a readable tokenizer.json"
+            expected = "bpe, char or the path to a readable tokenizer.json"
             raise InputError("data.tokenizer", f"{path} ({reason})", expected) from error
         return cls.from_json(content, name)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE with GPT-2's pre-tokenizer; end-of-text is id 0, the bytes follow.
+    """Trains a byte-level BPE with GPT-2's pre-tokenizer.
 
-    The same texts in the same order give the same tokenizer. Every byte is a token, so any text
-    comes back from its ids exactly. (Sennrich et al. 2016; bytes: Radford et al. 2019.)
+    Sources: BPE, Sennrich et al. 2016; byte level, Radford et al. 2019.
+
+    Id 0 is end-of-text; the 256 bytes follow, so encoding is lossless for any text. Training is
+    deterministic: the same texts in the same order give the same tokenizer.
 
     Args:
         texts: the training texts; read once.
-        vocab_size: at most this many tokens, at least 257; fewer where no pair repeats.
+        vocab_size: maximum number of tokens, at least 257; fewer if no pair repeats.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -201,10 +208,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def train_char(texts: Iterable[str]) -> Tokenizer:
-    """One token for each character (code point) of the texts, in code point order after id 0.
+    """Builds a character tokenizer: end-of-text (id 0), then the texts' code points in order.
 
-    It is a BPE without merges or pre-tokenizer: the library then splits text into code points, 30
-    times faster than by a pattern. Id 0 is end-of-text.
+    Implemented as a BPE without merges or pre-tokenizer, which splits text into code points 30
+    times faster than a regular expression.
     """
     characters: set[str] = set()
     for text in texts:
@@ -219,11 +226,11 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
 
 
 def split_text(texts: Iterable[str]) -> Iterator[str]:
-    """One text, given in any pieces, in pieces of a bounded length that depend on the text alone.
+    """Re-splits one text, given in any pieces, into bounded pieces that depend on the text alone.
 
-    A cut falls before a space or line break that follows something else, where GPT-2's
-    pre-tokenizer always cuts: the ids of the pieces are then the ids of the whole. Where none is
-    near (one word of a hundred thousand characters) it falls anywhere, and decoding is still exact.
+    A cut falls before a space or line break that follows another character. GPT-2's pre-tokenizer
+    always splits there, so the ids equal those of the whole text. If no such place is near (a word
+    of 100,000 characters) the cut falls anywhere; decoding is still exact.
     """
     text = ""
     for more in texts:
@@ -240,7 +247,7 @@ def split_text(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _characters_of(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
-    """The characters of a tokenizer like `train_char`'s, which drops what it does not know."""
+    """The vocabulary of a `train_char` tokenizer, which drops unknown characters; else None."""
     if inner.pre_tokenizer is not None or not isinstance(inner.model, models.BPE):
         return None
     model = json.loads(inner.to_str())["model"]

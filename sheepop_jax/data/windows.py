@@ -1,4 +1,4 @@
-"""Which tokens a window covers, and which window comes k-th: functions, without memory or state."""
+"""Window spans and the order of windows, as stateless functions."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import numpy as np
 from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.errors import InputError
 
-_PATTERN = 10_000  # windows after which the pattern of a mixture repeats: shares to 0.01%
+_PATTERN = 10_000  # period of a mixture in windows: shares are exact to 0.01%
 
 
 class Windows(Protocol):
-    """The windows of one stream in one epoch: together they hold every token to predict.
+    """The windows of one stream in one epoch; together they cover every target.
 
     Attributes:
-        slack: by how many tokens an epoch's windows may be moved.
+        slack: largest offset, in tokens, by which an epoch's windows may be shifted.
     """
 
     slack: int
@@ -25,19 +25,19 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def span(self, window: int, offset: int = 0) -> tuple[int, int]:
-        """First token and one beyond the last of a window, T + 1 tokens at most."""
+        """The token range [start, stop) of a window, at most T + 1 tokens."""
         ...
 
 
 class StreamWindows:
-    """Windows of T + 1 tokens at stride T across all documents, moved by an offset."""
+    """Windows of T + 1 tokens at stride T across document boundaries, shifted by an offset."""
 
     def __init__(self, stream_len: int, seq_len: int):
         if stream_len < seq_len + 1:
             expected = f"at most {stream_len - 1} for a stream of {stream_len} tokens"
             raise InputError("data.seq_len", seq_len, expected)
         self._seq_len = seq_len
-        # One window fewer than fit at offset 0, so that every offset below T still fits.
+        # One window fewer than fits at offset 0, so that every offset below T fits.
         self._num = max(1, (stream_len - seq_len) // seq_len)
         self.slack = min(seq_len - 1, stream_len - 1 - self._num * seq_len)
 
@@ -45,15 +45,15 @@ class StreamWindows:
         return self._num
 
     def span(self, window: int, offset: int = 0) -> tuple[int, int]:
-        """See `Windows`; the offset is in [0, slack]."""
+        """See `Windows`; `offset` is in [0, slack]."""
         start = offset + window * self._seq_len
         return start, start + self._seq_len + 1
 
 
 class DocumentWindows:
-    """Windows that begin with their document: end-of-text, then T tokens or up to its end.
+    """Windows aligned with documents: end-of-text, then up to T tokens of one document.
 
-    A document longer than T has several, the later ones beginning where the one before ended.
+    A document longer than T is split into consecutive windows.
     """
 
     slack = 0
@@ -61,14 +61,14 @@ class DocumentWindows:
     def __init__(self, stream: TokenStream, seq_len: int, end_of_text: int):
         self._seq_len = seq_len
         self._starts = stream.document_starts(end_of_text)
-        targets = np.diff(self._starts)  # an end-of-text after each document is one of them
+        targets = np.diff(self._starts)  # includes the end-of-text after each document
         self._first = np.concatenate([[0], np.cumsum(-(-targets // seq_len))])
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def span(self, window: int, offset: int = 0) -> tuple[int, int]:
-        """See `Windows`; may be shorter than T + 1 tokens."""
+        """See `Windows`; a window may be shorter than T + 1 tokens."""
         document = int(np.searchsorted(self._first, window, side="right")) - 1
         within = window - int(self._first[document])
         start = int(self._starts[document]) + within * self._seq_len
@@ -78,23 +78,23 @@ class DocumentWindows:
 def make_windows(
     stream: TokenStream, seq_len: int, packing: str, end_of_text: int
 ) -> StreamWindows | DocumentWindows:
-    """The windows of a stream by `data.packing`."""
+    """The windows of a stream, by `data.packing`."""
     if packing == "one_per_window":
         return DocumentWindows(stream, seq_len, end_of_text)
     return StreamWindows(len(stream), seq_len)
 
 
 class MixtureSampler:
-    """Which window the k-th is; k counts over all epochs.
+    """Maps k, counted over all epochs, to the k-th training window.
 
-    In each epoch of a source every window comes once, in an order and from an offset of its own
-    (the first epoch's offset is 0). Sources take turns evenly, by their weights; one that is
-    through begins its next epoch.
+    Each epoch of a source visits every window once, with its own shuffle and offset (offset 0 in
+    the first epoch). Sources are interleaved deterministically by weight; a source that is
+    exhausted starts its next epoch.
 
     Attributes:
-        lengths: windows of each source in one of its epochs.
-        num_windows: their sum.
-        shares: of all windows, what comes from each source.
+        lengths: windows per epoch of each source.
+        num_windows: the sum of `lengths`.
+        shares: the fraction of windows from each source.
     """
 
     def __init__(self, sources: Sequence[Windows], seed: int, weights: Sequence[float] = (1.0,)):
@@ -103,7 +103,7 @@ class MixtureSampler:
         self.num_windows = sum(self.lengths)
         counts = _counts(weights)
         self.shares = realised_shares(weights)
-        # Each source's turns stand evenly in the pattern: turn j of c at (j + 1/2) / c.
+        # A source's turns are evenly spaced in the pattern: turn j of c at (j + 1/2) / c.
         turns = np.concatenate([(np.arange(c) + 0.5) / c for c in counts])
         owners = np.repeat(np.arange(len(counts)), counts)
         order = np.lexsort((owners, turns))
@@ -113,24 +113,24 @@ class MixtureSampler:
         self._shuffled = [self._shuffle(number) for number in range(len(self._sources))]
 
     def _shuffle(self, source: int) -> grain.MapDataset:
-        # The first source's seed is the run's own. The source of a `MapDataset` sees its index
-        # modulo n; the epoch is in the index after `repeat`.
+        # The first source uses the run's seed. `MapDataset.range` sees the index modulo n; the
+        # index after `repeat` holds the epoch.
         num = len(self._sources[source])
         seed = (self._seed + source * 0x9E3779B1) % 2**32
         windows = grain.MapDataset.range(num).seed(seed).shuffle().repeat()
         return windows.map_with_index(lambda index, window: (index // num, int(window)))
 
     def offset(self, source: int, epoch: int) -> int:
-        """Where the epoch's first window begins, in [0, slack]."""
+        """Offset of an epoch's first window, in [0, slack]."""
         if epoch == 0:
             return 0
-        # A hash, not a generator: the same in every version of every library.
+        # A hash rather than a random generator: stable across library versions.
         name = f"window offset {self._seed} {epoch}" + (f" {source}" if source else "")
         digest = hashlib.sha256(name.encode()).digest()
         return int.from_bytes(digest, "big") % (self._sources[source].slack + 1)
 
     def span(self, k: int) -> tuple[int, int, int]:
-        """Source, first token, and one beyond the last, of the k-th window."""
+        """Source and token range (source, start, stop) of the k-th window."""
         block, place = divmod(k, len(self._owner))
         source = int(self._owner[place])
         turn = block * int(self._counts[source]) + int(self._turn[place])
@@ -139,13 +139,13 @@ class MixtureSampler:
 
 
 def realised_shares(weights: Sequence[float]) -> list[float]:
-    """Of all windows, what comes from each source: the weights as `MixtureSampler` rounds them."""
+    """The fraction of windows from each source: the weights as `MixtureSampler` rounds them."""
     counts = _counts(weights)
     return [float(share) for share in counts / counts.sum()]
 
 
 def _counts(weights: Sequence[float]) -> np.ndarray:
-    """Turns of each source in a pattern, int64, in proportion to its weight, at least one."""
+    """Turns of each source per pattern, int64, proportional to its weight, at least one."""
     if len(weights) == 1:
         return np.ones(1, np.int64)
     exact = np.array(weights) / sum(weights) * _PATTERN

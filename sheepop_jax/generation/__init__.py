@@ -1,0 +1,1 @@
+"""Text generation: requests, sampling, and the decoding engine."""

@@ -1,7 +1,8 @@
-"""The inference benchmark: how fast and in how much memory a model decodes, with and without cache.
+"""Inference benchmark: decoding speed and memory with and without the key/value cache.
 
-Both ways are greedy, compiled whole, warmed, and write the same number of tokens after the same
-prompts. Without the cache, each token costs a forward pass over the whole fixed-length context.
+Both variants decode greedily, are compiled as one program, run once before timing, and generate the
+same number of tokens from the same prompts. Without the cache, each token costs a forward pass over
+the full fixed-length context.
 """
 
 import statistics
@@ -15,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.engine import NO_END, decode
-from sheepop_jax.generation.layout import bucket, build_request
+from sheepop_jax.generation.engine import NO_END, bucket, build_request, decode
 from sheepop_jax.generation.requests import SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import most_probable
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
 
 MEMORY = (
-    "peak memory: arguments + outputs + temporaries of the compiled program, as XLA states them"
+    "peak memory: arguments + outputs + temporaries of the compiled program, as reported by XLA"
 )
 
 
@@ -31,15 +31,15 @@ class Row:
     """One measurement; times are medians over the repeats.
 
     Attributes:
-        prompt_length: tokens of each prompt.
-        batch_size: prompts at once.
-        new_tokens: tokens written after each prompt.
-        cached: whether keys and values were kept.
-        seconds: for the whole batch, prompt included.
-        first_token_seconds: the same for a single new token.
+        prompt_length: tokens per prompt.
+        batch_size: prompts per batch.
+        new_tokens: tokens generated per prompt.
+        cached: whether the key/value cache was used.
+        seconds: time for the batch, including prompt processing.
+        first_token_seconds: time to the first new token, including prompt processing.
         tokens_per_second: batch_size · new_tokens / seconds.
-        peak_bytes: of the compiled program, parameters included.
-        agreement: share of the tokens that are the same with and without the cache.
+        peak_bytes: peak memory of the compiled program, including parameters.
+        agreement: fraction of tokens that are equal with and without the cache.
     """
 
     prompt_length: int
@@ -53,57 +53,74 @@ class Row:
     agreement: float
 
 
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Benchmark settings: every prompt length × batch size, with and without the cache.
+
+    Attributes:
+        prompt_lengths: tokens per prompt; prompts are random.
+        batch_sizes: prompts per batch.
+        new_tokens: tokens generated per prompt; end-of-text does not stop a row.
+        repeats: timed runs, after one warmup run.
+        context: maximum positions per row; None for `model.max_seq_len`.
+        seed: seed of the prompts.
+    """
+
+    prompt_lengths: Sequence[int]
+    batch_sizes: Sequence[int]
+    new_tokens: int
+    repeats: int = 3
+    context: int | None = None
+    seed: int = 0
+
+    def check(self, context: int) -> None:
+        """Validates the settings.
+
+        Raises:
+            InputError: a number is below 1, or a prompt and its new tokens exceed the context.
+        """
+        for name in ("prompt_lengths", "batch_sizes", "new_tokens", "repeats"):
+            value = getattr(self, name)
+            numbers = [value] if isinstance(value, int) else list(value)
+            if not numbers or min(numbers) < 1:
+                raise InputError(name, numbers, "integers of at least 1")
+        for length in self.prompt_lengths:
+            new_token_limit(length, self.new_tokens, context)
+
+
 def benchmark(
     model: Transformer,
     params: Any,
-    *,
-    prompt_lengths: Sequence[int],
-    batch_sizes: Sequence[int],
-    new_tokens: int,
-    repeats: int = 3,
-    context: int | None = None,
-    seed: int = 0,
+    config: BenchmarkConfig,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Measures every prompt length × batch size, with the cache and without.
+    """Measures decoding.
 
     Args:
-        model: its `dtype` is the one measured.
-        params: the model's parameters, fp32 or quantised.
-        prompt_lengths: each is one set of random prompts.
-        batch_sizes: prompts at once.
-        new_tokens: exactly so many are written; no end-of-text stops a row.
-        repeats: timed runs, after one that is not timed.
-        context: None for `model.config.max_seq_len`.
-        seed: of the prompts.
-        report: called with a line after each measurement.
+        model: the model, with the `dtype` to measure.
+        params: model parameters, fp32 or quantized.
+        config: benchmark settings.
+        report: called with one line of text after each measurement.
 
     Raises:
-        InputError: a number is below 1, or a prompt and its new tokens do not fit the context.
+        InputError: the settings are invalid; see `BenchmarkConfig.check`.
     """
-    context = model.config.max_seq_len if context is None else context
-    for name, values in (
-        ("--prompt_lengths", prompt_lengths),
-        ("--batch_sizes", batch_sizes),
-        ("--new_tokens", [new_tokens]),
-        ("--repeats", [repeats]),
-    ):
-        if not values or min(values) < 1:
-            raise InputError(name, list(values), "whole numbers of at least 1")
-    for length in prompt_lengths:
-        new_token_limit(length, new_tokens, context)
-
-    generator = np.random.default_rng(seed)
+    context = model.config.max_seq_len if config.context is None else config.context
+    config.check(context)
+    new_tokens = config.new_tokens
+    generator = np.random.default_rng(config.seed)
     params = jax.device_put(params)
     rows: list[Row] = []
-    for length in prompt_lengths:
-        for size in batch_sizes:
+    for length in config.prompt_lengths:
+        for size in config.batch_sizes:
             prompts_BT = generator.integers(0, model.vocab_size, (size, length), np.int32)
             programs = {
                 True: cached_program(model, params, prompts_BT, new_tokens, context),
                 False: _uncached(model, params, prompts_BT, new_tokens),
             }
-            measured = [(way, *_measure(program, repeats)) for way, program in programs.items()]
+            measured = [
+                (way, *_measure(program, config.repeats)) for way, program in programs.items()
+            ]
             agreement = float(np.mean(measured[0][-1] == measured[1][-1]))
             for cached, first, seconds, peak_bytes, _ in measured:
                 row = Row(
@@ -127,15 +144,15 @@ def benchmark(
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program that writes tokens."""
+    """A compiled program that generates tokens."""
 
-    write: Callable[[bool], jax.Array]  # whether to stop after the first token → tokens [B, ≥ N]
+    write: Callable[[bool], jax.Array]  # stop after the first token? → tokens [B, ≥ N]
     new_tokens: int
     peak_bytes: int
 
 
 def _measure(program: Program, repeats: int) -> tuple[float, float, int, np.ndarray]:
-    """Median seconds to the first token and to all, peak bytes, and the tokens [B, N]."""
+    """Returns median seconds to the first and to all tokens, peak bytes, and tokens [B, N]."""
     tokens = np.asarray(program.write(False))[:, : program.new_tokens]
     medians = []
     for first_only in (True, False):
@@ -152,7 +169,7 @@ def _measure(program: Program, repeats: int) -> tuple[float, float, int, np.ndar
 def cached_program(
     model: Transformer, params: Any, prompts_BT: np.ndarray, new_tokens: int, context: int
 ) -> Program:
-    """Greedy decoding as `decode` does it, compiled for these prompts [B, T]."""
+    """Compiles greedy `decode` for the prompts [B, T]."""
     greedy = SamplingConfig(temperature=0)
 
     def request(limit: int) -> Any:
@@ -202,10 +219,10 @@ def _uncached(model: Transformer, params: Any, prompts_BT: np.ndarray, new_token
 def _decode_uncached(
     model: Transformer, params: Any, tokens_BT: jax.Array, length: int, end: jax.Array
 ) -> jax.Array:
-    """Writes slots `length` to `end` of [B, T] by full forward passes; returns the new ones."""
+    """Fills slots `length` to `end` of [B, T] by full forward passes; returns the new tokens."""
 
     def write(slot: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        # Slots from `slot` on are still empty: being the future, they are not seen.
+        # Slots from `slot` on are still empty; the causal mask hides them.
         hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
         hidden_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, slot - 1, axis=1, keepdims=False)
         logits_BV = unembed(hidden_BD, output_embedding(params), model.vocab_size)

@@ -1,4 +1,4 @@
-"""The inference benchmark's rows as a table, a JSON file and a plot."""
+"""Inference benchmark results as a Markdown table, a JSON file and a plot."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from sheepop_jax.generation.benchmark import MEMORY, Row
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; the speed-up is over the same case without the cache."""
+    """Formats the rows as a Markdown table; the speed-up is relative to no cache."""
     slow = {(r.prompt_length, r.batch_size): r.tokens_per_second for r in rows if not r.cached}
     lines = [
         "| prompt | batch | new | cache | tokens/s | speed-up | first, ms | peak, MiB | agree |",
@@ -32,12 +32,12 @@ def write_results(rows: Sequence[Row], directory: Path, about: dict[str, Any]) -
     """Writes `inference.json` and `inference.png`; returns their paths.
 
     Args:
-        rows: from `benchmark`.
-        directory: made if it is not there.
-        about: what was measured on what, for the JSON (run, step, device, dtype, versions).
+        rows: results of `benchmark`.
+        directory: output directory; created if missing.
+        about: metadata for the JSON file, such as run, step, device, dtype.
 
     Raises:
-        InputError: the directory cannot be written.
+        InputError: the directory is not writable.
     """
     data, plot = directory / "inference.json", directory / "inference.png"
     content = {**about, "memory": MEMORY, "rows": [dataclasses.asdict(row) for row in rows]}
@@ -46,8 +46,8 @@ def write_results(rows: Sequence[Row], directory: Path, about: dict[str, Any]) -
         data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         _plot(rows, plot)
     except OSError as error:
-        rule = "a directory that can be written"
-        raise InputError("--out", f"{directory} ({error.strerror})", rule) from None
+        rule = "a writable directory"
+        raise InputError("out", f"{directory} ({error.strerror})", rule) from None
     return [data, plot]
 
 

@@ -1,14 +1,15 @@
-"""Prompts → completions: one pass over the prompts fills the cache, then one token a step.
+"""Text generation: prefill the key/value cache with the prompts, then decode one token per step.
 
 Alphabet: P prompts, B rows (P · samples, prompt-major), T prompt bucket, N bucket of new tokens,
 D model width, V vocabulary (padded).
 
-Lengths are rounded up to few buckets and everything else is traced, so one compile serves many
-requests. A row's randomness is folded from the seed, its prompt's tokens, its sample number and the
-position of the token, so neither the batch nor the padding changes a text.
+Lengths are rounded up to a few buckets and all other values are traced, so one compilation serves
+many requests. A row's random key is folded from the seed, the prompt's tokens, the sample number
+and the token's position, so a sample does not depend on the batch or the padding.
 """
 
 import functools
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,22 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.layout import Request, bucket, build_request
-from sheepop_jax.generation.requests import Kind, SamplingConfig, new_token_limit
+from sheepop_jax.generation.requests import GenerationConfig, Kind, SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import sample
-from sheepop_jax.model.attention import Cache, init_cache
+from sheepop_jax.model.kv_cache import Cache, init_cache
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
 
-NO_END = -1  # an end-of-text that no token equals
+NO_END = -1  # end-of-text id that matches no token
+SMALLEST_BUCKET = 16
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt.
+    """The continuation of a prompt.
 
     Attributes:
-        tokens: the new ids, without the end-of-text that ended them.
-        stop_reason: "length" when the limit of new tokens was reached first.
+        tokens: new token ids, without the final end-of-text.
+        stop_reason: "end_of_text", or "length" if the limit of new tokens was reached first.
     """
 
     tokens: list[int]
@@ -42,17 +43,43 @@ class Completion:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SamplerState:
-    """A batch of rows between two steps.
+class Request:
+    """A batch of prompts and sampling settings as arrays, all of them traced.
 
     Attributes:
-        cache: keys and values of every token but the newest.
-        key_B: each row's key, before the position is folded in. Constant.
-        limit_B: int32, each row's limit of new tokens. Constant.
-        newest_B: int32, the token chosen last.
-        tokens_BN: int32, the tokens chosen so far; beyond a row's length, anything.
-        count: int32 scalar, tokens chosen so far in each row, the ended ones included.
-        length_B: int32, how many of a row's tokens count.
+        prompts_PT: int32, left-padded.
+        start_P: int32, slot of each prompt's first token.
+        hash_P: uint32, CRC-32 of each prompt's tokens.
+        limit_P: int32 in [1, N], maximum new tokens.
+        seed: uint32 scalar.
+        end_of_text: int32 scalar.
+        temperature: fp32 scalar; top_k: int32 scalar; top_p: fp32 scalar.
+    """
+
+    prompts_PT: Any
+    start_P: Any
+    hash_P: Any
+    limit_P: Any
+    seed: Any
+    end_of_text: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplerState:
+    """The state of all rows between two decoding steps.
+
+    Attributes:
+        cache: keys and values of every token except the newest.
+        key_B: random key of each row, before folding in the position. Constant.
+        limit_B: int32, maximum new tokens of each row. Constant.
+        newest_B: int32, the last sampled token.
+        tokens_BN: int32, the sampled tokens; undefined beyond a row's length.
+        count: int32 scalar, tokens sampled per row, including finished rows.
+        length_B: int32, number of valid tokens in each row.
         done_B: boolean, rows that have reached end-of-text or their limit.
     """
 
@@ -70,35 +97,27 @@ def generate(
     model: Transformer,
     params: Any,
     prompts: Sequence[Sequence[int]],
-    *,
-    sampling: SamplingConfig,
     end_of_text: int,
-    max_new_tokens: int | None = None,
-    num_samples: int = 1,
-    seed: int = 0,
-    context: int | None = None,
+    config: GenerationConfig,
 ) -> list[Completion]:
-    """Continues each prompt `num_samples` times.
+    """Continues each prompt `config.num_samples` times.
 
     Args:
-        model: its `dtype` is that of the activations, the cache and, cast once, the matrices.
-        params: the model's parameters, fp32 or quantised.
+        model: the model; activations and cache use its `dtype`, and matrices are cast to it once.
+        params: model parameters, fp32 or quantized.
         prompts: token ids; an empty prompt starts from end-of-text.
-        sampling: temperature, top-k, top-p.
-        end_of_text: the id that ends a row; `NO_END` for none.
-        max_new_tokens: for each row; None for what the row's context still holds, 256 at most.
-        num_samples: continuations of each prompt.
-        seed: in [0, 2**32).
-        context: positions a row may fill; None for `model.config.max_seq_len`.
+        end_of_text: token id that ends a row; `NO_END` for none.
+        config: sampling settings, number of new tokens and of samples.
 
     Returns:
         P · num_samples completions, prompt-major.
 
     Raises:
-        InputError: a prompt or its new tokens do not fit the context, a prompt's id is not in the
+        InputError: a prompt or its new tokens exceed the context, a token id is outside the
             vocabulary, or the model's logits are not finite.
     """
-    context = model.config.max_seq_len if context is None else context
+    context = model.config.max_seq_len if config.context is None else config.context
+    max_new_tokens, num_samples = config.max_new_tokens, config.num_samples
     prompts = [list(ids) or [end_of_text] for ids in prompts]
     limits = [new_token_limit(len(ids), max_new_tokens, context) for ids in prompts]
     for ids in prompts:
@@ -110,13 +129,18 @@ def generate(
         return [Completion([], "length") for _ in range(len(prompts) * num_samples)]
 
     request = build_request(
-        prompts, limits, context=context, sampling=sampling, seed=seed, end_of_text=end_of_text
+        prompts,
+        limits,
+        context=context,
+        sampling=config.sampling,
+        seed=config.seed,
+        end_of_text=end_of_text,
     )
     decoded = decode(
         params,
         jax.device_put(request),
         model=model,
-        kind=sampling.kind,
+        kind=config.sampling.kind,
         num_samples=num_samples,
         new_slots=bucket(max(limits), context),
     )
@@ -125,11 +149,44 @@ def generate(
     for row, length in enumerate(length_B):
         tokens = tokens_BN[row, :length].tolist()
         if tokens and max(tokens) >= model.vocab_size:
-            rule = "a model whose logits are finite"
-            raise InputError("parameters", "logits that are not numbers", rule, "another --step")
+            rule = "finite logits"
+            raise InputError("parameters", "NaN logits", rule, "another `step`")
         full = length == limits[row // num_samples]
         completions.append(Completion(tokens, "length" if full else "end_of_text"))
     return completions
+
+
+def bucket(length: int, context: int) -> int:
+    """Rounds a length up to a power of two, at least 16 and at most the context."""
+    power = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return max(length, min(power, context))
+
+
+def build_request(
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    *,
+    context: int,
+    sampling: SamplingConfig,
+    seed: int,
+    end_of_text: int,
+) -> Request:
+    """Builds a NumPy `Request` from nonempty prompts, left-padded to one bucket."""
+    slots = bucket(max(map(len, prompts)), context)
+    prompts_PT = np.zeros((len(prompts), slots), np.int32)
+    for row, ids in zip(prompts_PT, prompts, strict=True):
+        row[slots - len(ids) :] = ids
+    return Request(
+        prompts_PT=prompts_PT,
+        start_P=np.array([slots - len(ids) for ids in prompts], np.int32),
+        hash_P=np.array([zlib.crc32(np.array(ids, "<u4").tobytes()) for ids in prompts], np.uint32),
+        limit_P=np.array(limits, np.int32),
+        seed=np.uint32(seed),
+        end_of_text=np.int32(end_of_text),
+        temperature=np.float32(sampling.fp32_temperature),
+        top_k=np.int32(min(sampling.top_k, np.iinfo(np.int32).max)),
+        top_p=np.float32(sampling.top_p),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "num_samples", "new_slots"))
@@ -142,10 +199,13 @@ def decode(
     num_samples: int,
     new_slots: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The compiled whole: prompts in, `SamplerState.tokens_BN` and `.length_B` out.
+    """Generates completions in one compiled program: prefill, then a decoding loop.
 
-    Compiles for each model, kind, number of prompts and of samples, and pair of buckets; for
-    nothing else. Prompts are read once, whatever the number of samples.
+    Recompiles only for a new model, kind, number of prompts or samples, or pair of buckets. Each
+    prompt is prefilled once, independent of the number of samples.
+
+    Returns:
+        `SamplerState.tokens_BN` and `SamplerState.length_B`.
     """
     params = _cast_matrices(params, model.dtype)
     cfg = model.config
@@ -186,7 +246,7 @@ def decode(
 def _sample_step(
     model: Transformer, kind: Kind, params: Any, request: Request, state: SamplerState
 ) -> SamplerState:
-    """Feeds each row's newest token to the model and chooses the one after it. Pure."""
+    """Runs the model on each row's newest token and samples the next one. Pure."""
     hidden_B1D, cache = _forward(model, params, state.newest_B[:, None], state.cache)
     return _choose(model, kind, params, request, replace(state, cache=cache), hidden_B1D[:, 0])
 
@@ -199,7 +259,7 @@ def _choose(
     state: SamplerState,
     hidden_BD: jax.Array,
 ) -> SamplerState:
-    """Draws each row's next token from its last hidden state and writes it down."""
+    """Samples each row's next token from its last hidden state and stores it."""
     logits_BV = unembed(hidden_BD, output_embedding(params), model.vocab_size)
     position_B = state.cache.index - state.cache.start
     token_B = sample(
@@ -227,15 +287,15 @@ def _choose(
 def _forward(
     model: Transformer, params: Any, tokens_BT: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Hidden states [B, T, D] of the next T slots, and the cache that holds them."""
+    """Returns hidden states [B, T, D] of the next T slots and the updated cache."""
     outputs: Any = model.apply({"params": params}, tokens_BT, cache)
     return outputs
 
 
 def _cast_matrices(params: Any, dtype: Any) -> Any:
-    """Matrices in the dtype they are multiplied in; int8 stays, and vectors are as in training.
+    """Casts matrices to the compute dtype; int8 matrices and vectors are unchanged.
 
-    Outside the loop, or every step would read the fp32 parameters and cast them again.
+    Called outside the decoding loop; otherwise every step would read and cast the fp32 parameters.
     """
     return jax.tree.map(
         lambda p: p if p.ndim < 2 or p.dtype == jnp.int8 else p.astype(dtype), params

@@ -1,7 +1,7 @@
-"""Logits → token: temperature, then top-k, then top-p of what is left, then one draw.
+"""Sampling: temperature, then top-k, then top-p, then one draw.
 
-Alphabet: B batch, V vocabulary (padded rows at -inf). Milliseconds below: one row, V = 50304, one
-process on 2 CPU cores, jax 0.12; 8 rows cost about 8 times as much.
+Alphabet: B batch, V vocabulary (padded rows at -inf). Timings below: one row, V = 50304, one
+process on 2 CPU cores, jax 0.12; 8 rows take about 8 times as long.
 """
 
 import functools
@@ -21,21 +21,20 @@ def sample(
     *,
     kind: Kind,
 ) -> jax.Array:
-    """Draws one token a row.
+    """Samples one token per row.
 
     Args:
-        keys_B: a key for each row; unused when greedy.
-        logits_BV: fp32, -inf where a token must not be chosen.
-        temperature: fp32 scalar above 0; unused when greedy.
-        top_k: int32 scalar; used when `kind.top_k`.
-        top_p: fp32 scalar; used when `kind.top_p`.
-        kind: which of these apply; the values themselves are traced, so that changing one compiles
-            nothing.
+        keys_B: one random key per row; unused when greedy.
+        logits_BV: fp32; -inf excludes a token.
+        temperature: positive fp32 scalar; unused when greedy.
+        top_k: int32 scalar; used if `kind.top_k`.
+        top_p: fp32 scalar; used if `kind.top_p`.
+        kind: the settings that apply. Their values are traced, so changing one does not recompile.
 
     Returns:
-        int32 [B]. A row whose logits are not numbers gets V, which no token has.
+        int32 [B]. A row with NaN logits gets V, which is not a token id.
 
-    Source: drawing is the Gumbel-max trick: argmax(logits + G), G = -log(-log U), is distributed as
+    Source: the Gumbel-max trick: argmax(logits + G) with G = -log(-log U) is distributed as
     softmax(logits) (Maddison et al. 2014, "A* sampling", section 2).
     """
     if kind.greedy:
@@ -50,9 +49,9 @@ def sample(
 
 
 def most_probable(logits_BV: jax.Array) -> jax.Array:
-    """The first token of the highest logit: int32 [B]; V where there is none (NaN).
+    """The argmax, int32 [B]: the lowest id among ties, V for NaN logits.
 
-    A maximum and a minimum take 0.06 ms on CPU, `jnp.argmax` 0.25 ms.
+    A maximum and a minimum take 0.06 ms on a CPU; `jnp.argmax` takes 0.25 ms.
     """
     vocab_size = logits_BV.shape[-1]
     tokens_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
@@ -61,10 +60,11 @@ def most_probable(logits_BV: jax.Array) -> jax.Array:
 
 
 def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
-    """The k highest logits of each row, the others at -inf; equal ones count in order of token.
+    """Keeps the k highest logits of each row and sets the others to -inf.
 
-    `k` is int32 and traced; 0 keeps all. By bisection 0.25 ms on CPU; `lax.top_k` with a static k
-    takes 0.06 ms but compiles anew for each k, and sorting takes 7.8 ms.
+    Ties are kept in order of token id. `k` is int32 and traced; 0 keeps all. On a CPU, bisection
+    takes 0.25 ms, sorting 7.8 ms, and `lax.top_k` 0.06 ms but with a static k, which recompiles for
+    each value.
     """
     k = jnp.asarray(k, jnp.int32)
     ones_BV = jnp.ones(logits_BV.shape, jnp.int32)
@@ -73,10 +73,10 @@ def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, p: jax.Array | float) -> jax.Array:
-    """The fewest highest logits whose probability reaches p; the others at -inf.
+    """Keeps the fewest highest logits whose total probability reaches p; sets the others to -inf.
 
-    At least one token is kept; equal ones count in order of token. `p` is fp32 and traced; 1 keeps
-    all. 0.3 ms on CPU.
+    Keeps at least one token; ties are kept in order of token id. `p` is fp32 and traced; 1 keeps
+    all. Takes 0.3 ms on a CPU.
 
     Source: Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1.
     """
@@ -87,12 +87,12 @@ def keep_top_p(logits_BV: jax.Array, p: jax.Array | float) -> jax.Array:
 
 
 def _best(logits_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """Boolean [B, V]: the fewest highest logits whose weights add up to the target, or all.
+    """Boolean [B, V]: the fewest highest logits whose weights sum to at least the target, or all.
 
-    `weights_BV` and `target_B` are above 0 and of one dtype, int32 or fp32.
+    `weights_BV` and `target_B` are positive and share one dtype, int32 or fp32.
     """
     rank_BV = _rank(logits_BV)
-    # A CPU adds up one sum after the other; elsewhere the number of kernels counts.
+    # A CPU computes the sums one after the other; on other devices the number of kernels dominates.
     threshold_B = jax.lax.platform_dependent(
         *(rank_BV, weights_BV, target_B),
         cpu=functools.partial(_threshold, 1),
@@ -105,12 +105,12 @@ def _best(logits_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> j
         return jnp.sum(jnp.where(chosen_BV, weights_BV, 0), axis=-1)
 
     def first_of_tied() -> jax.Array:
-        """Those of the tied that come before the target is reached."""
+        """The tied tokens needed to reach the target."""
         tied_weights_BV = jnp.where(tied_BV, weights_BV, 0)
         before_BV = jnp.cumsum(tied_weights_BV, axis=-1) - tied_weights_BV
         return tied_BV & (weigh(above_BV)[:, None] + before_BV < target_B[:, None])
 
-    # Rare, and as dear as the threshold.
+    # Ties are rare, and resolving them costs as much as the threshold.
     several = jnp.any(jnp.sum(tied_BV, axis=-1) > 1)
     return above_BV | jax.lax.cond(several, first_of_tied, lambda: tied_BV)
 
@@ -118,10 +118,10 @@ def _best(logits_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> j
 def _threshold(
     bits: int, rank_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array
 ) -> jax.Array:
-    """uint32 [B]: the highest threshold at which the ranks above or at it weigh the target.
+    """uint32 [B]: the highest threshold such that ranks >= threshold weigh at least the target.
 
-    Found `bits` at a time, from the highest: 32 / bits passes of 2^bits - 1 masked sums, which fall
-    as the threshold rises.
+    Finds `bits` bits per pass, from the highest: 32 / bits passes of 2^bits - 1 masked sums, which
+    decrease as the threshold increases.
     """
     steps = jnp.arange(1, 1 << bits, dtype=jnp.uint32)
 
@@ -138,7 +138,7 @@ def _threshold(
 
 
 def _rank(x: jax.Array) -> jax.Array:
-    """fp32 → uint32 of the same order: IEEE bits, with negative numbers' turned round."""
+    """Maps fp32 to uint32 in the same order: IEEE bits, inverted for negative numbers."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 equals 0
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -1,0 +1,1 @@
+"""The model as pure functions and Linen modules: token ids, hidden states, logits, loss."""

@@ -1,10 +1,10 @@
-"""Cross-entropy over the vocabulary, in chunks of tokens, so that the logits never exist whole.
+"""Chunked cross-entropy: the full logits are never materialized.
 
-Alphabet: B batch, T time, M = B·T tokens, D model width, V vocabulary (padded), Mc tokens of a
-chunk. Devices that split the rows each go through their own (`partitioning.sum_over_replicas`).
+Alphabet: B batch, T time, M = B·T tokens, D model width, V vocabulary (padded), Mc tokens per
+chunk. With sharded rows, each device iterates over its own (`partitioning.sum_over_replicas`).
 
-Everything is a weighted sum; whoever holds all the sums divides once, so that microbatches, devices
-and padded rows all give the same number.
+Functions return weighted sums; the caller adds them up and divides once. The result therefore does
+not depend on microbatches, devices or padded rows.
 """
 
 import math
@@ -18,22 +18,22 @@ import jax.numpy as jnp
 from sheepop_jax.model.partitioning import constrain
 from sheepop_jax.model.transformer import unembed
 
-# Logits of one chunk, in fp32 elements. Every chunk rewrites the whole gradient of the embedding:
-# its three products must be large enough to outweigh that. 128 MB of logits suffice on a CPU; a
-# GPU, whose products are faster relative to its memory, needs 1 GB.
+# Logits per chunk, in fp32 elements. Every chunk rewrites the full embedding gradient, so its three
+# matmuls must be large enough to outweigh that. 128 MB of logits suffice on a CPU; a GPU, with
+# more FLOPs per byte of memory bandwidth, needs 1 GB.
 CHUNK_ELEMENTS = 1 << 25
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 28
 
 
 def chunk_elements(platform: str) -> int:
-    """Logits of one chunk on "cpu", "cuda" or "tpu"."""
+    """Maximum logits per chunk on a platform: "cpu", "cuda" or "tpu"."""
     return CHUNK_ELEMENTS if platform == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
 
 
 def chunk_length(tokens: int, vocab: int, elements: int = CHUNK_ELEMENTS) -> int:
-    """Mc: the largest chunk of at most so many logits, evened out.
+    """Mc: tokens per chunk, such that a chunk has at most `elements` logits.
 
-    Up to twice as many chunks as needed are made where so many divide the tokens without a rest.
+    Uses up to twice the required number of chunks if that number divides the tokens evenly.
     """
     needed = -(-tokens // max(1, min(tokens, elements // vocab)))
     even = (chunks for chunks in range(needed, 2 * needed) if tokens % chunks == 0)
@@ -41,15 +41,15 @@ def chunk_length(tokens: int, vocab: int, elements: int = CHUNK_ELEMENTS) -> int
 
 
 class EvaluationSums(NamedTuple):
-    """Sums over counted tokens, fp32 scalars: divide by `weight` once, at the end."""
+    """Weighted sums over tokens, fp32 scalars; divide by `weight` once, at the end."""
 
     loss: jax.Array  # nats
-    correct: jax.Array  # tokens whose most probable prediction was right
+    correct: jax.Array  # tokens predicted correctly by the argmax
     weight: jax.Array
 
 
 def _join(one, other):
-    """(max, Σ exp(x - max)) of two parts together: that of the smaller maximum is scaled down."""
+    """Combines (max, Σ exp(x - max)) of two parts; rescales the sum with the smaller maximum."""
     (x, total), (y, other_total) = one, other
     scale = jnp.where(x == y, 1.0, jnp.exp(-jnp.abs(x - y)))  # both may be -inf
     joined = jnp.where(x > y, total + scale * other_total, scale * total + other_total)
@@ -57,7 +57,7 @@ def _join(one, other):
 
 
 def _partition_in_one_pass(x_MV):
-    """`_partition`, reading each x once."""
+    """`_partition`, reading each logit once."""
     none = jnp.finfo(jnp.float32).min, jnp.zeros((), jnp.float32)
     return jax.lax.reduce((x_MV, jnp.ones_like(x_MV)), none, _join, (1,))
 
@@ -69,9 +69,9 @@ def _partition(x_MV):
 
 
 def _terms(hidden_MD, embedding_VD, targets_M, vocab_size):
-    """Of one chunk: logits, their maximum, Σ exp(logit - maximum), -log p(target); all fp32."""
+    """Returns a chunk's logits, max logit, Σ exp(logit - max) and -log p(target), all fp32."""
     logits_MV = unembed(hidden_MD, embedding_VD, vocab_size)
-    # A GPU waits for memory here. On a CPU two passes of plain sums were faster than one (by hand).
+    # Memory-bound on a GPU, so one pass. On a CPU two passes measured faster.
     largest_M, total_M = jax.lax.platform_dependent(
         logits_MV, cuda=_partition_in_one_pass, default=_partition
     )
@@ -84,8 +84,8 @@ def _over_chunks(
 ) -> tuple[Any, Any]:
     """`lax.scan` of `body(carry, *chunks)` over the tokens of [B, T, …] arrays.
 
-    Stacked outputs [Mc, …] come back joined to [B, T, …]. M is padded with zeros, hence weight
-    zero, to a multiple of the chunk.
+    Outputs [Mc, …] are reassembled to [B, T, …]. M is padded to a multiple of the chunk with zeros,
+    which have weight 0.
     """
     rows = arrays[-1].shape
     tokens = math.prod(rows)
@@ -119,16 +119,16 @@ def cross_entropy_sum(
 ) -> jax.Array:
     """Σ weight · -log softmax(h Eᵀ)[target], in nats; an fp32 scalar.
 
-    Differentiable in the hidden states and the embedding. The gradients are formed while the logits
-    of a chunk are at hand, in the forward pass, so that nothing is computed twice and no logits are
-    kept: d logits = weight · (softmax - onehot).
+    Differentiable with respect to the hidden states and the embedding. The forward pass computes
+    the gradients of each chunk from its logits, so no logits are stored or recomputed:
+    d logits = weight · (softmax - onehot).
 
     Args:
-        hidden_BTD: in the activations' dtype.
-        embedding_VD: fp32; V is padded.
-        targets_BT: int32 below `vocab_size`.
-        weights_BT: fp32; 0 where a target does not count.
-        vocab_size: the true vocabulary size.
+        hidden_BTD: hidden states, in the activations' dtype.
+        embedding_VD: output embedding, fp32; V is padded.
+        targets_BT: int32 token ids below `vocab_size`.
+        weights_BT: fp32; 0 for targets to ignore.
+        vocab_size: vocabulary size without padding.
         chunk: Mc, from `chunk_length`.
     """
     return evaluation_sums(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk).loss
@@ -136,13 +136,13 @@ def cross_entropy_sum(
 
 def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk):
     dtype = hidden_BTD.dtype
-    # Whole rows, once for all chunks.
+    # Gather the rows once for all chunks.
     embedding_in_dtype = constrain(embedding_VD.astype(dtype), "vocab", "activation")
 
     def body(carry, hidden, targets, weights):
         loss, d_embedding = carry
         logits, largest, total, nll = _terms(hidden, embedding_in_dtype, targets, vocab_size)
-        # A comparison and no index: part of the same loop over the logits.
+        # A comparison instead of a scatter: XLA fuses it into the loop over the logits.
         is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
         probabilities = jnp.exp(logits - largest[:, None]) * (1 / total)[:, None]
         d_logits = ((probabilities - is_target) * weights[:, None]).astype(dtype)
@@ -172,7 +172,7 @@ def evaluation_sums(
     vocab_size: int,
     chunk: int,
 ) -> EvaluationSums:
-    """The same loss, with the count of right predictions and without any gradient."""
+    """The sum of `cross_entropy_sum` plus the correct predictions; computes no gradients."""
 
     def body(sums, hidden, targets, weights):
         logits, *_, nll = _terms(hidden, embedding_VD, targets, vocab_size)

@@ -1,4 +1,4 @@
-"""LayerNorm with its derivative written out, so that the backward pass reads less memory.
+"""LayerNorm with a custom derivative that reduces memory traffic in the backward pass.
 
 Alphabet: D model width; … any leading axes.
 """
@@ -16,7 +16,7 @@ class LayerNorm(nn.Module):
 
     Attributes:
         epsilon: ε.
-        dtype: of the result; the statistics and the arithmetic are fp32.
+        dtype: dtype of the result; statistics and arithmetic are fp32.
 
     Source: Ba et al. 2016.
     """
@@ -39,14 +39,14 @@ class LayerNorm(nn.Module):
 def layer_norm(
     x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float, dtype: Any
 ) -> jax.Array:
-    """The function of `LayerNorm`: [..., D] in any dtype → [..., D] in `dtype`."""
+    """Functional `LayerNorm`: [..., D] in any dtype → [..., D] in `dtype`."""
     return _forward(x, scale_D, bias_D, epsilon, dtype)[0]
 
 
 def _forward(x, scale_D, bias_D, epsilon, dtype):
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
-    # Not E[x²] - E[x]², which cancels when the mean is large.
+    # E[x²] - E[x]² would cancel for a large mean.
     variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(variance + epsilon)
     y = (wide - mean) * inverse * scale_D + bias_D
@@ -56,8 +56,9 @@ def _forward(x, scale_D, bias_D, epsilon, dtype):
 def _backward(epsilon, dtype, kept, dy):
     """With n = (x - mean) / √(variance + ε) and g = γ dy: dx = (g - ⟨g⟩ - n ⟨g n⟩) / √(…)."""
     x, scale_D, mean, inverse = kept
-    # Two numbers a row, read rather than computed again: otherwise XLA's GPU backend does that in
-    # a kernel for rows alone, and passes n · dy on to the sum over rows through memory, in fp32.
+    # Read the two statistics per row instead of recomputing them: otherwise XLA's GPU backend
+    # recomputes them in a separate row-wise kernel and passes n · dy to the sum over rows through
+    # memory, in fp32.
     mean, inverse = jax.lax.optimization_barrier((mean, inverse))
     normed = (x.astype(jnp.float32) - mean) * inverse
     dy = dy.astype(jnp.float32)

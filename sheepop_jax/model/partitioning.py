@@ -1,4 +1,4 @@
-"""Where arrays live: the one table from logical axis names to the axes of the device mesh."""
+"""Sharding: the mapping from logical axis names to device mesh axes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sheepop_jax.config.schema import Config, MeshConfig
 from sheepop_jax.errors import InputError
 
-# The vocabulary is padded to a multiple of this: good for hardware, and `tensor` can split it.
+# The vocabulary is padded to a multiple of this for efficient matmuls and sharding by `tensor`.
 VOCAB_MULTIPLE = 128
 
-# fsdp splits parameters along the width of the model, and the batch as `data` does.
+# fsdp shards parameters along the model width, and the batch like `data`.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -31,10 +31,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The sizes of (data, fsdp, tensor); an axis of -1 takes what the others leave.
+    """Sizes of the mesh axes (data, fsdp, tensor); -1 takes the remaining devices.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the product of the sizes is not the number of devices.
     """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = math.prod(max(size, 1) for size in sizes.values())
@@ -42,14 +42,14 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     if devices % known or (not rest and known != devices):
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         rule = f"axes whose product is the number of devices, {devices}"
-        raise InputError("mesh", shape, rule, "--config.mesh.data=-1")
+        raise InputError("mesh", shape, rule, "`mesh.data=-1`")
     for name in rest:
         sizes[name] = devices // known
     return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh (data, fsdp, tensor) over all devices, of `axis_sizes`."""
+    """Builds the mesh (data, fsdp, tensor) over the devices."""
     sizes = axis_sizes(config, len(devices))
     axis_types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(
@@ -58,14 +58,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh of so many devices that need not be here: for shapes and layouts, not for arrays."""
+    """A mesh for hypothetical devices, for shapes and shardings only."""
     sizes = axis_sizes(config, devices)
     axis_types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
 
 
 def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a mesh that does not divide the model or the batch, naming the field and the rule."""
+    """Checks that the mesh divides the model dimensions and the batch.
+
+    Raises:
+        InputError: a dimension is not a multiple of its mesh axis.
+    """
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     model, fsdp, tensor = config.model, mesh.shape["fsdp"], mesh.shape["tensor"]
     for field, value, axis, size in (
@@ -76,23 +80,23 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
         ("model.d_ff", model.d_ff, "tensor", tensor),
     ):
         if value % size:
-            more = f"--config.{field}={-(-value // size) * size}"
-            hint = more if field == "train.batch_size" else ""  # a model has rules of its own
-            raise InputError(field, value, f"a multiple of the mesh's {axis} = {size}", hint)
+            more = f"`{field}={-(-value // size) * size}`"
+            hint = more if field == "train.batch_size" else ""  # models have further constraints
+            raise InputError(field, value, f"a multiple of {size} (mesh size {axis})", hint)
     if VOCAB_MULTIPLE % tensor:
-        rule = f"a divisor of {VOCAB_MULTIPLE}, of which the padded vocabulary is a multiple"
+        rule = f"a divisor of {VOCAB_MULTIPLE} (the vocabulary is padded to a multiple of it)"
         raise InputError("mesh.tensor", tensor, rule)
 
 
 def batch_sharding(mesh: Mesh, leading: int) -> NamedSharding:
-    """Sharding of an array whose batch axis comes after `leading` others."""
+    """Sharding of an array with `leading` axes before the batch axis."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, RULES["batch"]))
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that the devices of this process hold, in order.
+    """Sorted rows of a global batch that are addressable by this process.
 
-    Processes share rows where `tensor` goes across them.
+    Processes share rows if the `tensor` axis spans several of them.
     """
     placed = batch_sharding(mesh, 0).addressable_devices_indices_map((batch_size,))
     return sorted(
@@ -101,13 +105,13 @@ def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def global_batch(mesh: Mesh, batch_size: int, leading: int, rows: Any) -> Any:
-    """Arrays over all devices, from this process's `own_rows` on axis `leading`.
+    """Builds global arrays from the rows that this process holds (`own_rows`).
 
     Args:
         mesh: the devices.
         batch_size: B, over all processes.
-        leading: axes before the batch's.
-        rows: any tree of NumPy arrays of one shape.
+        leading: number of axes before the batch axis.
+        rows: pytree of NumPy arrays of equal shape.
     """
     shape = jax.tree.leaves(rows)[0].shape
     shape = (*shape[:leading], batch_size, *shape[leading + 1 :])
@@ -118,16 +122,16 @@ def state_shardings(boxed_params: Any, state: Any, mesh: Mesh | AbstractMesh) ->
     """Shardings for every leaf of a training state.
 
     Args:
-        boxed_params: abstract parameters with Flax's metadata of logical axes.
-        state: any pytree that holds the parameters and trees shaped like them (an optimizer's
-            moments): a leaf whose path ends in a parameter's path lives where that parameter does.
+        boxed_params: abstract parameters boxed with their logical axis names (Flax metadata).
+        state: a pytree with the parameters and trees of the same structure, such as optimizer
+            moments. A leaf whose path ends in a parameter's path gets that parameter's sharding.
         mesh: the devices.
 
     Returns:
-        A tree like `state` of `NamedSharding`; whatever is no parameter is replicated.
+        A pytree of `NamedSharding` with the structure of `state`; other leaves are replicated.
     """
     specs = nn.get_partition_spec(boxed_params)
-    # Flax declares a Mesh and passes it on to NamedSharding, which takes either: hence the ignore.
+    # Flax annotates `Mesh` but passes it to NamedSharding, which accepts both: hence the ignore.
     shardings = nn.logical_to_mesh_sharding(specs, mesh, list(RULES.items()))  # type: ignore[arg-type]
     by_path = dict(jax.tree_util.tree_leaves_with_path(shardings))
 
@@ -142,9 +146,10 @@ def state_shardings(boxed_params: Any, state: Any, mesh: Mesh | AbstractMesh) ->
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation's layout by logical axis names; outside a mesh, returns it unchanged.
+    """Constrains an activation's sharding by logical axis names; a no-op without a mesh.
 
-    An axis that the devices do not divide, such as the few rows of a decoding step, stays whole.
+    An axis whose size is not divisible by its devices, such as the rows of a decoding step, is
+    replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -158,12 +163,12 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-# Mesh axes by which `sum_over_replicas` has split the rows of what is being traced.
+# Mesh axes over which an enclosing `sum_over_replicas` has already split the rows.
 _split_by: ContextVar[tuple[str, ...]] = ContextVar("_split_by", default=())
 
 
 def _in_replica(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    """A rule's mesh axes without those that already split the rows."""
+    """A rule's mesh axes without those in `_split_by`."""
     if axes is None or isinstance(axes, str):
         return axes
     return tuple(axis for axis in axes if axis not in _split_by.get())
@@ -172,17 +177,20 @@ def _in_replica(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | N
 def sum_over_replicas(
     axis: str, work: Callable[[Any, Any], Any], shared: Any, rows: Any, row_axis: int
 ) -> Any:
-    """Σ `work(shared, rows)` over the replicas of a mesh axis, each with its own rows.
+    """Σ `work(shared, rows)` over the replicas of a mesh axis, by `vmap` over the replicas.
 
-    What they return crosses devices once, however often `work` adds up, since each replica has sums
-    of its own. Without a mesh, or with one replica, it is `work` itself.
+    Each replica accumulates its own sums, so the result is reduced across devices once, however
+    many partial sums `work` adds. Without a mesh or with one replica, calls `work` directly.
 
     Args:
         axis: "data" or "fsdp".
-        work: a sum over rows.
-        shared: what all replicas see, parameters.
-        rows: arrays whose rows are on `row_axis`, laid out as in `batch_sharding`.
-        row_axis: which.
+        work: computes a pytree of sums over rows.
+        shared: pytree passed to every replica, such as parameters.
+        rows: pytree of arrays, sharded as in `batch_sharding`.
+        row_axis: axis of the rows in each array.
+
+    Returns:
+        The pytree of `work`, summed over the replicas.
     """
     mesh = jax.sharding.get_abstract_mesh()
     replicas = 1 if mesh.empty else mesh.shape[axis]

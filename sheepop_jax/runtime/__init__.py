@@ -1,1 +1,1 @@
-"""What depends on the machine: devices, platform, XLA flags, memory allocator, processes."""
+"""Machine-dependent setup: devices, platform, XLA flags, memory allocator, processes."""

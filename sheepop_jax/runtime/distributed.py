@@ -1,8 +1,8 @@
-"""Several processes that train as one: how they find each other, decide, agree and leave.
+"""Multi-process training: initialize, broadcast, agree on a stop step, shut down.
 
-The one place that knows of the others. A process alone pays for none of it. jax and numpy are
-imported only where they are used: what jax starts with is settled before (`runtime`), and a Python
-without them has to get as far as the message that says so (`cli`).
+Only this module handles other processes; a single process incurs no overhead. jax and numpy are
+imported lazily: JAX must be configured before its import (`platform`), and without them installed
+the CLI must still run far enough to report that (`cli`).
 """
 
 import contextlib
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 10  # without a sign of life, until the others give up too
-_SHUTDOWN_SECONDS = 60  # how far apart processes may come to their end
+HEARTBEAT_SECONDS = 10  # without a heartbeat for this long, a process counts as dead
+_SHUTDOWN_SECONDS = 60  # maximum wait for the other processes at shutdown
 AUTO = "auto"
 _LOOPBACK = ("localhost", "127.", "[::1]")
 
 T = TypeVar("T")
 
-_index, _count = 0, 1  # of this process, and how many there are; set by `join`
+_index, _count = 0, 1  # process index and number of processes; set by `initialize`
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Which of how many processes this is, as far as the flags say so.
+    """Multi-process settings from the command line; None if not given.
 
     Attributes:
-        coordinator_address: HOST:PORT of process 0; or "auto", what jax finds out by itself.
-        num_processes: all of them.
-        process_id: this one's number, from 0.
+        coordinator_address: HOST:PORT of process 0, or "auto" for JAX's cluster detection.
+        num_processes: number of processes.
+        process_id: index of this process, from 0.
     """
 
     coordinator_address: str | None = None
@@ -52,29 +52,28 @@ class DistributedConfig:
         address, count, index = self.coordinator_address, self.num_processes, self.process_id
         given = [value for value in (address, count, index) if value is not None]
         if address == AUTO and len(given) > 1:
-            rule = "HOST:PORT where --num_processes and --process_id are given"
-            raise InputError("--coordinator_address", address, rule)
+            rule = "HOST:PORT if `num_processes` or `process_id` is set"
+            raise InputError("coordinator_address", address, rule)
         if address == AUTO or not given:
             return
         if address is None or count is None or index is None:
-            rule = "--coordinator_address, --num_processes and --process_id together"
-            raise InputError("processes", given, rule, "none of them under SLURM or Open MPI")
+            rule = "`coordinator_address`, `num_processes` and `process_id` together"
+            raise InputError("processes", given, rule, "omitting all under SLURM or Open MPI")
         if not re.fullmatch(r".+:[0-9]{1,5}", address):
-            raise InputError("--coordinator_address", address, "HOST:PORT, or auto")
+            raise InputError("coordinator_address", address, "HOST:PORT or auto")
         if count < 1:
-            raise InputError("--num_processes", count, "at least 1")
+            raise InputError("num_processes", count, "at least 1")
         if not 0 <= index < count:
-            raise InputError("--process_id", index, f"at least 0 and below --num_processes {count}")
+            raise InputError("process_id", index, f"at least 0 and below `num_processes` = {count}")
 
 
-ALONE = DistributedConfig()
+def initialize(member: DistributedConfig) -> None:
+    """Connects to the other processes; a no-op for a single process.
 
-
-def join(member: DistributedConfig) -> None:
-    """Meets the other processes; returns at once if there are none. Before jax's first device.
+    Must be called before JAX initializes its devices.
 
     Raises:
-        InputError: they were not found.
+        InputError: the connection failed.
     """
     address = member.coordinator_address
     if address is None and _started_by_a_launcher():
@@ -83,9 +82,9 @@ def join(member: DistributedConfig) -> None:
         return
     import jax
 
-    # jax's own notice of SIGTERM would take the signal from `StopSignal`.
+    # JAX's preemption service would intercept SIGTERM before `StopSignal`.
     jax.config.update("jax_enable_preemption_service", False)
-    # jax finds out what is None.
+    # With None, JAX detects the cluster.
     found = "deactivate" if member.process_id is not None else None
     try:
         jax.distributed.initialize(
@@ -93,8 +92,8 @@ def join(member: DistributedConfig) -> None:
             num_processes=member.num_processes,
             process_id=member.process_id,
             cluster_detection_method=found,
-            # What goes over this connection is neither encrypted nor signed: with all processes on
-            # one host it must not be reached from another.
+            # The connection is neither encrypted nor authenticated. If all processes run on one
+            # host, bind to the loopback interface.
             coordinator_bind_address=address if address.startswith(_LOOPBACK) else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
@@ -102,29 +101,29 @@ def join(member: DistributedConfig) -> None:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            "--coordinator_address", address, f"the address of process 0, which waits ({reason})"
+            "coordinator_address", address, f"the address of a running process 0 ({reason})"
         ) from None
     global _index, _count
     _index, _count = jax.process_index(), jax.process_count()
     _leave_stdout_to_results()
     if not (is_main_process() or log.isEnabledFor(logging.DEBUG)):
-        logging.getLogger(__package__).setLevel(logging.ERROR)
+        logging.getLogger("sheepop_jax").setLevel(logging.ERROR)
 
 
 def _started_by_a_launcher() -> bool:
-    """Whether SLURM, Open MPI or whoever set jax's own variables has started several processes.
+    """Whether SLURM, Open MPI or JAX's environment variables indicate several processes.
 
-    On Cloud TPU and Kubernetes the environment does not show it: there, pass the flags.
+    Cloud TPU and Kubernetes are not detected; use the flags there.
     """
     env = os.environ
-    in_a_step = "SLURM_STEP_NODELIST" in env  # not in a batch script itself
+    in_a_step = "SLURM_STEP_NODELIST" in env  # not set in the batch script itself
     counts = (env.get("SLURM_NTASKS") if in_a_step else None, env.get("OMPI_COMM_WORLD_SIZE"))
     several = any(count and count.isdecimal() and int(count) > 1 for count in counts)
     return several or "JAX_COORDINATOR_ADDRESS" in env
 
 
 def _on_this_host() -> str | None:
-    """A coordinator's loopback address, where the launcher put all processes on one host."""
+    """A loopback coordinator address if all processes run on one host, else None."""
     env = os.environ
     ranks = env.get("OMPI_COMM_WORLD_SIZE")
     if env.get("SLURM_STEP_NUM_NODES") == "1":
@@ -133,36 +132,39 @@ def _on_this_host() -> str | None:
         job = env.get("OMPI_MCA_orte_hnp_uri") or env.get("PMIX_NAMESPACE") or ""
     else:
         return None
-    return f"127.0.0.1:{61440 + zlib.crc32(job.encode()) % 4096}"  # the ports that jax takes too
+    return f"127.0.0.1:{61440 + zlib.crc32(job.encode()) % 4096}"  # same port range as JAX
 
 
 def _leave_stdout_to_results() -> None:
-    """Gloo and NCCL print what they do to the file descriptor of stdout: lead that to stderr."""
+    """Redirects descriptor 1 to stderr, as Gloo and NCCL log to it; `sys.stdout` is unchanged."""
     results = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(results, "w")
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return _count
 
 
 def index() -> int:
-    """The number of this one, from 0."""
+    """The index of this process, from 0."""
     return _index
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that shows, logs and decides."""
+    """Whether this is process 0, which prints, logs and makes decisions."""
     return _index == 0
 
 
 def broadcast_from_main(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process, in all of them; it has to be JSON's.
+    """Runs `work` in process 0 and returns its result in all processes.
+
+    Args:
+        work: returns a JSON-serializable value.
 
     Raises:
-        InputError: what `work` raised in the first process, in all of them.
+        InputError: `work` raised it in process 0; raised in all processes.
     """
     if _count == 1:
         return work()
@@ -189,10 +191,10 @@ def _from_first(content: bytes) -> bytes:
 
 
 class Agreement:
-    """Asks all processes the same question again and again: does any say yes?
+    """Computes a logical OR over all processes, once per call.
 
-    Each answer is that of the call before, so that no process waits for the slowest; alone, a
-    process answers itself at once. All have to ask equally often.
+    Each call returns the result of the previous call, so no process waits for the slowest. A single
+    process gets its own value immediately. All processes must make the same number of calls.
     """
 
     def __init__(self, mesh: "Mesh"):
@@ -205,7 +207,7 @@ class Agreement:
         self._asked: Any = None
 
     def __call__(self, yes: bool) -> bool:
-        """Says yes or no, and returns what all said the last time."""
+        """Submits this process's value; returns the OR over all processes of the previous call."""
         if _count == 1:
             return yes
         import jax
@@ -219,10 +221,10 @@ class Agreement:
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """On an error, one process of several ends without waiting for the others.
+    """On an error in a multi-process run, exits immediately without waiting for the others.
 
-    They may be waiting for it in the middle of a step, which ends once it is gone; at a normal end
-    all wait for each other.
+    The other processes may be waiting for this one within a step, which fails once it has exited.
+    On success, all processes wait for each other.
     """
     try:
         yield
@@ -238,11 +240,11 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def explain(error: Exception) -> RunFailed | None:
-    """What a failed step means among several processes; None for a process alone."""
+    """Describes a failed step of a multi-process run; None for a single process."""
     if _count == 1:
         return None
     reason = " ".join(str(error).split())[:200]
     return RunFailed(
-        f"a step of several processes failed ({reason}); if another one died, its own log says "
-        "why; the same commands go on from the last checkpoint"
+        f"a multi-process step failed ({reason}); if another process died, its log shows the "
+        "cause; run the same commands again to resume from the last checkpoint"
     )

@@ -1,4 +1,4 @@
-"""`training_curve.png`: losses, learning rate, gradient norm and speed of a run, from its log."""
+"""Plots `training_curve.png` from a run's log: loss, learning rate, gradient norm, throughput."""
 
 import logging
 from pathlib import Path
@@ -12,14 +12,14 @@ NAME = "training_curve.png"
 
 
 def draw_curve(directory: Path) -> Path | None:
-    """Draws a run's curve and returns its path; None where nothing was logged or written."""
-    # pyplot keeps global state and asks for a display; a bare Figure does neither.
+    """Plots a run's curve and returns its path; None if nothing was logged or writing failed."""
+    # Figure instead of pyplot, which keeps global state and may need a display.
     from matplotlib.figure import Figure
 
     lines = read_metrics(directory)
     train = [line for line in lines if "loss" in line]
-    held_out = [line for line in lines if "val_loss" in line]
-    if not train and not held_out:
+    validation = [line for line in lines if "val_loss" in line]
+    if not train and not validation:
         return None
 
     def column(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -31,13 +31,15 @@ def draw_curve(directory: Path) -> Path | None:
     panels = (
         (
             axes[0, 0],
-            (("loss", train, "training"), ("val_loss", held_out, "held-out")),
+            (("loss", train, "training"), ("val_loss", validation, "validation")),
             "loss, nats",
         ),
         (axes[0, 1], (("learning_rate", train, ""),), "learning rate"),
         (axes[1, 0], (("grad_norm", train, ""),), "gradient norm, before clipping"),
         (axes[1, 1], (("tokens_per_second", train, ""),), "tokens per second"),
     )
+    raw = column(train, "step_loss")
+    axes[0, 0].plot(*raw, ".", color="C0", alpha=0.25, markersize=3)  # behind the mean
     for axis, curves, title in panels:
         for key, rows, label in curves:
             marker = "o" if len(rows) < 2 or key == "val_loss" else ""
@@ -47,7 +49,7 @@ def draw_curve(directory: Path) -> Path | None:
         axis.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
             axis.legend(frameon=False)
-    if any(loss > 0 for loss in column(train, "loss")[1] + column(held_out, "val_loss")[1]):
+    if any(loss > 0 for loss in column(train, "loss")[1] + column(validation, "val_loss")[1]):
         axes[0, 0].set_yscale("log")
     axes[0, 0].yaxis.set_major_formatter("{x:.3g}")
     axes[0, 0].yaxis.set_minor_formatter("{x:.3g}")
@@ -57,7 +59,7 @@ def draw_curve(directory: Path) -> Path | None:
     path = directory / NAME
     try:
         figure.savefig(path, dpi=120)
-    except OSError as error:  # a picture is no reason to lose a run
-        log.warning("%s: not drawn (%s)", path, error.strerror)
+    except OSError as error:  # a failed plot must not end the run
+        log.warning("%s: not written (%s)", path, error.strerror)
         return None
     return path

@@ -1,4 +1,4 @@
-"""The training loop, the only one: update, evaluate, log, flush, save, in this order."""
+"""The training loop: update, evaluate, log, flush, save, in this order."""
 
 import contextlib
 import logging
@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, Checkpoints, SaveFailed
+from sheepop_jax.checkpoint.checkpoints import BEST_METRIC
+from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
+from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import TrainBatches
@@ -30,31 +32,32 @@ from sheepop_jax.training.profile import Profile
 from sheepop_jax.training.progress import Progress
 from sheepop_jax.training.resume import restore_or_init
 from sheepop_jax.training.signals import StopRequested, StopSignal
-from sheepop_jax.training.step import StepMetrics, TrainState, jit_step, make_train_step
-from sheepop_jax.training.throughput import Throughput, flops_per_token
+from sheepop_jax.training.step import StepMetrics, jit_step, make_train_step
+from sheepop_jax.training.throughput import Throughput
 from sheepop_jax.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-BATCHES_AHEAD = 2  # on the device: the one in use and the next
+BATCHES_AHEAD = 2  # batches on the device: the current one and the next
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a training run needs.
+    """The inputs of a training run.
 
     Attributes:
-        config: the whole configuration.
-        directory: the run directory; `checkpoints/`, the log and the curve go there.
-        model: with the dtype and the attention to train with.
-        mesh: the devices.
-        batches: step → batch.
-        num_steps: updates of the whole run, resumed or not.
-        evaluate: parameters → held-out figures, `val_loss` among them.
-        sample: parameters → a text to show; None shows none.
-        peak_flops: of all devices together, FLOP/s; 0 where unknown.
-        chunk_elements: logits that the loss makes at a time, from `loss.chunk_elements`.
-        on_compiled: told the train step's FLOPs and its temporaries in bytes, before the first.
+        config: the complete configuration.
+        directory: the run directory, for checkpoints, metrics and the training curve.
+        model: the model, with its training dtype and attention implementation.
+        mesh: the device mesh.
+        batches: the training batches by step.
+        num_steps: total updates of the run, including those before a resume.
+        evaluate: parameters → validation metrics, including `val_loss`.
+        sample: parameters → a sample text to print; None prints none.
+        flops_per_token: model FLOPs per token, forward and backward.
+        peak_flops: FLOP/s of all devices together; 0 if unknown.
+        chunk_elements: logits computed at a time by the chunked loss (`loss.chunk_elements`).
+        on_compiled: called before the first step with the train step's FLOPs and temporary bytes.
     """
 
     config: Config
@@ -65,22 +68,27 @@ class Job:
     num_steps: int
     evaluate: Callable[[Any], dict[str, float]]
     sample: Callable[[Any], str] | None
+    flops_per_token: float
     peak_flops: float
     chunk_elements: int = CHUNK_ELEMENTS
     on_compiled: Callable[[float, int], None] = lambda flops, temporaries: None
 
 
 def fit(job: Job, stop: StopSignal) -> dict[str, float]:
-    """Trains to `job.num_steps`, from the newest whole checkpoint if there is one.
+    """Trains up to `job.num_steps`, resuming from the newest valid checkpoint if any.
+
+    Args:
+        job: the inputs of the run.
+        stop: the stop signal, checked before every step.
 
     Returns:
-        The held-out figures of the last step.
+        The validation metrics of the last step.
 
     Raises:
-        StopRequested: a signal came; what was done is saved.
-        TrainingDiverged: `train.max_skipped_steps` updates in a row were skipped.
+        StopRequested: a signal arrived; the state is saved.
+        TrainingDiverged: `train.max_skipped_steps` consecutive updates were skipped.
         SaveFailed: a checkpoint could not be written.
-        JaxRuntimeError: a step failed: no memory left, or another process gone.
+        JaxRuntimeError: a step failed, e.g. out of memory or a lost process.
         InputError: every checkpoint is damaged.
     """
     with jax.set_mesh(job.mesh):
@@ -92,20 +100,20 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
 
 
 class _Loop:
-    """One process's run of the loop; its fields are what survives from step to step."""
+    """The loop of one process; its fields are the host state carried between steps."""
 
     def __init__(self, job: Job, stop: StopSignal):
         config = job.config
         self.job, self.stop = job, stop
         self.schedule = make_schedule(config.optimizer, job.num_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.checkpoints = Checkpoints(job.directory / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = CheckpointSaver(job.directory / "checkpoints", config.checkpoint.keep)
         self.state, self.shardings, saved = restore_or_init(
             job.model, self.optimizer, config.seed, job.mesh, self.checkpoints
         )
-        self.step = self.saved_step = int(self.state.step)
+        self.step = self.saved_step = self.first_step = int(self.state.step)
         self.best = distributed.broadcast_from_main(self.checkpoints.best_score)
-        # Figures of the evaluation at this very step; empty where there was none.
+        # Validation metrics of the current step; empty if it was not evaluated.
         self.figures = {name: value for name, value in saved.items() if name.startswith("val_")}
         shown = distributed.is_main_process()
         self.metrics = MetricsLog(job.directory, self.step, bool(self.figures)) if shown else None
@@ -114,23 +122,22 @@ class _Loop:
             self.step,
             saved.get("train_seconds", 0.0),
             config.train.sequences_per_update * config.data.seq_len,
-            flops_per_token(self.state.params, config),
+            job.flops_per_token,
             job.peak_flops,
         )
-        self.first_step = self.step
         self.watchdog = Watchdog()
         self.health = DivergenceMonitor(config.train.max_skipped_steps)
         profiled = config.train.profile_steps if shown else 0
         self.profile = Profile(profiled, self.step, job.directory / "profile")
-        self.data_wait = 0.0
+        self.data_wait, self.save_postponed = 0.0, False
+        self.mean_loss = MeanLoss(saved.get("loss_sum", 0.0), int(saved.get("loss_steps", 0)))
         self.in_flight: StepMetrics | None = None
-        self.save_postponed = False
 
     def run(self) -> dict[str, float]:
         last = self.job.num_steps
         self._evaluate_what_was_interrupted()
         if self.step >= last:
-            log.info("nothing to do: the run is at step %d of %d", self.step, last)
+            log.info("training is complete: step %d of %d", self.step, last)
             return self.figures
         batches = self._device_batches()
         batch = next(batches)
@@ -146,7 +153,7 @@ class _Loop:
                         self.profile.turn(self.step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
                     self.state, metrics = train_step(self.state, batch)
-                self._account()  # for the step before, while this one runs
+                self._account()  # fetch the previous step's metrics while this step runs
                 self.step, self.figures, self.in_flight = self.step + 1, {}, metrics
                 waiting_since = time.perf_counter()
                 if self.step < last:
@@ -163,7 +170,7 @@ class _Loop:
         return self.figures
 
     def close(self) -> None:
-        """Leaves nothing open; a save that fails while another error is on its way is logged."""
+        """Releases all resources; logs a failed save, so that it does not mask another error."""
         self.watchdog.close()
         self.profile.close(self.step)
         self.progress.close()
@@ -176,7 +183,7 @@ class _Loop:
             draw_curve(self.job.directory)
 
     def _device_batches(self) -> Iterator[Batch]:
-        """Batches on the device, the next one on its way while one is in use."""
+        """Yields batches on the device; transfers the next one while the current one is in use."""
         put = partial(global_batch, self.job.mesh, self.job.config.train.batch_size, 1)
         queue: deque[Batch] = deque()
         for batch in self.job.batches.iterate(self.step, self.job.num_steps):
@@ -201,27 +208,28 @@ class _Loop:
         return compiled
 
     def _account(self) -> None:
-        """Waits for the numbers of the step in flight, looks at them, and reports."""
+        """Waits for the step in flight, checks its metrics, and reports."""
         if self.in_flight is None:
             return
         metrics, self.in_flight = self.in_flight, None
-        self.health.look(self.step, metrics)  # fetches what it needs: the wait is here
+        self.mean_loss.add(self.health.look(self.step, metrics))  # blocks until the step ends
         self.progress.advance()
         self.watchdog.step(self.step)
         if self.step == self.first_step + 1:
             self.throughput.warmed_up(self.step)
         per_step = self.throughput.seconds_per_step(self.step)
         left = (self.job.num_steps - self.step) * per_step
-        # The first step includes what happens only once: wait for others, unless steps are long.
+        # The first step includes one-time work: estimate after four steps, unless steps are long.
         if self.step == self.first_step + (4 if self.throughput.warm_seconds < 5 else 1):
-            self.progress.line(f"{per_step:.3g} s a step: about {format_seconds(left)} to go")
+            self.progress.line(f"{per_step:.3g} s/step, about {format_seconds(left)} left")
         if self.step % self.job.config.train.log_every == 0 or self.step == self.job.num_steps:
             self._report(metrics, left)
 
     def _report(self, metrics: StepMetrics, seconds_left: float) -> None:
         metrics = jax.device_get(metrics)
         values = {
-            "loss": float(metrics.loss),
+            "loss": self.mean_loss.take(default=float(metrics.loss)),
+            "step_loss": float(metrics.loss),
             "learning_rate": float(metrics.learning_rate),
             "grad_norm": float(metrics.grad_norm),
             "skipped": bool(metrics.skipped),
@@ -235,7 +243,7 @@ class _Loop:
             self.metrics.flush()
 
     def _evaluate_what_was_interrupted(self) -> None:
-        """A signal during an evaluation saves the step without its figures: here they come."""
+        """Evaluates the restored step if a signal interrupted its evaluation."""
         due = _due(self.step, self.job.config.train.eval_every, self.job.num_steps)
         if self.step and due and not self.figures:
             self._evaluate()
@@ -243,7 +251,7 @@ class _Loop:
                 self.checkpoints.record(self.step, self.figures)
 
     def _evaluate_and_save(self) -> None:
-        """Does what is due after this step, with the clock stopped."""
+        """Evaluates and saves if due after this step, with the clock stopped."""
         last, config = self.job.num_steps, self.job.config
         evaluate = _due(self.step, config.train.eval_every, last)
         save = _due(self.step, config.checkpoint.save_every, last)
@@ -253,7 +261,7 @@ class _Loop:
         with self._clock_stopped():
             better = evaluate and self._evaluate()
             save |= better
-            # Parameters from which no update is possible must not take the place of older ones.
+            # While updates are being skipped, keep older checkpoints: postpone the save.
             wait = self.health.streak > 0 and not better and self.step < last
             self.save_postponed = wait and (save or self.save_postponed)
             if save and not wait:
@@ -261,7 +269,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
-        """For what is no update: the step in flight is waited for, and no clock runs."""
+        """Waits for the step in flight, and pauses throughput and watchdog."""
         self._account()
         self.throughput.stop()
         self.watchdog.pause()
@@ -270,12 +278,12 @@ class _Loop:
         self.watchdog.resume()
 
     def _evaluate(self) -> bool:
-        """Evaluates, shows and logs; returns whether this is the best so far."""
+        """Evaluates, prints and logs; returns whether the validation loss is the best so far."""
         started = time.perf_counter()
         self.figures = figures = self.job.evaluate(self.state.params)
         train_seconds = self.throughput.seconds
         took = time.perf_counter() - started
-        self.progress.report_held_out(self.step, figures, took, train_seconds)
+        self.progress.report_validation(self.step, figures, took, train_seconds)
         if self.metrics:
             self.metrics.write(self.step, {**figures, "train_seconds": train_seconds})
             self.metrics.flush()
@@ -287,13 +295,38 @@ class _Loop:
         return better
 
     def _save(self) -> None:
-        figures = {**self.figures, "train_seconds": self.throughput.seconds}
-        self.checkpoints.save(self.state, figures)
+        mean = self.mean_loss
+        saved = {"train_seconds": self.throughput.seconds}
+        saved |= {"loss_sum": mean.sum, "loss_steps": mean.steps} if mean.steps else {}
+        self.checkpoints.save(self.state, {**self.figures, **saved})
         self.saved_step = self.step
         if self.metrics:
             draw_curve(self.job.directory)
 
 
+@dataclass
+class MeanLoss:
+    """The mean loss of the updates since the last log line.
+
+    Saved with each checkpoint, so that a resumed run logs the same values as an uninterrupted one.
+    The losses are already on the host for `DivergenceMonitor`, so the mean costs no transfer.
+    """
+
+    sum: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float | None) -> None:
+        """Adds the loss of a step; None (a skipped update) is ignored."""
+        if loss is not None:
+            self.sum, self.steps = self.sum + loss, self.steps + 1
+
+    def take(self, default: float) -> float:
+        """Returns the mean, or `default` if every update was skipped, and resets."""
+        mean = self.sum / self.steps if self.steps else default
+        self.sum, self.steps = 0.0, 0
+        return mean
+
+
 def _due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens now."""
+    """Whether an action that runs every `every` steps (0: never) and at the last step is due."""
     return step == last or (every > 0 and step % every == 0)

@@ -1,4 +1,4 @@
-"""The numbers of a run: `metrics.jsonl`, one object a line, and TensorBoard's event files."""
+"""The metrics of a run: `metrics.jsonl`, one object per line, and TensorBoard event files."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from sheepop_jax.faults import fault_point
+from sheepop_jax.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +25,13 @@ NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends lines; every line has `step`, and non-finite numbers are null."""
+    """Appends lines to `metrics.jsonl`. Every line has `step`; non-finite numbers are null."""
 
     def __init__(self, directory: Path, first_step: int, evaluated: bool = True):
-        """Opens the log of a run that goes on after `first_step`; later lines are cut away.
+        """Opens the log of a run that resumes after `first_step`, and drops later lines.
 
-        An interrupted run may have logged steps after its last checkpoint. They are computed again,
-        and each step must stand once. So is that step's evaluation, if it is not `evaluated`.
+        An interrupted run may have logged steps after its last checkpoint. They run again, and each
+        step must appear once; so must the evaluation of `first_step`, unless already `evaluated`.
         """
         self._path = directory / NAME
         lines = [
@@ -38,20 +39,18 @@ class MetricsLog:
             for line in read_metrics(directory)
             if line["step"] < first_step + (evaluated or "val_loss" not in line)
         ]
-        cut = self._path.with_suffix(".cut")
-        cut.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(cut, self._path)
+        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self._path.open("a")
         self._events = _Events(directory / "tensorboard", first_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Adds one line to the log, and each number to TensorBoard."""
+        """Writes one line to the log and each number to TensorBoard."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        kind = "held_out" if "val_loss" in values else "train"
-        if kind == "held_out":
+        kind = "val" if "val_loss" in values else "train"
+        if kind == "val":
             fault_point("evaluation")
         line = json.dumps({"step": step, **finite}) + "\n"
         self._file.write(line[:9])
@@ -62,32 +61,32 @@ class MetricsLog:
                 self._events.add(f"{kind}/{key}", value, step)
 
     def flush(self) -> None:
-        """Hands everything written to the operating system.
+        """Flushes to the operating system.
 
         Raises:
-            OSError: it cannot be written; names the file and the free space.
+            OSError: the log cannot be written; names the file and the free space.
         """
         try:
             self._file.flush()
         except OSError as error:
             free = shutil.disk_usage(self._path.parent).free / 1e6
-            what = f"{error.strerror}; {free:,.0f} MB free there; checkpoints are intact"
+            what = f"{error.strerror}; {free:,.0f} MB free; checkpoints are intact"
             raise OSError(error.errno, what, str(self._path)) from None
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes both; what cannot be written is said, and hides no other error."""
+        """Flushes and closes both files; write errors are only logged, to not mask others."""
         try:
             self._file.close()
         except OSError as error:
-            log.warning("%s: its last lines are not written (%s)", self._path, error.strerror)
+            log.warning("%s: last lines not written (%s)", self._path, error.strerror)
         self._events.close()
 
 
 class _Events:
-    """TensorBoard's file of one process. A picture is no reason to lose a run: errors end it.
+    """TensorBoard's event file. A write error disables it instead of ending the run.
 
-    Not `SummaryWriter`: when its thread fails to write, later additions wait for it for ever.
+    Not `SummaryWriter`: after a write error in its thread, later calls block forever.
     """
 
     def __init__(self, directory: Path, first_step: int):
@@ -98,7 +97,7 @@ class _Events:
             directory.mkdir(exist_ok=True)
             self._file = RecordWriter(str(directory / name))
         self._write(file_version="brain.Event:2")
-        # TensorBoard drops what older files have from this step on.
+        # SessionLog.START makes TensorBoard drop older events from this step on.
         self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, name: str, value: float, step: int) -> None:
@@ -124,7 +123,7 @@ class _Events:
         try:
             yield
         except OSError as error:
-            log.warning("%s: no more of it (%s)", self._directory, error.strerror)
+            log.warning("%s: TensorBoard logging disabled (%s)", self._directory, error.strerror)
             file, self._file = self._file, None
             if file:
                 with contextlib.suppress(OSError):
@@ -132,7 +131,7 @@ class _Events:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's log; a last line torn by a kill is left out."""
+    """Reads all complete lines of a run's log; skips a line truncated by a kill."""
     path = directory / NAME
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""The update rule: clip by global norm, AdamW or Muon, decay on matrices, a schedule by update."""
+"""The optimizer: global-norm clipping, AdamW or Muon, weight decay on matrices, a schedule."""
 
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ import optax
 
 from sheepop_jax.config.schema import OptimizerConfig
 
-# Matches the typical size of an AdamW update, so that one learning rate serves both (Liu et al.
-# 2025, "Muon is scalable for LLM training").
+# Matches the typical RMS of an AdamW update, so that learning rates transfer (Liu et al. 2025,
+# "Muon is scalable for LLM training").
 MUON_UPDATE_RMS = 0.2
-NORMS = 128  # updates whose gradient norms an outlier is compared with
+NORMS = 128  # gradient norms kept for outlier detection
 
 
 def make_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
-    """The learning rate of update n = 0 … num_updates - 1.
+    """Builds the learning rate schedule for updates n = 0 … num_updates - 1.
 
-    Linear warmup, learning_rate · (n + 1) / warmup_steps, so that the first update already moves;
-    then from learning_rate down to final_lr_fraction · learning_rate, which the last update gets.
+    Linear warmup, learning_rate · (n + 1) / warmup_steps, so that the first update is not zero;
+    then decay from learning_rate to final_lr_fraction · learning_rate at the last update.
     Cosine: Loshchilov & Hutter 2017, "SGDR", equation 5.
     """
     peak, floor, warmup = config.learning_rate, config.final_lr_fraction, config.warmup_steps
@@ -39,12 +39,12 @@ def make_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices (linear layers, embeddings), false for biases and LayerNorm's vectors."""
+    """True for matrices (linear layers, embeddings), False for biases and LayerNorm parameters."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 def _muon_matrices(params: Any) -> Any:
-    """Muon orthogonalises the linear layers' matrices; tables of embeddings are left to Adam."""
+    """Selects the linear layers' matrices for Muon; embeddings stay with Adam."""
 
     def numbers(path: tuple[Any, ...], p: Any) -> optax.contrib.MuonDimensionNumbers | None:
         is_kernel = path[-1].key == "kernel"
@@ -54,11 +54,11 @@ def _muon_matrices(params: Any) -> Any:
 
 
 class NormHistory(NamedTuple):
-    """Global gradient norms of the last updates, in a ring.
+    """Ring buffer of the latest global gradient norms.
 
     Attributes:
         norms: fp32 [NORMS].
-        updates: int32, how many there were.
+        updates: int32, number of updates recorded.
     """
 
     norms: jax.Array
@@ -66,7 +66,7 @@ class NormHistory(NamedTuple):
 
 
 def remember_norms() -> optax.GradientTransformation:
-    """Changes nothing; keeps the norms that `is_outlier` compares with."""
+    """An identity transformation that records gradient norms for `is_outlier`."""
 
     def init(params: Any) -> NormHistory:
         return NormHistory(jnp.zeros(NORMS, jnp.float32), jnp.zeros((), jnp.int32))
@@ -79,9 +79,9 @@ def remember_norms() -> optax.GradientTransformation:
 
 
 def is_outlier(opt_state: Any, grad_norm: jax.Array, max_zscore: float) -> jax.Array:
-    """Whether a norm lies over `max_zscore` standard deviations above the mean of the last ones.
+    """Whether a norm exceeds the mean of the last ones by `max_zscore` standard deviations.
 
-    False until there are `NORMS` of them to compare with.
+    False until `NORMS` norms are recorded.
     """
     history: NormHistory = opt_state[0]
     limit = jnp.mean(history.norms) + max_zscore * jnp.std(history.norms)
@@ -91,10 +91,10 @@ def is_outlier(opt_state: Any, grad_norm: jax.Array, max_zscore: float) -> jax.A
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """The whole chain, from mean gradients to parameter updates.
+    """Builds the optax chain from mean gradients to parameter updates.
 
-    With "muon", `b1`, `b2` and `eps` are those of the parameters that Adam keeps, which then has
-    Nesterov's momentum; Muon's own momentum is optax's 0.95.
+    With "muon", `b1`, `b2` and `eps` apply to the parameters optimized by Adam, which then uses
+    Nesterov momentum; Muon's own momentum is optax's default, 0.95.
 
     Sources: Adam, Kingma & Ba 2015; decoupled decay, Loshchilov & Hutter 2019; Muon, Jordan et al.
     2024; clipping by global norm, Pascanu et al. 2013.
@@ -111,11 +111,11 @@ def make_optimizer(
                 muon_weight_dimension_numbers=_muon_matrices,
                 consistent_rms=MUON_UPDATE_RMS,
             )
-            direction = optax.chain(muon, optax.scale(-1.0))  # undo the sign of a descent step
+            direction = optax.chain(muon, optax.scale(-1.0))  # undo optax.contrib.muon's negation
         case _:
             raise ValueError(f"unknown optimizer {config.name!r}")
     return optax.chain(
-        remember_norms(),  # first: `is_outlier` finds it there
+        remember_norms(),  # first: `is_outlier` reads opt_state[0]
         optax.clip_by_global_norm(config.max_grad_norm)
         if config.max_grad_norm
         else optax.identity(),

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere; always on stderr."""
+"""Training progress on stderr: a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -19,7 +19,7 @@ class Progress:
         self._bar = None
         self._open = contextlib.ExitStack()
         if show and sys.stderr.isatty():
-            # Log lines go above the bar, not through it.
+            # Print log lines above the bar.
             self._open.enter_context(logging_redirect_tqdm())
             self._bar = tqdm(initial=first_step, total=last_step, unit="step", dynamic_ncols=True)
 
@@ -29,7 +29,7 @@ class Progress:
             self._bar.update()
 
     def report(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
-        """Prints the figures of a training line."""
+        """Prints training metrics."""
         text = (
             f"step {step}/{self._last}  loss {values['loss']:.4f}  "
             f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.2f}  "
@@ -40,20 +40,20 @@ class Progress:
             text += f" ({values['mfu']:.0%} MFU)"
         self.line(f"{text}  {format_seconds(seconds_left)} left")
 
-    def report_held_out(
+    def report_validation(
         self, step: int, figures: dict[str, float], took: float, train_seconds: float
     ) -> None:
-        """Prints the figures of an evaluation."""
+        """Prints validation metrics."""
         self.line(
-            f"step {step}  held-out: loss {figures['val_loss']:.4f}  "
+            f"step {step}  validation: loss {figures['val_loss']:.4f}  "
             f"perplexity {figures['val_perplexity']:.2f}  "
             f"bits/byte {figures['val_bits_per_byte']:.4f}  "
             f"accuracy {figures['val_accuracy']:.1%}  "
-            f"(took {took:.1f} s; updates so far {train_seconds:.1f} s)"
+            f"(took {took:.1f} s; train time {train_seconds:.1f} s)"
         )
 
     def line(self, text: str) -> None:
-        """Prints a line above the bar, without the control characters that a model may write."""
+        """Prints a line above the bar, stripped of control characters that a model may generate."""
         text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
@@ -61,7 +61,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar where it is."""
+        """Closes the bar and leaves it on screen."""
         if self._bar is not None:
             self._bar.close()
         self._open.close()

@@ -1,4 +1,4 @@
-"""The state that a run begins with: the newest whole checkpoint, or fresh parameters."""
+"""The initial state of a run: the newest valid checkpoint, or new parameters."""
 
 import logging
 from typing import Any
@@ -7,12 +7,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
+from sheepop_jax.checkpoint.checkpoints import DamagedCheckpoint
+from sheepop_jax.checkpoint.saver import CheckpointSaver
+from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import state_shardings
-from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.model.transformer import Transformer, boxed_shapes
 from sheepop_jax.runtime import distributed
-from sheepop_jax.training.step import TrainState, boxed_shapes, init_state, jit_init
+from sheepop_jax.training.step import init_state, jit_init
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +24,17 @@ def restore_or_init(
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointSaver,
 ) -> tuple[TrainState, Any, dict[str, Any]]:
-    """The state, laid out over the mesh; its shardings; and the figures saved with it.
+    """Restores the newest valid checkpoint, or initializes a new state.
 
-    A damaged checkpoint is set aside with a warning, and the one before it is taken: the first
-    process decides.
+    Damaged checkpoints are quarantined with a warning. The main process chooses the step.
+
+    Returns:
+        The state, sharded over the mesh; its shardings; and the figures saved with it.
 
     Raises:
-        InputError: all checkpoints are damaged, or the newest is another model's.
+        InputError: all checkpoints are damaged, or the newest does not match the model.
     """
 
     def fresh() -> TrainState:
@@ -42,26 +46,26 @@ def restore_or_init(
     target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
     newest = distributed.broadcast_from_main(lambda: _newest_whole(checkpoints))
     if newest is None:
-        log.info("no checkpoint yet: beginning at step 0")
+        log.info("no checkpoint: starting at step 0")
         return jit_init(fresh, shardings)(), shardings, {}
     state = checkpoints.restore(newest["step"], target)
-    log.info("going on from step %d", newest["step"])
+    log.info("resuming from step %d", newest["step"])
     if distributed.is_main_process():
         checkpoints.tidy()
     return state, shardings, newest["figures"]
 
 
-def _newest_whole(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """The manifest of the newest checkpoint that is whole; the damaged ones are set aside."""
+def _newest_whole(checkpoints: CheckpointSaver) -> dict[str, Any] | None:
+    """The manifest of the newest valid checkpoint; quarantines damaged ones."""
     for step in reversed(checkpoints.steps()):
         try:
             return checkpoints.verify(step)
         except DamagedCheckpoint as damage:
             aside = checkpoints.quarantine(step, damage)
             log.warning("checkpoint %d is damaged (%s); moved to %s", step, damage, aside)
-    if checkpoints.aside():  # by this process or by one before: never a silent start from zero
-        hint = "a new --workdir, or delete damaged-* there, to begin again"
+    if checkpoints.aside():  # never silently restart from step 0
+        hint = "a new `workdir`, or deleting damaged-* there to start over"
         raise InputError(
-            str(checkpoints.directory), "only damaged checkpoints", "a whole one", hint
+            str(checkpoints.directory), "only damaged checkpoints", "a valid checkpoint", hint
         )
     return None

@@ -1,4 +1,4 @@
-"""Says when a step takes far longer than the others did, and what the process is doing then."""
+"""A watchdog that warns about slow steps and logs the stacks of all threads."""
 
 import collections
 import faulthandler
@@ -10,14 +10,14 @@ import time
 
 log = logging.getLogger(__name__)
 
-_TIMES = 10.0  # the median of the steps before
-_AT_LEAST_SECONDS = 10.0  # short steps are late for many reasons
-_STEPS = 50  # that the median is over
-_LOOK_SECONDS = 1.0  # between looks: a thread woken at every step would cost each of them
+_TIMES = 10.0  # limit as a multiple of the median step time
+_AT_LEAST_SECONDS = 10.0  # minimum limit: short steps vary too much
+_STEPS = 50  # steps in the median
+_LOOK_SECONDS = 1.0  # polling interval; waking the thread at every step would slow steps down
 
 
 class Watchdog:
-    """A thread that is told of every step; it only speaks, and once for each late step."""
+    """A thread that logs a warning, once per slow step; it never interrupts training."""
 
     def __init__(self) -> None:
         self._seconds: collections.deque[float] = collections.deque(maxlen=_STEPS)
@@ -29,17 +29,17 @@ class Watchdog:
         self._thread.start()
 
     def resume(self) -> None:
-        """A step begins."""
+        """Starts timing a step."""
         with self._lock:
             self._since = time.monotonic()
 
     def pause(self) -> None:
-        """No step is under way: evaluation and saving take what they take."""
+        """Stops timing, for evaluation and saving."""
         with self._lock:
             self._since = None
 
     def step(self, step: int) -> None:
-        """A step has ended, and the next begins."""
+        """Records the end of a step and starts timing the next."""
         with self._lock:
             now = time.monotonic()
             if self._since is not None:
@@ -48,14 +48,14 @@ class Watchdog:
             self._step = step
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         with self._lock:
             self._closed = True
             self._lock.notify()
         self._thread.join()
 
     def limit(self) -> float:
-        """Seconds after which a step is late; infinite before there are steps to compare with."""
+        """Seconds after which a step is slow; infinite before three steps are recorded."""
         if len(self._seconds) < 3:
             return float("inf")
         return max(_TIMES * statistics.median(self._seconds), _AT_LEAST_SECONDS)
@@ -71,9 +71,8 @@ class Watchdog:
                 warned = since
                 median = statistics.median(self._seconds)
                 log.warning(
-                    "the step after %d has taken %.0f s so far, the median is %.3g s: a stuck "
-                    "device, a stuck disk, or a machine that is asleep? The stacks of all threads:"
-                    "\n%s",
+                    "the step after %d has taken %.0f s so far (median %.3g s); the device or the "
+                    "disk may hang, or the machine may be suspended. Stacks of all threads:\n%s",
                     self._step,
                     time.monotonic() - since,
                     median,

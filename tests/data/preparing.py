@@ -35,7 +35,7 @@ def _prepare(fields, die):
 
 
 def _let_die(place, name, calls, when):
-    holder = importlib.import_module(f"sheepop_jax.data.{place}")
+    holder = importlib.import_module(f"sheepop_jax.data.preprocess.{place}")
     for part in name.split(".")[:-1]:
         holder = getattr(holder, part)
     name, count = name.split(".")[-1], 0

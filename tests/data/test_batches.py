@@ -135,12 +135,12 @@ def test_padded_batches_hold_each_target_once_in_an_epoch(lengths, seq_len, batc
         batch = training.batch_at(step)
         counted += batch.targets[batch.weights > 0].tolist()
     assert sorted(counted) == sorted(tokens[1:].tolist())
-    held_out = EvaluationBatches(found, layout, batch_size=batch_size)
+    is_val = EvaluationBatches(found, layout, batch_size=batch_size)
     counted = []
-    for batch in held_out:
+    for batch in is_val:
         counted += batch.targets[batch.weights > 0].tolist()
     assert counted == tokens[1:].tolist()
-    assert len(held_out) == -(-windows // batch_size)
+    assert len(is_val) == -(-windows // batch_size)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_evaluation_shares_rows_between_processes(rows, layout, overlap):
 
 def test_evaluation_refuses_what_cannot_be():
     for overlap in (-1, T):
-        with pytest.raises(InputError, match=r"overlap: got .*whole number in \[0, 7\)"):
+        with pytest.raises(InputError, match=r"overlap: got .*integer in \[0, 7\)"):
             evaluation(stream(97), batch_size=2, overlap=overlap)
-    with pytest.raises(InputError, match=r"overlap: got 2; expected 0, since each document"):
+    with pytest.raises(InputError, match=r"overlap: got 2; expected 0 with"):
         evaluation(documents(9), PADDED, batch_size=2, overlap=2)

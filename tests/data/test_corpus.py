@@ -27,8 +27,8 @@ def corpus_of(make_config):
 def read(corpus_of):
     def read(*args, **fields):
         corpus = corpus_of(*args, **fields)
-        first = [(d.id, "".join(d.pieces), d.held_out) for d in corpus]
-        assert first == [(d.id, "".join(d.pieces), d.held_out) for d in corpus], "order changed"
+        first = [(d.id, "".join(d.pieces), d.is_val) for d in corpus]
+        assert first == [(d.id, "".join(d.pieces), d.is_val) for d in corpus], "order changed"
         return first
 
     return read
@@ -57,7 +57,7 @@ class TestReaders:
         assert read(root / "c.jsonl", source="files")[0][1] == '{"body": "three"}\n'
         corpus = corpus_of(root)
         assert (corpus.field, corpus.value, corpus.num_bytes) == ("data.path", str(root), 14)
-        assert corpus.skipped == {JSON: 1, CSV: 1, "files of other kinds": 1}
+        assert corpus.skipped == {JSON: 1, CSV: 1, "files of other types": 1}
 
     def test_tables(self, root, read):
         assert read(root / "c.jsonl", text_column="body")[0][1:] == ("three", False)
@@ -67,7 +67,7 @@ class TestReaders:
     def test_rows_that_are_read_as_text_are_said(self, root, read, caplog):
         said = "1 files look like {0} and are read as plain text; --config.data.source={0}"
         read(root / "d")
-        assert "look like" not in caplog.text  # passed over, and counted there
+        assert "look like" not in caplog.text  # skipped, and counted there
         read(f"{root}/c.jsonl,{root}/d/c.tsv")
         assert said.format("json") in caplog.text and said.format("csv") in caplog.text
         caplog.clear()
@@ -145,9 +145,9 @@ class TestValPath:
         assert found == [("b.md", "two, longer", True), ("a.txt", "one", False)]
         corpus = corpus_of(root / "a.txt", val_path=str(root))
         assert (corpus.field, corpus.value) == ("data.path", str(root / "a.txt"))
-        assert corpus.skipped == {JSON: 1, CSV: 1, "files of other kinds": 1}
+        assert corpus.skipped == {JSON: 1, CSV: 1, "files of other types": 1}
         twice = corpus_of(root, val_path=f"{root}/d").skipped
-        assert twice == {JSON: 1, CSV: 2, "files of other kinds": 1}
+        assert twice == {JSON: 1, CSV: 2, "files of other types": 1}
         assert corpus.num_bytes == 17
 
     def test_the_size_is_unknown_if_one_is(self, root, corpus_of, monkeypatch):
@@ -185,5 +185,5 @@ class TestValPath:
 
 
 def test_a_missing_path_is_named(corpus_of):
-    with pytest.raises(InputError, match=r"^data\.path: got 'missing'.*--config\.data\.path=PATH"):
+    with pytest.raises(InputError, match=r"^data\.path: got 'missing'.*`data\.path=PATH`"):
         corpus_of("missing")

@@ -12,11 +12,11 @@ from sheepop_jax.data import tokenizer as tokenizer_module
 from sheepop_jax.data.preprocess import encode
 from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
 from sheepop_jax.data.preprocess.encode import encode_units, units
-from sheepop_jax.data.preprocess.progress import Progress
 from sheepop_jax.data.preprocess.split import choose_split
 from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.tokenizer import train_bpe, train_char
 from sheepop_jax.errors import InputError
+from sheepop_jax.progress import Progress
 
 TEXT = "the cat's sat-mat, and the sheep ate 12 hills \n\n of  wool\r\n r\u00e9\U0001f411 "
 BPE = train_bpe(iter([TEXT * 5]), 300)
@@ -132,11 +132,11 @@ def test_ids_are_those_of_the_documents_as_a_whole(
     spool = spool_of(texts)
     fraction = 60 / sum(map(len, texts))
     split = choose_split(spool, "tail", fraction)
-    found, (train, held_out) = encoded(tmp_path / "tokens", spool, split, BPE)
+    found, (train, is_val) = encoded(tmp_path / "tokens", spool, split, BPE)
     expected = [texts[0], texts[1], texts[2], texts[3][:140]]
     eot = BPE.end_of_text
     assert train == sum(([eot, *BPE.encode(text)] for text in expected), [])
-    assert held_out == [eot, *BPE.encode(texts[3][140:])]
+    assert is_val == [eot, *BPE.encode(texts[3][140:])]
     assert sum(entry["train"]["documents"] for entry in found if "train" in entry) == 4
     sizes = [entry[side]["bytes"] for entry in found for side in encode.SIDES if side in entry]
     assert sum(sizes) == spool.num_bytes
@@ -187,7 +187,7 @@ def test_ids_beyond_the_vocabulary_are_refused(spool_of, tmp_path):
     tokenizer.vocab_size = 3
     spool = spool_of(["ab" * 30 + "c" * 30])
     (tmp_path / "a").mkdir()
-    with pytest.raises(InputError, match=r"id 3.*ids below its vocabulary size 3"):
+    with pytest.raises(InputError, match=r"id 3.*ids below the vocabulary size 3"):
         encode_units(tmp_path / "a", spool, choose_split(spool, "tail", 0.1), tokenizer)
 
 

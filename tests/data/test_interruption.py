@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from sheepop_jax.data.preprocess import encode, progress
+from sheepop_jax import progress
+from sheepop_jax.data.preprocess import encode
 from sheepop_jax.data.preprocess import prepare as module
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.errors import InputError
@@ -15,16 +16,16 @@ from tests.data.preparing import content_of, killed, names_in
 ALL = 99  # units
 # Where, and how many units are done by then.
 DEATHS = {
-    "reading": (("spool", "_copy", 9, "before"), 0),
+    "reading": (("corpus_store", "_copy", 9, "before"), 0),
     "read, not yet renamed": (("prepare", "write_corpus_store", 1, "after"), 0),
     "before the tokenizer": (("prepare", "train_bpe", 1, "before"), 0),
     "after the tokenizer": (("prepare", "encode_units", 1, "before"), 0),
     "before the first token file": (("encode", "_Writer.close", 1, "before"), 0),
     "between the files of a unit": (("encode", "_Writer.close", 3, "after"), 1),
-    "before a unit's marker": (("encode", "write_text", 4, "before"), 3),
-    "between units": (("encode", "write_text", 4, "after"), 4),
+    "before a unit's marker": (("encode", "write_atomic", 4, "before"), 3),
+    "between units": (("encode", "write_atomic", 4, "after"), 4),
     "before the manifest": (("prepare", "make_manifest", 1, "before"), ALL),
-    "before the rename": (("prepare", "write_text", 2, "after"), ALL),
+    "before the rename": (("prepare", "write_atomic", 2, "after"), ALL),
     "after the rename": (("prepare", "_Preparation._open", 1, "before"), ALL),
     "while the text is deleted": (("cache", "shutil.rmtree", 1, "before"), ALL),
 }
@@ -52,8 +53,8 @@ def test_a_killed_preparation_resumes_from_the_units_that_are_done(
     left = [n.split("-")[0] for n in names_in(tmp_path / "cache") if n != data.directory.name]
     assert left == LEFT.get(death, [])
     if death == "between units":
-        assert "the text was read before" in caplog.text
-        assert "were encoded before; going on" in caplog.text
+        assert "the text is already read" in caplog.text
+        assert "MB already encoded" in caplog.text
 
 
 def test_a_text_that_is_deleted_in_part_is_read_again(config, tmp_path, undisturbed):
@@ -149,16 +150,16 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(
             case "reading":
                 patch.setattr(module, "write_corpus_store", full)
             case "tokenizer":
-                patch.setattr(module, "write_text", full)
+                patch.setattr(module, "write_atomic", full)
             case "unit":
-                inner = encode.write_text
+                inner = encode.write_atomic
 
                 def late(path, content):
                     if path.name == "unit-00003.json":
                         full()
                     inner(path, content)
 
-                patch.setattr(encode, "write_text", late)
+                patch.setattr(encode, "write_atomic", late)
             case "manifest":
                 patch.setattr(module, "make_manifest", full)
         with pytest.raises(InputError) as error:

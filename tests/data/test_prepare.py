@@ -44,11 +44,11 @@ def test_bad_input_leaves_nothing(config, tmp_path, there):
 def test_what_is_passed_over_is_said_as_it_is_now(config, tmp_path, caplog):
     caplog.set_level("INFO")
     prepare(config())
-    assert "passed over" not in caplog.text
+    assert "skipped" not in caplog.text
     (tmp_path / "text" / "late.csv").write_text("a,b\n")
     prepare(config())
     assert "token shards reused" in caplog.text
-    assert "data: passed over: 1 csv files (data.source=csv reads them)" in caplog.text
+    assert "data: skipped: 1 csv files (data.source=csv reads them)" in caplog.text
 
 
 def test_a_text_shorter_than_a_window_is_refused(config, tmp_path):
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_loses_text_is_said_loudly(config, tmp_path, caplog):
     (tmp_path / "words.json").write_text(inner.to_str())
     lossy = config(tokenizer=str(tmp_path / "words.json"), val_split="tail")
     for said_before in (0, 1):  # when they are made, and when they are found
-        assert caplog.text.count("DOES NOT GIVE THE TEXT BACK") == said_before
+        assert caplog.text.count("IS NOT LOSSLESS") == said_before
         assert not prepare(lossy).lossless
     assert prepare(config(val_split="tail")).lossless
-    assert caplog.text.count("DOES NOT GIVE THE TEXT BACK") == 2
+    assert caplog.text.count("IS NOT LOSSLESS") == 2

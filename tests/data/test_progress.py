@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sheepop_jax.data.preprocess import progress as module
-from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax import progress as module
+from sheepop_jax.progress import Progress
 
 
 @pytest.fixture

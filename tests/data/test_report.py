@@ -19,7 +19,7 @@ def table(data, report):
     rows = {}
     for line in report.splitlines():
         match = re.match(
-            r"(\S+) +(train|held out) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+|-)$", line
+            r"(\S+) +(train|validation) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+|-)$", line
         )
         if match:
             name, side, *counts, ratio = match.groups()
@@ -36,20 +36,20 @@ def test_a_table_of_the_sources(data_config, tmp_path):
     layout = PackingConfig(13, 0)
     report = describe(data, layout, 3)
     rows = table(data, report)
-    train, held_out = rows["all", "train"], rows["all", "held out"]
+    train, is_val = rows["all", "train"], rows["all", "validation"]
     assert train[:2] == (data.train[0].num_documents, data.train[0].num_bytes)
-    assert held_out[:2] == (data.validation.num_documents, data.validation.num_bytes)
-    assert train[0] + held_out[0] == 31
+    assert is_val[:2] == (data.validation.num_documents, data.validation.num_bytes)
+    assert train[0] + is_val[0] == 31
     assert train[2] == len(data.train[0]) - 1
-    assert held_out[2] == len(data.validation) - 1
+    assert is_val[2] == len(data.validation) - 1
     assert train[3] == f"{train[1] / train[2]:.2f}"
     assert re.search(r"all +document +32 +2$", report, re.M)  # split by, read, skipped
     assert "skipped 1: empty or only white space" in report
-    assert "skipped 1: files of other kinds" in report
-    assert "documents left out as equal to another: 1\n" in report
+    assert "skipped 1: files of other types" in report
+    assert "duplicate documents removed: 1\n" in report
     windows = (len(data.train[0]) - 13) // 13
     assert (
-        f"vocabulary {data.tokenizer.vocab_size}; {windows:,} windows of 13 tokens in an epoch"
+        f"vocabulary {data.tokenizer.vocab_size}; {windows:,} windows of 13 tokens per epoch"
         in report
     )
     assert f"{data.gzip_bits_per_byte:.3f} bits per byte" in report
@@ -70,7 +70,7 @@ def test_the_shares_of_a_mixture(data_config, tmp_path, packing, unshuffled):
     data = prepare(data_config(mixture=parts, val_fraction=0.2))
     report = describe(data, PackingConfig(13, 0, packing), 3)
     rows = table(data, report)
-    assert set(rows) == {(n, s) for n in ("first", "second") for s in ("train", "held out")}
+    assert set(rows) == {(n, s) for n in ("first", "second") for s in ("train", "validation")}
     if packing == "one_per_window":
         windows = [
             sum(-(-(len(data.tokenizer.encode(text)) + 1) // 13) for text in texts)
@@ -79,7 +79,7 @@ def test_the_shares_of_a_mixture(data_config, tmp_path, packing, unshuffled):
     else:
         windows = [(len(stream) - 13) // 13 for stream in data.train]
     for name, share, own in zip(("first", "second"), (0.75, 0.25), windows, strict=True):
-        line = rf"{name} +{share:.2%} of the windows, seen {share * sum(windows) / own:.2f} times"
+        line = rf"{name} +{share:.2%} of the windows, {share * sum(windows) / own:.2f} passes"
         assert re.search(line, report), (line, report)
     assert f"{sum(windows):,} windows of 13" in report
     order = window_order(data.train, PackingConfig(13, 0, packing), 3, data.weights)

@@ -19,6 +19,7 @@ from sheepop_jax.data.shards import open_shards, verify_shards
 from sheepop_jax.data.stream import encode_text
 from sheepop_jax.data.tokenizer import train_bpe, train_char
 from sheepop_jax.errors import InputError
+from sheepop_jax.files import sealed
 from tests.data.conftest import WORDS
 
 SPECIAL = "sheep <|endoftext|>\r\n e\u0301"
@@ -114,10 +115,10 @@ def test_the_manifest_says_what_was_counted_otherwise(
     assert (hills["split"], others["split"]) == ("document", "document")
     assert (hills["documents_read"], others["documents_read"]) == (32, 9)
     assert hills["skipped"] == {"empty or only white space": 1}
-    held_out = documents_of(data.validation, data.tokenizer)
+    is_val = documents_of(data.validation, data.tokenizer)
     for number, source in enumerate(manifest["sources"]):
         texts = documents_of(data.train[number], data.tokenizer)
-        own = [t for t in held_out if t.startswith("another") == (number == 1)]
+        own = [t for t in is_val if t.startswith("another") == (number == 1)]
         for side, found in (("train", texts), ("validation", own)):
             assert source["documents"][side] == len(found)
             assert source["bytes"][side] == len("".join(found).encode())
@@ -150,7 +151,7 @@ def test_gzip_figure(data_config, tmp_path, documents_of, monkeypatch):
     # `gzip -9` writes the same bytes as zlib at level 9, in a frame of 18 bytes.
     size = len(zlib.compress(content, 9)) - 6 + 18
     assert data.gzip_bits_per_byte == pytest.approx(8 * size / len(content))
-    monkeypatch.setattr("sheepop_jax.data.preprocess.compression._GZIP_BYTES", 1003)
+    monkeypatch.setattr("sheepop_jax.data.preprocess.prepare._GZIP_BYTES", 1003)
     limited = prepare(data_config(val_split="tail", cache_dir=str(tmp_path / "second")))
     size = len(zlib.compress(content[:1003], 9)) - 6 + 18
     assert limited.gzip_bits_per_byte == pytest.approx(8 * size / 1003)
@@ -242,7 +243,8 @@ def test_a_manifest_names_no_file_outside_its_directory(prepared):
     name = manifest["units"][0]["train"]["file"]
     (prepared / name).rename(prepared.parent / name)
     manifest["units"][0]["train"]["file"] = f"../{name}"
-    manifest["sha256"] = shards._sha256_of(manifest)
+    del manifest["sha256"]
+    manifest = sealed(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=rf"{prepared.name}/{name}"):
         open_shards(prepared)
@@ -263,7 +265,8 @@ def test_more_files_than_a_shell_lets_a_process_open(prepared, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     manifest = json.loads((prepared / "manifest.json").read_text())
     manifest["units"] *= 40
-    manifest["sha256"] = shards._sha256_of(manifest)
+    del manifest["sha256"]
+    manifest = sealed(manifest)
     (prepared / "manifest.json").write_text(json.dumps(manifest))
     resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
     try:

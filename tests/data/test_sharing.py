@@ -44,7 +44,7 @@ def test_one_that_waits_can_give_up(config, place, caplog, monkeypatch):
 
     monkeypatch.setattr(module, place, meanwhile)
     prepare(config())
-    assert caplog.text.count("another process prepares the same text; waiting for it") == 1
+    assert caplog.text.count("waiting for another process that prepares the same text") == 1
 
 
 def test_one_that_waited_takes_what_was_made_meanwhile(config, monkeypatch):

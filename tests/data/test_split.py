@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
-from sheepop_jax.data.preprocess.split import HELD_OUT, LEFT_OUT, TRAIN, choose_split
+from sheepop_jax.data.preprocess.split import LEFT_OUT, TRAIN, VAL, choose_split
 from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.errors import InputError
 
@@ -56,7 +56,7 @@ def sides(spool_of):
         split = choose_split(spool, rule, val_fraction)
         found = ([], [])
         for segment in split.segments(spool):
-            found[segment.held_out].append("".join(spool.text(segment.start, segment.stop)))
+            found[segment.is_val].append("".join(spool.text(segment.start, segment.stop)))
         return found
 
     return make
@@ -80,15 +80,15 @@ class TestByDocument:
 
     @pytest.mark.parametrize("step", [0.03, 0.5, 0.97])
     def test_any_fraction(self, sides, step):
-        train, held_out = sides(TEXTS, val_fraction=step)
-        assert all(share(text) < step for text in held_out)
+        train, is_val = sides(TEXTS, val_fraction=step)
+        assert all(share(text) < step for text in is_val)
         assert all(share(text) >= step for text in train)
 
     def test_added_documents_move_none_across(self, sides):
-        train, held_out = sides(TEXTS[100:])
+        train, is_val = sides(TEXTS[100:])
         more_train, more_held_out = sides(TEXTS)
         assert set(train) <= set(more_train)
-        assert set(held_out) <= set(more_held_out)
+        assert set(is_val) <= set(more_held_out)
 
 
 class TestTail:
@@ -125,7 +125,7 @@ class TestTail:
         assert found == [(1, 5, 6, False, False), (1, 6, 10, True, True), (2, 10, 11, True, True)]
         found = [tuple(segment) for segment in split.segments(spool, 7, 9)]
         assert found == [(1, 7, 9, True, False)]
-        assert all(type(segment.held_out) is bool for segment in split.segments(spool))
+        assert all(type(segment.is_val) is bool for segment in split.segments(spool))
 
 
 class TestAuto:
@@ -145,9 +145,9 @@ class TestAuto:
         [(3999, "tail"), (4000, "document"), (19_000, "document"), (19_001, "tail")],
     )
     def test_half_and_twice_the_fraction_of_the_bytes(self, spool_of, kept_bytes, rule):
-        def text(num_bytes, held_out):
+        def text(num_bytes, is_val):
             texts = (f"{i:05}".ljust(num_bytes - 2, "x") + "\u00e9" for i in range(999))
-            return next(text for text in texts if (share(text) < 0.1) == held_out)
+            return next(text for text in texts if (share(text) < 0.1) == is_val)
 
         # The 1000 bytes that the hash holds out are 0.2 or 0.05 of all, or just beyond that.
         assert self.rules(spool_of, [text(1000, True), text(kept_bytes, False)]) == [rule]
@@ -176,9 +176,9 @@ class TestOwnSplit:
         assert sides(*self.SOURCES, rule="source") == (["a" * 50, "c" * 30, "d" * 30], ["b"])
 
     def test_auto_has_a_rule_for_each_source(self, sides):
-        train, held_out = sides(*self.SOURCES, rule="auto")
+        train, is_val = sides(*self.SOURCES, rule="auto")
         assert train == ["a" * 50, "c" * 30, "d" * 24]
-        assert held_out == ["b", "d" * 6]
+        assert is_val == ["b", "d" * 6]
 
     @pytest.mark.parametrize("rule", ["tail", "document"])
     def test_left_out_where_it_is_not_asked_for(self, spool_of, rule):
@@ -197,17 +197,17 @@ class TestDuplicates:
             split = choose_split(spool, "tail", 0.5)
         assert np.flatnonzero(split.side == LEFT_OUT).tolist() == [2, 4, 5, 6]
         assert split.duplicates == 4
-        assert "4 documents left out: equal to another" in caplog.text
+        assert "removed 4 duplicate documents" in caplog.text
 
     @pytest.mark.parametrize("rule", ["source", "auto"])
     def test_one_that_its_source_holds_out_is_preferred(self, spool_of, rule):
         spool = spool_of(["a", "b", "x", "yy"], [Held("b"), Held("b"), "b", "z", Held("x")])
         split = choose_split(spool, "source", 0.1)
-        (second,) = np.flatnonzero((spool.documents["source"] == 1) & (split.side == HELD_OUT))[:1]
+        (second,) = np.flatnonzero((spool.documents["source"] == 1) & (split.side == VAL))[:1]
         assert split.side.tolist() == [TRAIN, LEFT_OUT, LEFT_OUT, TRAIN] + [
-            HELD_OUT,
+            VAL,
             LEFT_OUT,
-            HELD_OUT,
+            VAL,
             LEFT_OUT,
             TRAIN,
         ]
@@ -215,9 +215,9 @@ class TestDuplicates:
         assert second == 4
 
     def test_no_held_out_text_is_trained_on(self, sides):
-        train, held_out = sides(TEXTS + TEXTS[:50], TEXTS[20:90] + ["x", "y"], rule="tail")
-        assert len(train) + len(held_out) <= len(TEXTS) + 2 + 2
-        assert not set(train) & set(held_out)
+        train, is_val = sides(TEXTS + TEXTS[:50], TEXTS[20:90] + ["x", "y"], rule="tail")
+        assert len(train) + len(is_val) <= len(TEXTS) + 2 + 2
+        assert not set(train) & set(is_val)
 
     def test_half_of_a_digest_is_not_enough(self, spool_of):
         spool = spool_of(["a", "b", "c"])
@@ -252,14 +252,14 @@ def test_segments_of_any_partition_are_those_of_the_whole(spool_of, texts, rule,
     for start, stop in zip(borders, borders[1:], strict=False):
         for segment in split.segments(spool, start, stop):
             assert start <= segment.start < segment.stop <= stop
-            assert segment.held_out in (True, False)
+            assert segment.is_val in (True, False)
             if segment.begins:
                 joined.append(segment)
             else:
                 last = joined[-1]
-                assert (last.document, last.held_out, last.stop) == (
+                assert (last.document, last.is_val, last.stop) == (
                     segment.document,
-                    segment.held_out,
+                    segment.is_val,
                     segment.start,
                 )
                 joined[-1] = last._replace(stop=segment.stop)
@@ -269,7 +269,9 @@ def test_segments_of_any_partition_are_those_of_the_whole(spool_of, texts, rule,
 class TestRefused:
     @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
     def test_an_empty_part_by_document(self, spool_of, fraction):
-        said = r"data\.val_fraction: .*\(by document: 211 documents, 10,504 bytes\); try data\.val_"
+        said = (
+            r"data\.val_fraction: .*\(by document: 211 documents, 10,504 bytes\); try `data\.val_"
+        )
         with pytest.raises(InputError, match=said):
             choose_split(spool_of(TEXTS), "document", fraction)
 
@@ -284,7 +286,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("rule", ["source", "auto"])
     def test_nothing_but_a_validation_split(self, spool_of, rule):
-        with pytest.raises(InputError, match=r"^data\.val_split: .*text to train on beside"):
+        with pytest.raises(InputError, match=r"^data\.val_split: .*training text besides"):
             choose_split(spool_of([Held("a"), "a", Held("b")]), rule, 0.1)
 
     def test_nothing_but_a_validation_split_that_is_not_used(self, spool_of):
@@ -301,8 +303,8 @@ class TestRefused:
             choose_split(spool_of(first, second), rule, 0.1)
 
     def test_a_source_of_a_mixture_that_is_one_cut_document_is_good(self, sides):
-        train, held_out = sides(["a" * 10], ["b" * 10], rule="tail", val_fraction=0.2)
-        assert (train, held_out) == (["a" * 8, "b" * 8], ["a" * 2, "b" * 2])
+        train, is_val = sides(["a" * 10], ["b" * 10], rule="tail", val_fraction=0.2)
+        assert (train, is_val) == (["a" * 8, "b" * 8], ["a" * 2, "b" * 2])
 
 
 def test_what_is_held_out_is_told(spool_of, caplog):
@@ -311,5 +313,5 @@ def test_what_is_held_out_is_told(spool_of, caplog):
     assert [record.message for record in caplog.records] == [
         "data: s0: 1 documents, split by tail",
         "data: s1: 2 documents, split by source",
-        "data: 3 documents, 1.00 MB; held out by tail, source: 25.0% of the bytes",
+        "data: 3 documents, 1.00 MB; validation split by tail, source: 25.0% of the bytes",
     ]

@@ -93,7 +93,7 @@ class TestIndex:
         assert spool.starts.dtype == np.int64
         assert spool.documents["chars"].tolist() == list(map(len, whole))
         assert spool.documents["source"].tolist() == [0, 0, 0, 1]
-        assert spool.documents["held_out"].tolist() == [False, True, False, False]
+        assert spool.documents["is_val"].tolist() == [False, True, False, False]
         digests = [hashlib.sha256(content).digest() for content in contents]
         assert [row.tobytes() for row in spool.documents["digest"]] == [d[:16] for d in digests]
         assert spool.num_bytes == sum(sizes)
@@ -166,16 +166,18 @@ class TestLeftOut:
     @pytest.mark.parametrize(
         "corpora, said",
         [
-            ([Memory()], r"\(what was found: nothing\)$"),
-            ([Memory("", " ")], r"\(what was found: 2 empty or only white space\)$"),
-            ([Memory([SkipDocument("x")], skipped={"y": 3})], r"\(what was found: 3 y, 1 x\)$"),
-            ([Memory("one"), Memory()], r"\(what was found: nothing\)$"),
+            ([Memory()], r"\(found: nothing\)$"),
+            ([Memory("", " ")], r"\(found: 2 empty or only white space\)$"),
+            ([Memory([SkipDocument("x")], skipped={"y": 3})], r"\(found: 3 y, 1 x\)$"),
+            ([Memory("one"), Memory()], r"\(found: nothing\)$"),
         ],
     )
     def test_no_text_is_an_error(self, spool_of, tmp_path, corpora, said):
         with pytest.raises(InputError, match=said) as caught:
             spool_of(*corpora, directory=tmp_path)
-        assert str(caught.value).startswith("data.path: got 'some/where'; expected text (")
+        assert str(caught.value).startswith(
+            "data.path: got 'some/where'; expected a source with text ("
+        )
         assert not (tmp_path / "spool.json").exists()
 
 
@@ -183,7 +185,7 @@ class TestSurrogates:
     BAD = ["\ufeffa\U0001f411\ud83d", "b\udc11\udc11c", "\ud83d\udc11"]
 
     def test_strict_names_document_and_code_point(self, spool_of):
-        with pytest.raises(InputError, match=r"^#2: got 'U\+D83D'; .*encoding_errors=replace$"):
+        with pytest.raises(InputError, match=r"^#2: got 'U\+D83D'; .*encoding_errors=replace`$"):
             spool_of(Memory("one", self.BAD))
 
     def test_replaced_by_choice(self, spool_of):
@@ -194,7 +196,7 @@ class TestSurrogates:
     def test_skipped_by_choice(self, spool_of):
         spool = spool_of(Memory("one", ["x", *self.BAD], "two"), encoding_errors="skip")
         assert texts_of(spool) == ["one", "two"]
-        assert spool.sources[0]["skipped"] == {"not Unicode (half a surrogate pair)": 1}
+        assert spool.sources[0]["skipped"] == {"not Unicode (lone surrogate)": 1}
 
 
 class TestMaxBytes:
@@ -226,7 +228,7 @@ class TestMaxBytes:
         spool = spool_of(Memory("abc", "  x", "d"), max_bytes=5)
         assert texts_of(spool) == ["abc"]
         assert spool.sources[0]["skipped"] == {}
-        with pytest.raises(InputError, match="expected text"):
+        with pytest.raises(InputError, match="expected a source with text"):
             spool_of(Memory("\u20ac", "d"), max_bytes=1)
 
     def test_it_is_for_each_source_and_for_text_to_train_on(self, spool_of):
@@ -413,7 +415,7 @@ def test_one_long_line_takes_little_memory(spool_of, tmp_path):
         sizes = [0, 0]
         for segment in split.segments(spool):
             for text in spool.text(segment.start, segment.stop):
-                sizes[segment.held_out] += len(text.encode())
+                sizes[segment.is_val] += len(text.encode())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -23,9 +23,9 @@ import pytest
 from configs import base
 from sheepop_jax import faults, pipeline
 from sheepop_jax.checkpoint import storage
-from sheepop_jax.checkpoint.checkpoints import Checkpoints
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.config.schema import Config
-from sheepop_jax.runtime.platform import Runtime
+from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training import loop, resume
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,14 +60,14 @@ FIELDS = {
 
 # Everything that the tests read in the log. Change a pattern here when its message changes.
 SAVED = re.compile(r"^saved step (\d+)$", re.M)
-RESUMED = re.compile(r"^going on from step (\d+)$", re.M)
-FRESH = re.compile(r"^no checkpoint yet", re.M)
+RESUMED = re.compile(r"^resuming from step (\d+)$", re.M)
+FRESH = re.compile(r"^no checkpoint: starting at step 0", re.M)
 STEP = re.compile(r"^step (\d+)/\d+", re.M)
-EVALUATED = re.compile(r"^step \d+  held-out", re.M)
-FINISHED_BEFORE = re.compile(r"^nothing to do", re.M)
+EVALUATED = re.compile(r"^step \d+  validation", re.M)
+FINISHED_BEFORE = re.compile(r"^training is complete", re.M)
 DAMAGED = re.compile(r"damaged")
-CHANGED = re.compile(r"^changed since the run began: (\S+) ", re.M)
-STOPPED_BY_ANOTHER = re.compile(r"^another process is to stop", re.M)
+CHANGED = re.compile(r"^changed since the run started: (\S+) ", re.M)
+STOPPED_BY_ANOTHER = re.compile(r"^another process received a stop signal", re.M)
 
 
 def fault_names():
@@ -218,7 +218,9 @@ class Here:
                 patch.setattr(loop, "draw_curve", lambda directory: None)
                 patch.setattr(faults, "observer", observer(result) if observer else None)
                 if observer:
-                    patch.setattr(Checkpoints, "_commit", observer.alone(Checkpoints._commit))
+                    patch.setattr(
+                        CheckpointSaver, "_commit", observer.alone(CheckpointSaver._commit)
+                    )
                 machine = Runtime("cpu", "cpu", self.devices, 0.0)
                 pipeline.train(Config.from_dict(config), workdir, machine)
         finally:

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
+from sheepop_jax.checkpoint.checkpoints import DamagedCheckpoint
 from sheepop_jax.checkpoint.inventory import inventory
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
@@ -29,7 +30,7 @@ def remove(path):
 
 @pytest.fixture(scope="module")
 def begin(make_config):
-    """Checkpoints → the state that a run would begin with."""
+    """CheckpointSaver → the state that a run would begin with."""
     config = make_config({"model.d_model": 12, "model.d_ff": 7, "model.num_layers": 1})
     model = Transformer(config.model, 31)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 9))
@@ -54,8 +55,8 @@ def assert_same(first, second):
 
 
 def saved_files(begin, tmp_path):
-    """Checkpoints of steps 2 and 4, their states, and the names of the files of step 4."""
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    """CheckpointSaver of steps 2 and 4, their states, and the names of the files of step 4."""
+    checkpoints = CheckpointSaver(tmp_path, keep=2)
     fresh = begin(checkpoints)
     two, four = at_step(fresh, 2), at_step(fresh, 4)
     checkpoints.save(two, {})
@@ -81,7 +82,7 @@ def check_damage(begin, checkpoints, two, four, name, damage, caplog):
     assert_same(begin(checkpoints), two)
     assert checkpoints.steps() == [2]
     assert str(name) in caplog.text
-    [aside] = [item for item in inventory(checkpoints) if item.quarantine]
+    [aside] = [item for item in inventory(checkpoints) if item.quarantined]
     assert aside.step == 4 and str(root / name) in aside.damage
 
     checkpoints.save(four, {})
@@ -117,7 +118,7 @@ def test_damage_to_any_file_costs_one_checkpoint_and_no_more(begin, tmp_path, ca
 
 
 def test_all_damaged_is_an_error_and_never_a_fresh_start(begin, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = CheckpointSaver(tmp_path, keep=2)
     fresh = begin(checkpoints)
     for step in (2, 4):
         checkpoints.save(at_step(fresh, step), {})

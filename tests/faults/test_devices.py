@@ -1,6 +1,10 @@
 """A run that resumes with another number of devices: the same batches, the same losses."""
 
+import pytest
+
 from tests.faults.harness import Here, Snapshots, largest_difference, log_of
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 # Sums over a batch that is split have another order; measured 1e-6 and less.
 TOLERANCE = 1e-5

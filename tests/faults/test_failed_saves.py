@@ -11,18 +11,18 @@ import jax
 import pytest
 
 from sheepop_jax.checkpoint import storage
-from sheepop_jax.checkpoint.checkpoints import Checkpoints, SaveFailed
+from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
 from tests.faults.harness import ROOT, environment, outcome
 
 # From the first save on: the compile cache may be written before.
 FULL = """
 import resource
-from sheepop_jax.checkpoint.checkpoints import Checkpoints
-save = Checkpoints.save
+from sheepop_jax.checkpoint.saver import CheckpointSaver
+save = CheckpointSaver.save
 def full(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
     save(*arguments)
-Checkpoints.save = full
+CheckpointSaver.save = full
 """
 
 
@@ -45,7 +45,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_it_can_go_on(
     here, undisturbed, snapshots, tmp_path
 ):
     workdir = shutil.copytree(snapshots["after-rename", 2].path, tmp_path / "run")
-    save = Checkpoints.save
+    save = CheckpointSaver.save
 
     def poisoned(self, state, figures):
         bad = jax.numpy.nan if state.step == 6 else 1
@@ -53,7 +53,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_it_can_go_on(
         save(self, dataclasses.replace(state, params=params), figures)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", poisoned)
+        patch.setattr(CheckpointSaver, "save", poisoned)
         with pytest.raises(SaveFailed, match="00000006.*not finite"):
             here.run(workdir)
     assert here.run(workdir).began_at == 4
@@ -88,7 +88,7 @@ def test_with_debug_nothing_is_kept_back(monkeypatch):
 
 def test_writes_that_never_began_are_not_warned_of():
     """Which of orbax's writes have begun when the disk is full hangs on the clock."""
-    code = "from sheepop_jax.training import storage\nasync def write(): pass\nHUSH\nwrite()\n"
+    code = "from sheepop_jax.checkpoint import storage\nasync def write(): pass\nHUSH\nwrite()\n"
     for hush, expected in (("storage._hush_orbax()", ""), ("pass", "never awaited")):
         result = subprocess.run(
             [sys.executable, "-c", code.replace("HUSH", hush)],

@@ -9,7 +9,7 @@ import jax
 import optax
 import pytest
 
-from sheepop_jax.checkpoint.checkpoints import Checkpoints
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.data.loader import TrainBatches
 from sheepop_jax.training import loop
 from tests.faults.conftest import POINTS
@@ -23,6 +23,8 @@ from tests.faults.harness import (
     fault_names,
     outcome,
 )
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 KILLS = int(os.environ.get("SHEEPOP_JAX_KILLS", "4"))
 
@@ -149,7 +151,7 @@ def shifted_cursor(patch):
 
 def zeroed_count(patch):
     """Adam's count of updates, which corrects its bias, begins anew."""
-    restore = Checkpoints.restore
+    restore = CheckpointSaver.restore
 
     def is_adam(x):
         return isinstance(x, optax.ScaleByAdamState)
@@ -167,7 +169,7 @@ def zeroed_count(patch):
         assert found
         return dataclasses.replace(state, opt_state=opt_state)
 
-    patch.setattr(Checkpoints, "restore", zeroed)
+    patch.setattr(CheckpointSaver, "restore", zeroed)
 
 
 @pytest.mark.parametrize("wrong", [dropped_rng, shifted_cursor, zeroed_count])

@@ -24,9 +24,8 @@ def model_and_params(
 
 @pytest.fixture(scope="module")
 def rows(model_and_params: tuple[Transformer, Any]) -> list[benchmark.Row]:
-    return benchmark.benchmark(
-        *model_and_params, prompt_lengths=[3, 11], batch_sizes=[2], new_tokens=5, repeats=2
-    )
+    config = benchmark.BenchmarkConfig([3, 11], [2], new_tokens=5, repeats=2)
+    return benchmark.benchmark(*model_and_params, config)
 
 
 def test_rows(model_and_params: tuple[Transformer, Any], rows: list[benchmark.Row]) -> None:
@@ -64,11 +63,11 @@ def test_tokens_of_the_slow_way_are_greedy(model_and_params: tuple[Transformer, 
 @pytest.mark.parametrize(
     ("change", "field", "got"),
     [
-        ({"prompt_lengths": [0]}, "--prompt_lengths", [0]),
-        ({"batch_sizes": []}, "--batch_sizes", []),
-        ({"new_tokens": 0}, "--new_tokens", [0]),
-        ({"repeats": 0}, "--repeats", [0]),
-        ({"prompt_lengths": [3, 27]}, "--max_new_tokens", 5),
+        ({"prompt_lengths": [0]}, "prompt_lengths", [0]),
+        ({"batch_sizes": []}, "batch_sizes", []),
+        ({"new_tokens": 0}, "new_tokens", [0]),
+        ({"repeats": 0}, "repeats", [0]),
+        ({"prompt_lengths": [3, 27]}, "max_new_tokens", 5),
     ],
 )
 def test_bad_settings(
@@ -77,7 +76,8 @@ def test_bad_settings(
     """Refused before anything is compiled."""
     settings = {"prompt_lengths": [3], "batch_sizes": [1], "new_tokens": 5, "repeats": 1}
     with pytest.raises(InputError) as error:
-        benchmark.benchmark(*model_and_params, **{**settings, **change})
+        config = benchmark.BenchmarkConfig(**{**settings, **change})
+        benchmark.benchmark(*model_and_params, config)
     assert (error.value.field, error.value.got) == (field, got)
 
 
@@ -99,4 +99,4 @@ def test_report(rows: list[benchmark.Row], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as error:
         benchmark_report.write_results(rows, tmp_path / "file" / "bench", {})
-    assert error.value.field == "--out"
+    assert error.value.field == "out"

@@ -12,8 +12,13 @@ import pytest
 from scipy import stats
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.engine import NO_END, Completion, decode, generate
-from sheepop_jax.generation.layout import bucket, build_request
+from sheepop_jax.generation.engine import (
+    NO_END,
+    Completion,
+    bucket,
+    build_request,
+    decode,
+)
 from sheepop_jax.generation.requests import (
     SamplingConfig,
     new_token_limit,
@@ -22,6 +27,9 @@ from sheepop_jax.generation.requests import (
 )
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
 from tests import reference
+from tests.writing import generate
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 VOCAB = 307
 GREEDY = SamplingConfig(0.0)
@@ -312,7 +320,7 @@ def test_bad_ids_and_bad_logits(build: Build) -> None:
             max_new_tokens=9,
             num_samples=2,
         )
-    assert error.value.field == "parameters" and "not numbers" in error.value.got
+    assert error.value.field == "parameters" and "NaN logits" in error.value.got
 
 
 def test_context_rules(build: Build) -> None:
@@ -321,7 +329,7 @@ def test_context_rules(build: Build) -> None:
     prompt = list(range(25))
     with pytest.raises(InputError) as error:
         generate(model, params, [prompt], sampling=GREEDY, end_of_text=0, max_new_tokens=5)
-    assert (error.value.field, error.value.got) == ("--max_new_tokens", 5)
+    assert (error.value.field, error.value.got) == ("max_new_tokens", 5)
     assert "at most 4" in error.value.expected
     for length in (29, 30):
         with pytest.raises(InputError) as error:
@@ -334,7 +342,7 @@ def test_context_rules(build: Build) -> None:
     assert new_token_limit(3, 997, 1000) == 997
     with pytest.raises(InputError) as error:
         new_token_limit(3, -1, 29)
-    assert (error.value.field, error.value.got) == ("--max_new_tokens", -1)
+    assert (error.value.field, error.value.got) == ("max_new_tokens", -1)
 
 
 def test_truncate_left() -> None:
@@ -349,7 +357,7 @@ def test_truncate_left() -> None:
     assert truncate_left(ids, 28, 29) == ids[-1:]
     with pytest.raises(InputError) as error:
         truncate_left(ids, 29, 29)
-    assert (error.value.field, error.value.got) == ("--max_new_tokens", 29)
+    assert (error.value.field, error.value.got) == ("max_new_tokens", 29)
     assert "at most 28" in error.value.expected
 
 
@@ -361,13 +369,13 @@ def test_raising_the_context(make_config: Callable[..., Any]) -> None:
         if position == "learned":
             with pytest.raises(InputError) as error:
                 resolve_context(config, 30)
-            assert (error.value.field, error.value.got) == ("--context", 30)
+            assert (error.value.field, error.value.got) == ("context", 30)
             assert "29" in error.value.expected
         else:
             assert resolve_context(config, 30) == 30
     with pytest.raises(InputError) as error:
         resolve_context(config, 1)
-    assert (error.value.field, error.value.got) == ("--context", 1)
+    assert (error.value.field, error.value.got) == ("context", 1)
 
 
 def test_buckets() -> None:

@@ -1,6 +1,5 @@
 """Weights as int8: how far they move, what the compiled loop reads, and what quality it costs."""
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +13,17 @@ import pytest
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import PackingConfig
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.evaluation import evaluate_stream
-from sheepop_jax.generation.engine import NO_END, decode, generate
-from sheepop_jax.generation.layout import build_request
-from sheepop_jax.model.quantize import Quantized, dot_general, quantized
+from sheepop_jax.evaluation import Evaluator
+from sheepop_jax.generation.engine import NO_END, build_request, decode
+from sheepop_jax.model.linear import Quantized, dot_general, quantized
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
 from sheepop_jax.training.step import init_state, make_train_step
 from tests import reference
 from tests.generation.conftest import VOCAB
 from tests.generation.test_decode import GREEDY, PROMPTS, Build, uncached
+from tests.writing import generate
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 OPTIONS: list[dict[str, Any]] = [
     {"model.position": "rope"},  # 6 query heads, 3 key/value heads, tied
@@ -179,7 +180,7 @@ def trained(make_config: Callable[..., Any]) -> tuple[Transformer, Any, TokenStr
     rows[0] = generator.integers(0, VOCAB, 300)
     for t in range(1, len(rows)):
         rows[t] = after[rows[t - 1], generator.choice(4, 300, p=[0.4, 0.3, 0.2, 0.1])]
-    text, held_out = rows.T[:290].reshape(-1), rows.T[290:].reshape(-1)
+    text, is_val = rows.T[:290].reshape(-1), rows.T[290:].reshape(-1)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 200))
     step = jax.jit(make_train_step(model, optimizer, lambda step: jnp.float32(0), 0))
@@ -189,16 +190,16 @@ def trained(make_config: Callable[..., Any]) -> tuple[Transformer, Any, TokenStr
         tokens = text[window[:, None] + np.arange(30)][None]
         batch = Batch(tokens[..., :-1], tokens[..., 1:], np.ones(tokens[..., 1:].shape, np.float32))
         state, _ = step(state, batch)
-    return model, state.params, TokenStream.from_array(held_out, len(held_out), 1)
+    return model, state.params, TokenStream.from_array(is_val, len(is_val), 1)
 
 
 def test_held_out_loss_of_a_trained_model_is_within_half_a_percent(
     trained: tuple[Transformer, Any, TokenStream],
 ) -> None:
     model, params, stream = trained
-    evaluate = functools.partial(evaluate_stream, model, stream=stream, layout=PackingConfig(13, 0))
-    loss = evaluate(params=params, batch_size=16).loss
+    evaluate = Evaluator(model, stream, PackingConfig(13, 0), batch_size=16)
+    loss = evaluate(params).loss
     assert loss < 2.2  # it has learned: ln 307 is 5.7, the chains' own entropy 1.28
-    small = evaluate(params=quantized(params), batch_size=16).loss
+    small = evaluate(quantized(params)).loss
     assert small != loss
     assert small == pytest.approx(loss, rel=0.005)

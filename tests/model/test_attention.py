@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from sheepop_jax.model import attention as attn
+from sheepop_jax.model import kv_cache
+from sheepop_jax.model import positions as pos
 from tests import reference
 
 B, T, S, H, K, C = 2, 5, 7, 6, 2, 10
@@ -44,7 +46,7 @@ def test_choose_implementation(platform, dtype, head_dim, attention_dropout, exp
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
 def test_rope_tables_are_the_closed_form(theta):
     positions = np.array([[0, 1, 2], [3, 11, 400]], np.int32)
-    cos, sin = attn.rope_tables(jnp.asarray(positions), C, theta)
+    cos, sin = pos.rope_tables(jnp.asarray(positions), C, theta)
     angles = [
         [[p * theta ** (-2 * i / C) for i in range(C // 2)] for p in row] for row in positions
     ]
@@ -62,7 +64,7 @@ def test_rope_is_a_product_of_complex_numbers():
 
     @jax.jit
     def rotate(positions):
-        return attn.apply_rope(x_BTHC, *attn.rope_tables(positions, C, 10000.0))
+        return pos.apply_rope(x_BTHC, *pos.rope_tables(positions, C, 10000.0))
 
     firsts = (3, 17)
     positions_BT = jnp.asarray(firsts)[:, None] + jnp.arange(T)
@@ -78,20 +80,20 @@ def test_rope_is_a_product_of_complex_numbers():
 
 def test_rope_in_bf16_is_the_fp32_rotation_rounded_once():
     x_BTHC = normal(B, T, H, C).astype(jnp.bfloat16)
-    tables = attn.rope_tables(100 + jnp.arange(T), C, 10000.0)
-    rotated_BTHC = attn.apply_rope(x_BTHC, *tables)
+    tables = pos.rope_tables(100 + jnp.arange(T), C, 10000.0)
+    rotated_BTHC = pos.apply_rope(x_BTHC, *tables)
     assert rotated_BTHC.dtype == jnp.bfloat16
-    expected_BTHC = attn.apply_rope(x_BTHC.astype(jnp.float32), *tables).astype(jnp.bfloat16)
+    expected_BTHC = pos.apply_rope(x_BTHC.astype(jnp.float32), *tables).astype(jnp.bfloat16)
     np.testing.assert_array_equal(
         rotated_BTHC.astype(jnp.float32), expected_BTHC.astype(jnp.float32)
     )
 
 
 def test_sinusoidal_is_the_closed_form():
-    table_TD = attn.sinusoidal_embedding(jnp.arange(11), 14)
+    table_TD = pos.sinusoidal_embedding(jnp.arange(11), 14)
     assert table_TD.dtype == jnp.float32
     np.testing.assert_allclose(table_TD, reference.sinusoids(11, 14), atol=2e-6)
-    rows_BTD = attn.sinusoidal_embedding(jnp.array([[0, 1], [7, 10]]), 14)
+    rows_BTD = pos.sinusoidal_embedding(jnp.array([[0, 1], [7, 10]]), 14)
     np.testing.assert_array_equal(rows_BTD, np.asarray(table_TD)[[[0, 1], [7, 10]]])
 
 
@@ -106,10 +108,10 @@ SEGMENTS = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 2, 3]], np.int3
 
 
 def test_segment_positions_are_a_literal_table():
-    positions = attn.segment_positions(jnp.asarray(SEGMENTS))
-    assert positions.dtype == jnp.int32
+    positions_BT = pos.segment_positions(jnp.asarray(SEGMENTS))
+    assert positions_BT.dtype == jnp.int32
     expected = [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 0, 1, 0, 0]]
-    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_array_equal(positions_BT, expected)
 
 
 def test_segment_mask_is_a_literal_table():
@@ -315,13 +317,13 @@ def test_the_cudnn_call_means_causal_attention(monkeypatch):
     )
 
 
-def cache_of(start: list[int], index: int, slots: int = 5) -> attn.Cache:
-    cache = attn.init_cache(2, jnp.array(start, jnp.int32), slots, K, C, jnp.float32)
+def cache_of(start: list[int], index: int, slots: int = 5) -> kv_cache.Cache:
+    cache = kv_cache.init_cache(2, jnp.array(start, jnp.int32), slots, K, C, jnp.float32)
     return dataclasses.replace(cache, index=jnp.int32(index))
 
 
 def test_a_new_cache():
-    cache = attn.init_cache(3, jnp.array([0, 2], jnp.int32), 5, K, C, jnp.bfloat16)
+    cache = kv_cache.init_cache(3, jnp.array([0, 2], jnp.int32), 5, K, C, jnp.bfloat16)
     assert len(cache.keys) == len(cache.values) == 3
     for layer in cache.keys + cache.values:
         assert layer.shape == (2, 5, K, C) and layer.dtype == jnp.bfloat16
@@ -356,9 +358,9 @@ def test_cache_mask_is_a_literal_table():
 def test_write_cache_writes_the_rows_and_nothing_else():
     buffer_BSKC = normal(B, S, K, C)
     rows_BTKC = normal(B, 2, K, C, seed=1)
-    written_BSKC = attn.write_cache(buffer_BSKC, rows_BTKC, jnp.int32(3))
+    written_BSKC = kv_cache.write_cache(buffer_BSKC, rows_BTKC, jnp.int32(3))
     expected_BSKC = np.array(buffer_BSKC)
     expected_BSKC[:, 3:5] = rows_BTKC
     np.testing.assert_array_equal(written_BSKC, expected_BSKC)
-    half = attn.write_cache(buffer_BSKC.astype(jnp.bfloat16), rows_BTKC, jnp.int32(0))
+    half = kv_cache.write_cache(buffer_BSKC.astype(jnp.bfloat16), rows_BTKC, jnp.int32(0))
     assert half.dtype == jnp.bfloat16

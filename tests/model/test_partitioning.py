@@ -74,11 +74,11 @@ def test_a_mesh_that_leaves_out_or_lacks_devices_is_refused(sizes):
 @pytest.mark.parametrize(
     ("sizes", "overrides", "field", "got", "axes"),
     [
-        ((4, 2, 1), {"train.batch_size": 4}, "train.batch_size", 4, "data x fsdp = 8"),
-        ((1, 8, 1), {"train.batch_size": 8}, "model.d_model", 60, "fsdp = 8"),
-        ((1, 1, 8), {}, "model.num_heads", 6, "tensor = 8"),
-        ((4, 1, 2), {"model.num_kv_heads": 3}, "model.num_kv_heads", 3, "tensor = 2"),
-        ((4, 1, 2), {"model.d_ff": 79}, "model.d_ff", 79, "tensor = 2"),
+        ((4, 2, 1), {"train.batch_size": 4}, "train.batch_size", 4, "8 (mesh size data x fsdp)"),
+        ((1, 8, 1), {"train.batch_size": 8}, "model.d_model", 60, "8 (mesh size fsdp)"),
+        ((1, 1, 8), {}, "model.num_heads", 6, "8 (mesh size tensor)"),
+        ((4, 1, 2), {"model.num_kv_heads": 3}, "model.num_kv_heads", 3, "2 (mesh size tensor)"),
+        ((4, 1, 2), {"model.d_ff": 79}, "model.d_ff", 79, "2 (mesh size tensor)"),
     ],
 )
 def test_check_mesh_names_the_field_and_the_rule(make_config, sizes, overrides, field, got, axes):

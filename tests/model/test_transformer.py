@@ -11,9 +11,9 @@ import pytest
 from flax import linen as nn
 
 from sheepop_jax.model import attention as attn
+from sheepop_jax.model import feed_forward, kv_cache
 from sheepop_jax.model import transformer as tf
-from sheepop_jax.model.dropout import dropout
-from sheepop_jax.model.transformer import ATTENTION_WEIGHTS
+from sheepop_jax.model.dropout import ATTENTION_WEIGHTS, dropout
 from tests import reference
 
 VOCAB = 131  # padded to 256
@@ -79,10 +79,10 @@ def jit_hidden(model, **options):
     return hidden
 
 
-def empty_cache(model, start, slots, dtype=jnp.float32) -> attn.Cache:
+def empty_cache(model, start, slots, dtype=jnp.float32) -> kv_cache.Cache:
     cfg = model.config
     start_B = jnp.asarray(start, jnp.int32)
-    return attn.init_cache(cfg.num_layers, start_B, slots, cfg.kv_heads, cfg.head_dim, dtype)
+    return kv_cache.init_cache(cfg.num_layers, start_B, slots, cfg.kv_heads, cfg.head_dim, dtype)
 
 
 def relative_error(got, expected) -> float:
@@ -111,7 +111,7 @@ def test_activations_are_the_closed_form(activation):
     expected = reference.ACTIVATIONS[activation](x)
     step = 1e-4
     slope = (reference.ACTIVATIONS[activation](x + step) - expected) / step
-    value_and_slope = jax.vmap(jax.value_and_grad(lambda x: tf.activate(x, activation)))
+    value_and_slope = jax.vmap(jax.value_and_grad(lambda x: feed_forward.activate(x, activation)))
     value, found = jax.jit(value_and_slope)(jnp.float32(x))
     np.testing.assert_allclose(value, expected, atol=1e-6)
     off_the_kink = x != 0  # of relu
@@ -121,13 +121,13 @@ def test_activations_are_the_closed_form(activation):
 def test_gelu_in_bf16_loses_no_more_than_its_input_and_output():
     x = jnp.linspace(-4, 4, 801, dtype=jnp.bfloat16)
     expected = reference.ACTIVATIONS["gelu"](np.asarray(x, np.float64))
-    found = np.asarray(tf.activate(x, "gelu"), np.float64)
+    found = np.asarray(feed_forward.activate(x, "gelu"), np.float64)
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-6)
 
 
 def test_what_the_configuration_refuses_the_model_does_not_guess(make_model):
     with pytest.raises(ValueError, match="swish"):
-        tf.activate(jnp.zeros(1), "swish")
+        feed_forward.activate(jnp.zeros(1), "swish")
     model = make_model()
     config = dataclasses.replace(model.config)
     object.__setattr__(config, "position", "alibi")  # past the configuration's own rules
@@ -236,10 +236,10 @@ def test_a_packed_window_is_its_documents_alone(make_model, random_params, posit
 
 def test_segments_are_refused_where_they_would_be_ignored(make_model):
     model, key = make_model({"model.num_layers": 1}), jax.random.key(0)
-    with pytest.raises(ValueError, match="segments with a cache"):
+    with pytest.raises(ValueError, match="segments are not supported with a cache"):
         cache = empty_cache(model, [0] * B, slots=T)
         jax.eval_shape(model.init, key, token_ids(), cache, None, SEGMENTS_BT)
-    with pytest.raises(ValueError, match="segments with cuDNN"):
+    with pytest.raises(ValueError, match="segments are not supported with cuDNN"):
         on_cudnn = model.copy(implementation="cudnn")
         jax.eval_shape(on_cudnn.init, key, token_ids(), None, None, SEGMENTS_BT)
 
@@ -568,7 +568,7 @@ def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attn, "CAUSAL_BLOCK", 4)
-        patch.setattr(tf, "dropout", record)
+        patch.setattr(attn, "dropout", record)
         keys_B = jax.random.split(jax.random.key(0), B)
         jax.eval_shape(model.init, keys_B[0], token_ids(), None, keys_B)
     sites = [site for ndim, site in drawn if ndim == 5]

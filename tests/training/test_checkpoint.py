@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, pruned, and never the wrong one."""
+"""CheckpointSaver: whole or absent, verified, pruned, and never the wrong one."""
 
 import dataclasses
 import json
@@ -15,12 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sheepop_jax.checkpoint import host_copy, storage
-from sheepop_jax.checkpoint.checkpoints import REASON, Checkpoints, SaveFailed
+from sheepop_jax.checkpoint import host_copy, saver, storage
+from sheepop_jax.checkpoint.checkpoints import (
+    FORMAT,
+    MANIFEST,
+    REASON,
+    DamagedCheckpoint,
+    file_names,
+)
 from sheepop_jax.checkpoint.inventory import delete, inventory, keep_only
-from sheepop_jax.checkpoint.manifest import MANIFEST, DamagedCheckpoint, digests, write_manifest
+from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
+from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.errors import InputError
-from sheepop_jax.training.step import TrainState
+from sheepop_jax.files import sealed, sha256_of_file, write_atomic
 
 
 def make_state(step, seed=0):
@@ -52,7 +59,7 @@ def save_all(checkpoints, steps, losses=None):
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = CheckpointSaver(tmp_path, keep=3)
     save_all(checkpoints, [5, 8])
     for step in (5, 8):
         state = make_state(step, seed=step)
@@ -69,7 +76,7 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
         write(*arguments)
 
     monkeypatch.setattr(storage, "write", late)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     big = {"kernel": jnp.arange(1 << 20, dtype=jnp.float32)}
     state = TrainState(jnp.int32(3), jnp.int32(3), big, ())
@@ -85,7 +92,7 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = CheckpointSaver(tmp_path, keep=2)
     save_all(checkpoints, [1, 2, 3, 4, 5], {1: 3.0, 2: 1.5, 3: 2.0, 5: 1.6})
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best() == 2
@@ -94,14 +101,14 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 
 def test_order_is_by_step_number_not_by_time(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = CheckpointSaver(tmp_path, keep=3)
     save_all(checkpoints, [100, 20, 3])
     assert checkpoints.steps() == [3, 20, 100]
     assert checkpoints.resolve("latest") == 100
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     checkpoints.save(make_state(4, seed=1), {})
     checkpoints.save(make_state(4, seed=2), {})
     checkpoints.wait()
@@ -109,18 +116,18 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = CheckpointSaver(tmp_path, keep=3)
     save_all(checkpoints, [2, 7])
     for name in ("0", "best", "3", "newest", "-1"):
         with pytest.raises(InputError) as error:
             checkpoints.resolve(name)
-        assert (error.value.field, error.value.got) == ("--step", name)
+        assert (error.value.field, error.value.got) == ("step", name)
         assert "2, 7" in error.value.expected
 
 
 def test_no_checkpoint_at_all_is_an_error(tmp_path):
     with pytest.raises(InputError) as error:
-        Checkpoints(tmp_path / "nowhere").resolve("latest")
+        CheckpointSaver(tmp_path / "nowhere").resolve("latest")
     assert error.value.field == str(tmp_path / "nowhere")
 
 
@@ -139,7 +146,7 @@ def damage_delete(path):
 
 
 def test_every_damaged_file_is_detected(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "whole")
+    checkpoints = CheckpointSaver(tmp_path / "whole")
     save_all(checkpoints, [6])
     root = tmp_path / "whole" / "00000006"
     names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
@@ -157,19 +164,19 @@ def test_every_damaged_file_is_detected(tmp_path):
 
 
 def test_a_checkpoint_under_another_number_or_of_another_format_is_damaged(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     save_all(checkpoints, [6])
     (tmp_path / "00000006").rename(tmp_path / "00000009")
     with pytest.raises(DamagedCheckpoint, match="00000009"):
         checkpoints.verify(9)
     (tmp_path / "00000009").rename(tmp_path / "00000006")
-    monkeypatch.setattr("sheepop_jax.checkpoint.manifest.FORMAT", 2)
+    monkeypatch.setattr("sheepop_jax.checkpoint.checkpoints.FORMAT", 2)
     with pytest.raises(DamagedCheckpoint, match="format 1, not 2"):
         checkpoints.verify(6)
 
 
 def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=4)
+    checkpoints = CheckpointSaver(tmp_path, keep=4)
     save_all(checkpoints, [1, 2, 3, 4], {1: float("nan"), 2: 1.5, 3: 2.0, 4: float("-inf")})
     assert checkpoints.best() == 2
     (tmp_path / "00000002" / MANIFEST).write_text("{}")
@@ -180,15 +187,15 @@ def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
 
 
 def test_an_added_file_is_detected(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     save_all(checkpoints, [6])
     (tmp_path / "00000006" / "params" / "extra").write_text("x")
-    with pytest.raises(DamagedCheckpoint, match="extra: not a file of this checkpoint"):
+    with pytest.raises(DamagedCheckpoint, match="extra: not in the manifest"):
         checkpoints.verify(6)
 
 
 def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     save_all(checkpoints, [6])
     (tmp_path / "00000006" / MANIFEST).unlink()
     with pytest.raises(DamagedCheckpoint):
@@ -204,20 +211,20 @@ def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
 def test_unfinished_saves_do_not_count_and_are_swept(tmp_path):
     (tmp_path / ".pending-00000009" / "params").mkdir(parents=True)
     (tmp_path / ".deleted-00000001").mkdir()
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     assert checkpoints.steps() == []
     save_all(checkpoints, [2])
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["00000002"]
 
 
 def test_a_failed_save_is_raised_and_costs_no_older_checkpoint(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointSaver(tmp_path, keep=1)
     save_all(checkpoints, [2])
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(saver, "write_atomic", full)
     checkpoints.save(make_state(3), {})
     with pytest.raises(SaveFailed, match=r"00000003: not saved \(.*No space left.* MB free"):
         checkpoints.wait()
@@ -227,13 +234,13 @@ def test_a_failed_save_is_raised_and_costs_no_older_checkpoint(tmp_path, monkeyp
 
 
 def test_a_failed_save_is_raised_by_the_next_one(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", full)
+        patch.setattr(saver, "write_atomic", full)
         checkpoints.save(make_state(3), {})
         with pytest.raises(SaveFailed, match="00000003"):
             checkpoints.save(make_state(4), {})
@@ -244,7 +251,7 @@ def test_a_failed_save_is_raised_by_the_next_one(tmp_path, monkeypatch):
 def test_a_deletion_that_is_cut_short_is_a_warning_and_leaves_no_broken_step(
     tmp_path, monkeypatch, caplog
 ):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointSaver(tmp_path, keep=1)
     save_all(checkpoints, [2])
 
     def cut_short(path):
@@ -263,7 +270,7 @@ def test_a_deletion_that_is_cut_short_is_a_warning_and_leaves_no_broken_step(
 
 
 def test_a_step_that_cannot_be_deleted_stays_with_a_warning(tmp_path, monkeypatch, caplog):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointSaver(tmp_path, keep=1)
     save_all(checkpoints, [2])
     rename = os.rename
 
@@ -280,7 +287,7 @@ def test_a_step_that_cannot_be_deleted_stays_with_a_warning(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path, value):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     save_all(checkpoints, [2])
     state = make_state(3)
     state.params["up"]["kernel"] = state.params["up"]["kernel"].at[2, 4].set(value)
@@ -307,20 +314,20 @@ def other_name(state):
     params = {"down": {"kernel": jnp.zeros((3, 5))}}
     return (
         dataclasses.replace(state, params=params),
-        r"up.kernel, which this model does not have; no down.kernel",
+        r"unexpected up.kernel; missing down.kernel",
     )
 
 
 def other_optimizer(state):
     moments, _ = state.opt_state
-    return dataclasses.replace(state, opt_state=(moments,)), r"opt_state.1.count, which"
+    return dataclasses.replace(state, opt_state=(moments,)), r"unexpected opt_state.1.count"
 
 
 @pytest.mark.parametrize("other", [other_shape, other_dtype, other_name, other_optimizer])
 def test_another_model_is_refused_with_a_diff_before_any_array_is_read(
     tmp_path, monkeypatch, other
 ):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     save_all(checkpoints, [2])
     target, message = other(make_state(2))
 
@@ -347,8 +354,8 @@ def test_restoring_holds_no_second_copy(tmp_path, process_env):
 import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from sheepop_jax.checkpoint.checkpoints import Checkpoints
-from sheepop_jax.training.step import TrainState
+from sheepop_jax.checkpoint.saver import CheckpointSaver
+from sheepop_jax.checkpoint.state import TrainState
 
 def make():
     one = jnp.int32(1)
@@ -362,12 +369,12 @@ def peak():
 here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 target = jax.tree.map(lambda leaf: leaf.update(sharding=here), jax.eval_shape(make))
 before = peak()
-state = jax.block_until_ready(Checkpoints(Path(sys.argv[1])).restore(1, target))
+state = jax.block_until_ready(CheckpointSaver(Path(sys.argv[1])).restore(1, target))
 print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 """
     one = jnp.int32(1)
     many = [{f"k{i}": jnp.full((2000, 1000), n, jnp.float32) for i in range(6)} for n in range(3)]
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     checkpoints.save(TrainState(one, one + 0, many[0], tuple(many[1:])), {})
     checkpoints.wait()
     shown = subprocess.run(
@@ -381,7 +388,7 @@ print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 
 
 def test_a_directory_that_was_set_aside_says_why(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = CheckpointSaver(tmp_path, keep=2)
     save_all(checkpoints, [2, 4], {2: 1.5, 4: 2.0})
     damaged = tmp_path / "00000004" / "params" / "_METADATA"
     damage_flip(damaged)
@@ -390,16 +397,16 @@ def test_a_directory_that_was_set_aside_says_why(tmp_path):
     aside = checkpoints.quarantine(4, caught.value)
     assert (aside / REASON).read_text() == f"{damaged}: its content has changed\n"
     two, four = inventory(checkpoints)
-    assert (four.step, four.path, four.quarantine) == (4, aside, True)
+    assert (four.step, four.path, four.quarantined) == (4, aside, True)
     assert four.damage == f"{damaged}: its content has changed"
     assert (two.step, two.is_latest, two.is_best, two.damage) == (2, True, True, "")
     (aside / REASON).unlink()
-    assert inventory(checkpoints)[1].damage == "no reason was recorded"
+    assert inventory(checkpoints)[1].damage == "no reason recorded"
 
 
 def test_the_inventory_knows_sizes_figures_and_damage(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    assert inventory(Checkpoints(tmp_path / "nowhere")) == []
+    checkpoints = CheckpointSaver(tmp_path, keep=3)
+    assert inventory(CheckpointSaver(tmp_path / "nowhere")) == []
     save_all(checkpoints, [1, 2, 3], {1: 2.0, 2: 1.5, 3: 1.75})
     damage_flip(tmp_path / "00000001" / "params" / "_METADATA")
     (tmp_path / "00000003" / MANIFEST).unlink()
@@ -417,12 +424,12 @@ def test_the_inventory_knows_sizes_figures_and_damage(tmp_path):
 
 
 def test_deleting_leaves_a_whole_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=4)
+    checkpoints = CheckpointSaver(tmp_path, keep=4)
     save_all(checkpoints, [1, 2, 3, 4])
     for call, steps in ((delete, [5]), (delete, [1, 2, 3, 4]), (keep_only, [5]), (keep_only, [])):
         with pytest.raises(InputError) as error:
             call(checkpoints, steps)
-        assert error.value.field == {delete: "--delete", keep_only: "--keep"}[call]
+        assert error.value.field == {delete: "delete", keep_only: "keep"}[call]
     assert checkpoints.steps() == [1, 2, 3, 4]
     delete(checkpoints, [1])
     assert checkpoints.steps() == [2, 3, 4]
@@ -438,20 +445,22 @@ def test_deleting_leaves_a_whole_checkpoint(tmp_path):
 
 def test_a_name_in_a_manifest_that_leads_outside_is_never_opened(tmp_path):
     directory = tmp_path / "run"
-    checkpoints = Checkpoints(directory)
+    checkpoints = CheckpointSaver(directory)
     save_all(checkpoints, [6])
     (tmp_path / "secret").write_text("secret")
     root = directory / "00000006"
-    files = digests(root)
+    files = {name: sha256_of_file(root / name) for name in file_names(root)}
     for name in ("../../secret", str(tmp_path / "secret")):
-        write_manifest(root / MANIFEST, {**files, name: files[next(iter(files))]}, 6, {})
+        wrong = {**files, name: files[next(iter(files))]}
+        manifest = {"format": FORMAT, "step": 6, "figures": {}, "files": wrong}
+        write_atomic(root / MANIFEST, json.dumps(sealed(manifest)))
         with pytest.raises(DamagedCheckpoint, match="secret: missing"):
             checkpoints.verify(6)
 
 
 def test_deletion_follows_no_link_and_touches_no_other_name(tmp_path):
     directory, outside = tmp_path / "run", tmp_path / "outside"
-    checkpoints = Checkpoints(directory, keep=1)
+    checkpoints = CheckpointSaver(directory, keep=1)
     save_all(checkpoints, [2])
     shutil.copytree(directory / "00000002", outside / "inner")
     others = ["notes", "1", "000000001", "00000001.bak", "damaged-00000001-0", "٠٠٠٠٠٠٠١"]
@@ -467,7 +476,7 @@ def test_deletion_follows_no_link_and_touches_no_other_name(tmp_path):
 
 
 def test_figures_are_added_to_a_step_that_is_there(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = CheckpointSaver(tmp_path, keep=3)
     save_all(checkpoints, [1, 2])
     checkpoints.record(1, {"val_loss": 0.5, "other": 3})
     assert checkpoints.verify(1)["figures"].items() >= {"val_loss": 0.5, "other": 3}.items()
@@ -477,7 +486,7 @@ def test_figures_are_added_to_a_step_that_is_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SaveFailed, match="00000001: no figures added .No space left on device"):
+    with pytest.raises(SaveFailed, match="00000001: metrics not recorded .No space left on device"):
         checkpoints.record(1, {"val_loss": 9.0})
     monkeypatch.undo()
     checkpoints.tidy()  # what was left of that is no part of a step
@@ -486,7 +495,7 @@ def test_figures_are_added_to_a_step_that_is_there(tmp_path, monkeypatch):
 
 
 def test_steps_of_nine_digits(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = CheckpointSaver(tmp_path, keep=2)
     save_all(checkpoints, [99_999_998, 99_999_999, 100_000_000])
     assert checkpoints.steps() == [99_999_999, 100_000_000]
     checkpoints.quarantine(100_000_000, "a test")
@@ -494,7 +503,7 @@ def test_steps_of_nine_digits(tmp_path):
 
 
 def test_an_accelerator_does_not_hold_the_state_twice(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     made = make_state(5)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "default_backend", lambda: "gpu")

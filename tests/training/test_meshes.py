@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax.checkpoint.checkpoints import Checkpoints
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.generation.engine import NO_END, generate
+from sheepop_jax.generation.engine import NO_END
 from sheepop_jax.generation.requests import SamplingConfig
 from sheepop_jax.model.partitioning import (
     batch_sharding,
@@ -21,9 +21,12 @@ from sheepop_jax.model.partitioning import (
     own_rows,
     state_shardings,
 )
-from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.model.transformer import Transformer, boxed_shapes
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import boxed_shapes, init_state, make_train_step
+from sheepop_jax.training.step import init_state, make_train_step
+from tests.writing import generate
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 VOCAB, STEPS, SEED = 501, 5, 5
 # Dropout, microbatches, grouped heads, documents, and a loss in several chunks.
@@ -209,14 +212,14 @@ def test_nothing_is_gathered_but_parameters(trained, name):
 @pytest.mark.parametrize("to", [(1, 1, 1), (1, 4, 1)], ids=str)
 def test_a_checkpoint_of_eight_devices_fits_any_other_number_and_back(trained, tmp_path, to):
     training = trained("all three")
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointSaver(tmp_path)
     checkpoints.save(training.state, {})
     checkpoints.wait()
     boxed = boxed_shapes(training.model)
     shardings = state_shardings(boxed, training.target, mesh_of(to))
     target = jax.tree.map(lambda x, s: x.update(sharding=s), training.target, shardings)
     moved = checkpoints.restore(0, target)
-    back = Checkpoints(tmp_path / "back")
+    back = CheckpointSaver(tmp_path / "back")
     back.save(moved, {})
     back.wait()
     again = back.restore(0, training.target)

@@ -1,4 +1,4 @@
-"""The log of a run: one object a line, each step once, whatever interrupted it."""
+"""The log of a run: one object per line, each step once, whatever interrupted it."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_tensorboard_has_both_kinds_of_lines_and_forgets_what_is_cut(tmp_path):
     log.close()
     events = tensorboard_events(tmp_path)
     found = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
-    assert found == [("train/loss", 2.0, 3), ("held_out/val_loss", 2.5, 3)]
+    assert found == [("train/loss", 2.0, 3), ("val/val_loss", 2.5, 3)]
     for path in (tmp_path / "tensorboard").iterdir():
         path.unlink()
     MetricsLog(tmp_path, 2).close()
@@ -100,10 +100,10 @@ def test_a_full_disk_names_the_log_and_closing_hides_no_other_error(tmp_path, ca
     log._file.close()
     log._file = open("/dev/full", "w")
     log.write(1, {"loss": 2.0})
-    with pytest.raises(OSError, match=r"No space left on device; .* MB free there.*metrics.jsonl"):
+    with pytest.raises(OSError, match=r"No space left on device; .* MB free.*metrics.jsonl"):
         log.flush()
     log.close()
-    assert "metrics.jsonl: its last lines are not written (No space" in caplog.text
+    assert "metrics.jsonl: last lines not written (No space" in caplog.text
 
 
 def test_tensorboard_that_cannot_be_written_is_a_warning(tmp_path, caplog):
@@ -114,7 +114,10 @@ def test_tensorboard_that_cannot_be_written_is_a_warning(tmp_path, caplog):
         log.write(step, {"loss": 2.0})
         log.flush()
     log.close()
-    assert caplog.text.count("tensorboard: no more of it (No space left on device)") == 1
+    assert (
+        caplog.text.count("tensorboard: TensorBoard logging disabled (No space left on device)")
+        == 1
+    )
     assert len(read_metrics(tmp_path)) == 29
 
 
@@ -124,7 +127,7 @@ def test_no_place_for_tensorboard_is_a_warning(tmp_path, caplog):
     log.write(1, {"loss": 2.0})
     log.flush()
     log.close()
-    assert "tensorboard: no more of it" in caplog.text
+    assert "tensorboard: TensorBoard logging disabled" in caplog.text
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 

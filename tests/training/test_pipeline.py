@@ -14,8 +14,9 @@ from sheepop_jax import pipeline
 from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.errors import InputError
-from sheepop_jax.runtime.platform import Runtime
-from sheepop_jax.training.memory import OutOfMemory
+from sheepop_jax.planning.flops import flops_per_token
+from sheepop_jax.planning.memory import OutOfMemory
+from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training.signals import StopRequested, StopSignal
 from tests.faults.harness import CHANGED
 
@@ -37,26 +38,27 @@ def planned():
 
 @pytest.fixture
 def plan(make_config, tmp_path, monkeypatch, planned):
-    """`plan({"seed": 3, …})`: the job that `train` would have done, its evaluation's options."""
-    plan_run = pipeline.plan_run
+    """`plan({"seed": 3, …})`: the job that `train` would have done, its evaluator."""
+    make_plan = pipeline.make_plan
 
     def plan_once(config, model, mesh, machine):
         key = repr((config.model, config.optimizer, config.train, config.data.seq_len, model, mesh))
         if key not in planned:
-            planned[key] = plan_run(config, model, mesh, machine)
+            planned[key] = make_plan(config, model, mesh, machine)
         return planned[key]
 
-    monkeypatch.setattr(pipeline, "plan_run", plan_once)
+    monkeypatch.setattr(pipeline, "make_plan", plan_once)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} says {i * i}\n" for i in range(120)))
     jobs, evaluations = [], []
 
-    def evaluate_stream(*args, **options):
-        evaluations.append({"layout": args[3], **options})
-        raise StopRequested
+    class Evaluator(pipeline.Evaluator):
+        def __call__(self, params):
+            evaluations.append(self)
+            raise StopRequested
 
     monkeypatch.setattr(pipeline, "fit", lambda job, stop: jobs.append(job) or {})
-    monkeypatch.setattr(pipeline, "evaluate_stream", evaluate_stream)
+    monkeypatch.setattr(pipeline, "Evaluator", Evaluator)
 
     def make(overrides=None, workdir=tmp_path / "run", stop=None):
         fixed = {
@@ -78,24 +80,25 @@ def test_fields_reach_the_loop_the_batches_and_the_evaluation(plan):
     settings = {"train.eval_batches": 3, "train.sample_tokens": 0, "seed": 5}
     job, evaluation = plan(settings, stop=stop)
     assert (job.num_steps, job.peak_flops, job.sample) == (7, 123.0, None)
+    assert job.flops_per_token == flops_per_token(job.model, 13)
     layout = PackingConfig(13, end_of_text=0)
-    wanted = {"layout": layout, "batch_size": 8, "max_batches": 3, "check": stop.check}
-    assert wanted.items() <= evaluation.items()
+    assert (evaluation.packing, evaluation.batch_size) == (layout, 8)
+    assert (evaluation.max_batches, evaluation.check) == (3, stop.check)
     order = {"seed": 5, "accum": 2, "batch_size": 8}
-    expected = TrainBatches(job.batches._streams, layout, **order).batch_at(4)
+    expected = TrainBatches(job.batches.streams, layout, **order).batch_at(4)
     for found, wanted_array in zip(job.batches.batch_at(4)[:3], expected[:3], strict=True):
         np.testing.assert_array_equal(found, wanted_array)
     assert job.batches.batch_at(4).segments is None
     fields = {"data.packing": "one_per_window", "data.document_mask": True}
     job, evaluation = plan(fields, job.directory.with_name("masked"))
-    assert evaluation["layout"] == PackingConfig(13, 0, "one_per_window", document_mask=True)
+    assert evaluation.packing == PackingConfig(13, 0, "one_per_window", document_mask=True)
     assert job.batches.batch_at(4).segments is not None
     assert plan({"seed": 5})[0].sample is not None
 
 
 def test_epochs_are_turned_into_steps(plan):
     job, _ = plan({"train.num_steps": 0, "train.num_epochs": 3})
-    windows = (len(job.batches._streams[0]) - 13) // 13
+    windows = (len(job.batches.streams[0]) - 13) // 13
     assert job.num_steps == 3 * -(-windows // 16) > 3
 
 
@@ -210,7 +213,7 @@ def test_every_field_is_refused_or_taken_when_a_run_goes_on(
         assert re.search(rf"\b{name} .* -> {value}\b", error.value.got)
     before = plan()[0].config.to_dict()
     # No plan depends on what may change in a way that matters here.
-    monkeypatch.setattr(pipeline, "plan_run", lambda *arguments: next(iter(planned.values())))
+    monkeypatch.setattr(pipeline, "make_plan", lambda *arguments: next(iter(planned.values())))
     saved = (job.directory / "config.json").read_text()
     for name, value in TAKEN.items():
         section, field = name.split(".")
@@ -271,20 +274,20 @@ def test_held_out_text_comes_from_the_shards_of_the_run_or_from_its_source(plan)
     job, _ = plan()
     run = open_run(job.directory)
     text = Path(job.config.data.path)
-    tokens = len(run.held_out().validation)
+    tokens = len(run.prepared_data().validation)
     moved = text.rename(text.with_name("moved.txt"))
-    assert len(run.held_out().validation) == tokens  # the source is not needed
+    assert len(run.prepared_data().validation) == tokens  # the source is not needed
     shutil.rmtree(run.shards)
     with pytest.raises(InputError) as error:
-        run.held_out()
+        run.prepared_data()
     assert error.value.field.startswith(str(job.directory)) and "--data" in error.value.hint
     assert text.name in error.value.got
     moved.rename(text)
-    assert len(run.held_out().validation) == tokens  # made again
+    assert len(run.prepared_data().validation) == tokens  # made again
     shutil.rmtree(run.shards)
     text.write_text(text.read_text().replace("says", "said"))
     with pytest.raises(InputError) as error:
-        run.held_out()
+        run.prepared_data()
     assert error.value.field.startswith(str(job.directory)) and "--data" in error.value.hint
     assert "->" in error.value.got
 

@@ -11,17 +11,10 @@ import pytest
 from flax import linen as nn
 
 from sheepop_jax.data.batch import Batch
-from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.model.transformer import Transformer, boxed_shapes
 from sheepop_jax.training import optimizer as optimizer_module
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import (
-    TrainState,
-    boxed_shapes,
-    init_state,
-    jit_init,
-    jit_step,
-    make_train_step,
-)
+from sheepop_jax.training.step import TrainState, init_state, jit_init, jit_step, make_train_step
 
 VOCAB = 101
 

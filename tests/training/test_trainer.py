@@ -1,5 +1,6 @@
 """The loop: exactly N updates, everything when it is due, and going on where it stopped."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -9,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax.checkpoint.checkpoints import MANIFEST, Checkpoints
+from sheepop_jax.checkpoint.checkpoints import MANIFEST
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.stream import TokenStream
@@ -22,8 +24,10 @@ from sheepop_jax.training.divergence import TrainingDiverged
 from sheepop_jax.training.loop import Job, fit
 from sheepop_jax.training.metrics import read_metrics
 from sheepop_jax.training.signals import StopRequested, StopSignal
-from sheepop_jax.training.throughput import Throughput, flops_per_token
+from sheepop_jax.training.throughput import Throughput
 from tests.faults.harness import DAMAGED, SAVED
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 VOCAB = 101
 FIGURES = {"val_perplexity": 2.0, "val_bits_per_byte": 1.0, "val_accuracy": 0.5}
@@ -84,6 +88,7 @@ def make_job(make_config, tmp_path):
             num_steps=num_steps,
             evaluate=evaluate or (lambda params: {"val_loss": 3.0, **FIGURES}),
             sample=lambda params: "text",
+            flops_per_token=1.0,
             peak_flops=0.0,
         )
 
@@ -96,7 +101,7 @@ def training_lines(directory):
 
 def arrays_of(job):
     """All arrays of the newest checkpoint of a finished run."""
-    checkpoints = Checkpoints(job.directory / "checkpoints")
+    checkpoints = CheckpointSaver(job.directory / "checkpoints")
     root = job.directory / "checkpoints" / f"{checkpoints.steps()[-1]:08d}"
     import orbax.checkpoint as ocp
 
@@ -112,19 +117,19 @@ def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job, mon
     lines = read_metrics(job.directory)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6, 7]
-    checkpoints = Checkpoints(job.directory / "checkpoints")
+    checkpoints = CheckpointSaver(job.directory / "checkpoints")
     assert checkpoints.steps() == [3, 6, 7]  # the best (the first of equals) and the latest two
     assert len(drawn) == 6 and set(drawn) == {job.directory}  # with each save, and at the end
-    train, held_out = lines[-2:]
+    train, is_val = lines[-2:]
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(train)
     names = {"val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy", "train_seconds"}
-    assert names <= set(held_out)
+    assert names <= set(is_val)
 
 
 def test_only_an_evaluated_step_is_saved_with_held_out_figures(make_job):
     job = make_job(num_steps=7, overrides={"checkpoint.keep": 9})
     fit(job, StopSignal())
-    checkpoints = Checkpoints(job.directory / "checkpoints")
+    checkpoints = CheckpointSaver(job.directory / "checkpoints")
     evaluated = {s: "val_loss" in checkpoints.manifest(s)["figures"] for s in checkpoints.steps()}
     assert evaluated == {2: False, 3: True, 4: False, 6: True, 7: True}
 
@@ -136,9 +141,53 @@ def test_steps_between_those_due_are_not_logged_and_samples_are_shown(make_job, 
     assert capsys.readouterr().err.count("sample: text\n") == 1
 
 
+def test_the_logged_loss_is_the_mean_since_the_last_line(make_job, tmp_path):
+    """Also where a run was resumed between two lines."""
+    every = make_job(num_steps=7, directory=tmp_path / "every")
+    every.directory.mkdir()
+    fit(every, StopSignal())
+    losses = [line["loss"] for line in training_lines(every.directory)]
+    assert losses == [line["step_loss"] for line in training_lines(every.directory)]
+    means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    for name, parts in (("whole", [7]), ("parts", [4, 7])):
+        directory = tmp_path / name
+        directory.mkdir()
+        for last in parts:
+            overrides = {"train.log_every": 3, "train.eval_every": 0, "checkpoint.save_every": 2}
+            job = make_job(num_steps=7, overrides=overrides, directory=directory)
+            stop = StopSignal()
+            if last < 7:
+                stop = StopAt(CheckpointSaver(directory / "checkpoints"), last)
+            with contextlib.suppress(StopRequested):
+                fit(job, stop)
+        lines = training_lines(directory)
+        assert [line["step"] for line in lines] == [3, 6, 7]
+        assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-7)
+        assert [line["step_loss"] for line in lines] == [losses[2], losses[5], losses[6]]
+
+
+class StopAt(StopSignal):
+    """A signal that comes once a step is saved."""
+
+    def __init__(self, checkpoints, step):
+        super().__init__()
+        self._checkpoints, self._step = checkpoints, step
+
+    def check(self):
+        if self._step in self._checkpoints.steps():
+            raise StopRequested("SIGTERM")
+
+
+def test_skipped_updates_do_not_count_in_the_mean():
+    mean = loop.MeanLoss()
+    for loss in (2.0, None, 4.0):
+        mean.add(loss)
+    assert (mean.take(default=9.0), mean.take(default=9.0)) == (3.0, 9.0)
+
+
 def test_another_process_than_the_first_writes_no_log(make_job, capsys, monkeypatch):
     job = make_job(num_steps=2)
-    monkeypatch.setattr(distributed, "first", lambda: False)
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
     fit(job, StopSignal())
     assert [entry.name for entry in job.directory.iterdir()] == ["checkpoints"]
     assert capsys.readouterr().err == ""
@@ -163,7 +212,7 @@ def test_the_clock_counts_updates_only_and_goes_on_after_a_restart(make_job, mon
         tokens = line["tokens_per_second"] * (after - before)
         if line["step"] != 4:  # a session of its own starts from what was saved, a little later
             assert tokens == pytest.approx(2 * 5 * 13)
-    figures = Checkpoints(job.directory / "checkpoints").manifest(3)["figures"]
+    figures = CheckpointSaver(job.directory / "checkpoints").manifest(3)["figures"]
     assert seconds[3] <= figures["train_seconds"] <= seconds[4]
 
 
@@ -219,7 +268,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(make_job, tmp_path, first):
 
     with pytest.raises(StopRequested):
         fit(parts, StopAt())
-    assert Checkpoints(parts.directory / "checkpoints").steps()[-1] == first
+    assert CheckpointSaver(parts.directory / "checkpoints").steps()[-1] == first
     fit(parts, stop)
     for a, b in zip(training_lines(whole.directory), training_lines(parts.directory), strict=True):
         assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
@@ -242,7 +291,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_own_steps(make_job, caplog):
     (newest / MANIFEST).write_text("{}")
     fit(job, StopSignal())
     assert DAMAGED.search(caplog.text)
-    assert Checkpoints(job.directory / "checkpoints").steps()[-1] == 4
+    assert CheckpointSaver(job.directory / "checkpoints").steps()[-1] == 4
     assert [line["step"] for line in training_lines(job.directory)] == [1, 2, 3, 4]
 
 
@@ -264,7 +313,7 @@ def test_the_best_by_validation_loss_is_kept(make_job):
     overrides = {"train.eval_every": 2, "checkpoint.save_every": 0, "checkpoint.keep": 1}
     job = make_job(num_steps=7, evaluate=evaluate, overrides=overrides)
     fit(job, StopSignal())
-    checkpoints = Checkpoints(job.directory / "checkpoints")
+    checkpoints = CheckpointSaver(job.directory / "checkpoints")
     assert (checkpoints.best(), checkpoints.steps()) == (4, [4, 7])
 
 
@@ -278,7 +327,7 @@ def test_a_restart_remembers_the_best(make_job):
     for num_steps in (2, 4):
         fit(make_job(num_steps, evaluate, overrides), StopSignal())
     # Step 3 is the best of the second session, but not of the run.
-    assert Checkpoints(make_job().directory / "checkpoints").steps() == [1, 2, 4]
+    assert CheckpointSaver(make_job().directory / "checkpoints").steps() == [1, 2, 4]
 
 
 def test_a_save_that_fails_does_not_hide_what_ended_the_run(make_job, monkeypatch, caplog):
@@ -288,7 +337,7 @@ def test_a_save_that_fails_does_not_hide_what_ended_the_run(make_job, monkeypatc
     def evaluate(params):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Checkpoints, "_write", full)
+    monkeypatch.setattr(CheckpointSaver, "_write", full)
     with pytest.raises(ZeroDivisionError):
         fit(make_job(evaluate=evaluate), StopSignal())
     assert "00000002: not saved" in caplog.text
@@ -301,7 +350,7 @@ def test_a_stop_during_evaluation_saves_the_step(make_job):
     job = make_job(num_steps=7, evaluate=evaluate)
     with pytest.raises(StopRequested):
         fit(job, StopSignal())
-    assert Checkpoints(job.directory / "checkpoints").steps() == [2, 3]
+    assert CheckpointSaver(job.directory / "checkpoints").steps() == [2, 3]
 
 
 def test_non_finite_updates_in_a_row_end_the_run(make_job, monkeypatch):
@@ -347,7 +396,7 @@ def test_no_save_while_updates_are_skipped(make_job, monkeypatch, caplog):
     bad = range(2, 9)
     with caplog.at_level("INFO"), pytest.raises(TrainingDiverged):
         fit(job, StopSignal())
-    assert Checkpoints(job.directory / "checkpoints").steps() == [2]
+    assert CheckpointSaver(job.directory / "checkpoints").steps() == [2]
     bad = (3, 4)  # where 4 is due, they are skipped: saved once one is applied, and then as always
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -372,7 +421,7 @@ def test_the_best_is_kept_although_updates_are_skipped(make_job, monkeypatch):
 
     monkeypatch.setattr(TrainBatches, "batch_at", poisoned)
     fit(job, StopSignal())
-    checkpoints = Checkpoints(job.directory / "checkpoints")
+    checkpoints = CheckpointSaver(job.directory / "checkpoints")
     assert (checkpoints.steps(), checkpoints.best()) == ([3, 8], 3)
 
 
@@ -397,7 +446,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_job, interrup
     job = make_job(num_steps=7, evaluate=evaluate)
     with pytest.raises(StopRequested):
         fit(job, stop)
-    checkpoints = Checkpoints(job.directory / "checkpoints")
+    checkpoints = CheckpointSaver(job.directory / "checkpoints")
     assert checkpoints.steps()[-1] == interrupted
     assert "val_loss" not in checkpoints.manifest(interrupted)["figures"]
     before = arrays_of(job)
@@ -446,17 +495,6 @@ def test_a_profile_holds_the_steps_after_the_second(make_job, num_steps, traced)
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         steps = {e["args"]["step_num"] for e in events if e.get("name") == "train"}
         assert steps == {str(3 + i) for i in range(traced)}
-
-
-@pytest.mark.parametrize("looked_up", [{}, {"tie_embeddings": False}, {"position": "learned"}])
-def test_flops_of_a_token_by_hand(make_config, looked_up):
-    settings = {"num_kv_heads": 6, **looked_up}
-    config = make_config({f"model.{name}": value for name, value in settings.items()})
-    model = Transformer(config.model, VOCAB)
-    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    d, f, layers, time = 60, 79, 2, 13
-    weights = 128 * d + layers * (4 * d * d + 2 * d * f + 4 * d) + 2 * d
-    assert flops_per_token(params, config) == 6 * weights + 12 * layers * time * d
 
 
 def test_the_clock_stands_still_when_stopped(monkeypatch):

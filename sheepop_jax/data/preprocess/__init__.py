@@ -1,1 +1,1 @@
-"""Offline: from a corpus to a tokenizer and token shards."""
+"""Offline preprocessing: corpus to tokenizer and token shards."""

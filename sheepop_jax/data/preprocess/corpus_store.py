@@ -1,13 +1,12 @@
-"""The text of a corpus, read once from its sources into one file with an index of its documents.
+"""The corpus store: the text of all sources in one file, with an index of documents.
 
-Whatever the source, everything later (the split, the tokenizer, the tokens) reads from here: a slow
-source is read once, text cannot change halfway, and memory stays bounded. Deleted when the tokens
-are made.
+Split, tokenizer and encoding read from here: a slow source is read once, the text cannot change
+midway, and memory is bounded. The store is deleted once the tokens are written.
 
-    text.bin         the documents' UTF-8, one after the other
-    documents.bin    a record for each document: DOCUMENT
-    names.txt        the id of each, one a line, as JSON
-    spool.json       the sources, what was skipped and why, the fingerprint; written last
+    text.bin         the documents' UTF-8, concatenated
+    documents.bin    one DOCUMENT record per document
+    names.txt        the document ids, one JSON string per line
+    spool.json       the sources, skipped documents by reason, the fingerprint; written last
 """
 
 import codecs
@@ -25,33 +24,33 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from sheepop_jax.config.data import Part
-from sheepop_jax.data.preprocess.progress import Progress
 from sheepop_jax.data.sources.documents import Corpus, Document, SkipDocument
 from sheepop_jax.data.tokenizer import CUT
 from sheepop_jax.errors import InputError
+from sheepop_jax.progress import Progress
 
 DOCUMENT = np.dtype(
     [
-        ("end", "<i8"),  # one beyond its last byte in text.bin
+        ("end", "<i8"),  # exclusive end offset in text.bin
         ("chars", "<i8"),
         ("digest", "<u8", 2),  # the first 16 bytes of the content's SHA-256
         ("source", "<u2"),
-        ("held_out", "?"),  # by the source itself
+        ("is_val", "?"),  # in the source's own validation split
     ]
 )
 _BLOCK_BYTES = 2**20
 
 
 class CorpusStore:
-    """A corpus that was read whole.
+    """A complete corpus store, open for reading.
 
     Attributes:
         documents: DOCUMENT [N].
         starts: int64 [N], the first byte of each document.
-        num_bytes: of all documents.
+        num_bytes: bytes of all documents.
         sources: name, weight and skipped documents of each source.
-        fingerprint: SHA-256 over source, side and content of each document, in order; the names and
-            places of files do not count.
+        fingerprint: SHA-256 over source, split and content of each document, in order; independent
+            of file names and locations.
     """
 
     def __init__(self, directory: Path):
@@ -63,12 +62,12 @@ class CorpusStore:
         ends = self.documents["end"]
         self.starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         self.num_bytes = int(ends[-1])
-        # Stays readable if the file is deleted; closed when nobody holds the spool any more.
+        # The open file stays readable if it is deleted; the finalizer closes it.
         self._file = os.open(directory / "text.bin", os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
     def text(self, start: int, stop: int) -> Iterator[str]:
-        """The text of bytes [start, stop), which must begin and end between characters."""
+        """Yields the text of bytes [start, stop); both must be character boundaries."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         while start < stop:
             block = os.pread(self._file, min(_BLOCK_BYTES, stop - start), start)
@@ -78,7 +77,7 @@ class CorpusStore:
             yield decoder.decode(block, final=start >= stop)
 
     def byte_of_char(self, document: int, char: int) -> int:
-        """Where in text.bin a document's character begins; `char` counts from 0."""
+        """Byte offset in text.bin of character `char` (from 0) of a document."""
         position = int(self.starts[document])
         for piece in self.text(position, int(self.documents["end"][document])):
             if char < len(piece):
@@ -88,14 +87,14 @@ class CorpusStore:
         return position
 
     def cut_near(self, position: int) -> int:
-        """A place from `position` on, near it, where a tokenizer may be given the text in two.
+        """The next byte offset from `position` on where splitting does not change the tokens.
 
-        Before a space or a line break that follows something else, GPT-2's pre-tokenizer always
-        cuts. Where none is near it is the next border of characters.
+        GPT-2's pre-tokenizer always splits before a space or line break that follows another
+        character. If none is within 64 KiB, the next character boundary is returned.
         """
         block = os.pread(self._file, 2**16, position)
         lead = next((i for i, byte in enumerate(block) if byte & 0xC0 != 0x80), len(block))
-        window = block[lead:].decode("utf-8", errors="ignore")  # its end may cut a character
+        window = block[lead:].decode("utf-8", errors="ignore")  # it may end within a character
         near = CUT.search(window)
         return position + lead + (len(window[: near.end()].encode()) if near else 0)
 
@@ -106,15 +105,21 @@ class CorpusStore:
 
 
 class Record(NamedTuple):
-    """What the index keeps of one document, and whether `max_bytes` has cut it off.
+    """Index entry of one document; 0 bytes if it was skipped.
 
-    Without bytes it was left out.
+    Attributes:
+        num_bytes: of its UTF-8 text.
+        chars: code points.
+        digest: SHA-256 of the text.
+        last: whether `max_bytes` is reached.
+        skipped: the reason for skipping it.
     """
 
     num_bytes: int = 0
     chars: int = 0
     digest: bytes = b""
     last: bool = False
+    skipped: str = ""
 
 
 def write_corpus_store(
@@ -122,11 +127,16 @@ def write_corpus_store(
     sources: list[tuple[Part, Corpus]],
     check: Callable[[], None] = lambda: None,
 ) -> CorpusStore:
-    """Reads all sources into `directory`, which exists; `check` is called often and may raise.
+    """Reads all sources into a new corpus store.
+
+    Args:
+        directory: an existing empty directory.
+        sources: the parts of the mixture, and their corpora.
+        check: called often; may raise to stop.
 
     Raises:
         InputError: a source cannot be read or has no text.
-        OSError: the directory has no room.
+        OSError: the disk is full.
     """
     fingerprint = hashlib.sha256()
     about: list[dict[str, Any]] = []
@@ -144,22 +154,24 @@ def write_corpus_store(
             documents = cast(Generator[Document], iter(corpus))
             with contextlib.closing(documents):  # a source may hold a connection
                 for document in documents:
-                    record = _copy(document, text, end, part, room, skipped, progress)
+                    record = _copy(document, text, part, room, progress)
+                    if record.skipped:
+                        skipped[record.skipped] += 1
                     if record.num_bytes:
                         end += record.num_bytes
-                        held_out = document.held_out
+                        is_val = document.is_val
                         digest = tuple(np.frombuffer(record.digest[:16], "<u8"))
-                        row = np.array((end, record.chars, digest, number, held_out), DOCUMENT)
+                        row = np.array((end, record.chars, digest, number, is_val), DOCUMENT)
                         index.write(row.tobytes())
                         names.write(json.dumps(document.id) + "\n")
-                        fingerprint.update(record.digest + bytes([held_out]) + number.to_bytes(2))
-                        if room is not None and not held_out:
+                        fingerprint.update(record.digest + bytes([is_val]) + number.to_bytes(2))
+                        if room is not None and not is_val:
                             room -= record.num_bytes
                     if record.last:
                         break
             if end == first:
                 found = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "nothing"
-                raise InputError(corpus.field, corpus.value, f"text (what was found: {found})")
+                raise InputError(corpus.field, corpus.value, f"a source with text (found: {found})")
             about.append({"name": part.name, "weight": part.weight, "skipped": dict(skipped)})
         for file in (text, index, names):
             file.flush()
@@ -170,7 +182,7 @@ def write_corpus_store(
 
 
 def _total(sources: list[tuple[Part, Corpus]]) -> int:
-    """About how many bytes will be read; 0 if that is unknown of one source."""
+    """Approximate bytes to read; 0 if unknown for any source."""
     sizes = [corpus.num_bytes for _, corpus in sources]
     return sum(sizes) if all(sizes) else 0
 
@@ -178,21 +190,20 @@ def _total(sources: list[tuple[Part, Corpus]]) -> int:
 def _copy(
     document: Document,
     text: BinaryIO,
-    start: int,
     part: Part,
     room: int | None,
-    skipped: Counter[str],
     progress: Progress,
 ) -> Record:
-    """Appends a document to the text, which ends at `start` again if it is left out."""
+    """Appends a document to the text file; truncates the file again if it is skipped."""
+    start = text.tell()
     digest = hashlib.sha256()
     size = chars = 0
     blank, full = True, False
     try:
         for piece in document.pieces:
             content = _encode(piece, document, part.config.encoding_errors)
-            full = room is not None and not document.held_out and size + len(content) >= room
-            if full:  # the last document ends where the limit is
+            full = room is not None and not document.is_val and size + len(content) >= room
+            if full:  # cut the last document at the limit
                 content = content[: (room or 0) - size].decode(errors="ignore").encode()
             piece = content.decode()
             digest.update(content)
@@ -203,27 +214,25 @@ def _copy(
             progress.update(len(content))
             if full:
                 break
-    except SkipDocument as reason:
-        skipped[str(reason)] += 1
-    else:
         if not blank:
             return Record(size, chars, digest.digest(), full)
-        if not full:  # what was cut off may be more than white space
-            skipped["empty or only white space"] += 1
+        reason = "" if full else "empty or only white space"  # the part cut off may hold text
+    except SkipDocument as error:
+        reason = str(error)
     text.seek(start)
     text.truncate()
-    return Record(last=full)
+    return Record(last=full, skipped=reason)
 
 
 def _encode(piece: str, document: Document, errors: str) -> bytes:
-    """UTF-8; half a surrogate pair, which a JSON escape can hold, is treated as bad bytes are."""
+    """Encodes as UTF-8; lone surrogates (possible in JSON escapes) count as invalid bytes."""
     try:
         return piece.encode()
     except UnicodeEncodeError as error:
         if errors == "skip":
-            raise SkipDocument("not Unicode (half a surrogate pair)") from None
+            raise SkipDocument("not Unicode (lone surrogate)") from None
         if errors == "replace":
             return piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         got = f"U+{ord(piece[error.start]):04X}"
-        expected = "valid Unicode (half a surrogate pair is not)"
-        raise InputError(document.id, got, expected, "data.encoding_errors=replace") from None
+        expected = "valid Unicode without lone surrogates"
+        raise InputError(document.id, got, expected, "`data.encoding_errors=replace`") from None

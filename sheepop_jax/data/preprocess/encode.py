@@ -1,8 +1,8 @@
-"""The tokens of a spool, unit by unit; a unit is there whole or not at all.
+"""Encodes a corpus store into token shards, in units that are written atomically.
 
-Interrupted work resumes with the first unit that is missing, and comes to the same bytes.
+Interrupted work resumes from the first missing unit and produces the same bytes.
 
-    train-00007.bin, validation-00007.bin   token ids, little endian, of unit 7
+    train-00007.bin, validation-00007.bin   token ids of unit 7, little endian
     unit-00007.json                         their counts and SHA-256; written last
 """
 
@@ -17,22 +17,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sheepop_jax.data.preprocess.cache import pending_name, write_text
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore
-from sheepop_jax.data.preprocess.progress import Progress
 from sheepop_jax.data.preprocess.split import Split
+from sheepop_jax.data.shards import SIDES, dtype_of
 from sheepop_jax.data.stream import Piece, encode_pieces
 from sheepop_jax.data.tokenizer import Tokenizer, split_text
 from sheepop_jax.errors import InputError
+from sheepop_jax.files import pending_name, write_atomic
+from sheepop_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("train", "validation")
-_UNIT_BYTES = 2**26  # of text; some 15 s of work for two cores
+_UNIT_BYTES = 2**26  # of text per unit; about 15 s on two cores
 
 
 class Unit(NamedTuple):
-    """Bytes [start, stop) of a spool, all from one source."""
+    """Bytes [start, stop) of a corpus store, all from one source."""
 
     number: int
     source: int
@@ -41,7 +41,7 @@ class Unit(NamedTuple):
 
 
 def units(spool: CorpusStore) -> list[Unit]:
-    """Cuts a spool, by its content alone: between documents, or within very large ones."""
+    """Splits a corpus store between documents, or within very large ones, by content alone."""
     found: list[Unit] = []
     ends = spool.documents["end"]
     for source in range(len(spool.sources)):
@@ -51,7 +51,7 @@ def units(spool: CorpusStore) -> list[Unit]:
             border = stop
             if stop - start > _UNIT_BYTES:
                 target = start + _UNIT_BYTES
-                border = int(ends[np.searchsorted(ends, target)])  # the first end from there on
+                border = int(ends[np.searchsorted(ends, target)])  # first document end from target
                 if border - start > 2 * _UNIT_BYTES:
                     border = min(border, spool.cut_near(target))
             found.append(Unit(len(found), source, start, border))
@@ -66,16 +66,16 @@ def encode_units(
     tokenizer: Tokenizer,
     check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Makes those units that are not in `directory` yet; gives the entries of all, in order.
+    """Encodes the units missing from `directory` and returns the entries of all units, in order.
 
     Raises:
-        InputError: a text has a character that the tokenizer does not know.
-        OSError: the directory has no room, or is gone since another process finished it.
+        InputError: a character is not in the tokenizer's vocabulary.
+        OSError: the disk is full, or another process has finished and moved the directory.
     """
     todo = units(spool)
     done = sum(unit.stop - unit.start for unit in todo if _marker(directory, unit).exists())
     if done:
-        logger.info("data: %.0f MB were encoded before; going on", done / 1e6)
+        logger.info("data: resuming: %.0f MB already encoded", done / 1e6)
     with Progress("data: encoding", spool.num_bytes - done, check) as progress:
         for unit in todo:
             if not _marker(directory, unit).exists():
@@ -103,15 +103,15 @@ def _encode_unit(
                 writer.add(tokens)
             for piece in batch:
                 size = len(piece.text.encode())
-                writers[piece.held_out].bytes += size
-                writers[piece.held_out].documents += piece.begins
+                writers[piece.is_val].bytes += size
+                writers[piece.is_val].documents += piece.begins
                 progress.update(size)
         for writer in writers:
             if writer.tokens:
                 entry[writer.side] = writer.close()
-    write_text(_marker(directory, unit), json.dumps(entry))
+    write_atomic(_marker(directory, unit), json.dumps(entry))
     with suppress(OSError):
-        os.utime(spool.directory)  # in use: `Cache.delete_abandoned` looks at it
+        os.utime(spool.directory)  # mark as in use for `Cache.delete_abandoned`
 
 
 def _pieces(spool: CorpusStore, split: Split, unit: Unit, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -120,14 +120,14 @@ def _pieces(spool: CorpusStore, split: Split, unit: Unit, tokenizer: Tokenizer) 
         for text in split_text(spool.text(segment.start, segment.stop)):
             if tokenizer.has_fixed_characters:
                 _check(spool, segment.document, segment.start, offset, text, tokenizer)
-            yield Piece(text, segment.held_out, begins)
+            yield Piece(text, segment.is_val, begins)
             begins, offset = False, offset + len(text)
 
 
 def _check(
     spool: CorpusStore, document: int, start: int, offset: int, text: str, tokenizer: Tokenizer
 ) -> None:
-    """Says which document has a character that is not in the vocabulary, and where."""
+    """Raises an `InputError` that names the document and position of an unknown character."""
     try:
         tokenizer.check(text)
     except InputError:
@@ -138,7 +138,7 @@ def _check(
 
 
 class _Writer:
-    """One token file of a unit, under another name until it is whole."""
+    """One token file of a unit, under a temporary name until it is complete."""
 
     def __init__(self, directory: Path, side: str, unit: Unit, tokenizer: Tokenizer):
         self.side = side
@@ -159,9 +159,9 @@ class _Writer:
     def add(self, tokens: np.ndarray) -> None:
         if not len(tokens):
             return
-        # An id beyond the vocabulary would not fail later: the embedding would give NaN.
+        # Check here: out-of-range ids would silently give NaN embeddings.
         if tokens.max() >= self._vocab_size:
-            expected = f"ids below its vocabulary size {self._vocab_size}"
+            expected = f"ids below the vocabulary size {self._vocab_size}"
             raise InputError("data.tokenizer", f"id {tokens.max()}", expected)
         content = tokens.astype(self._dtype).tobytes()
         self._sha256.update(content)
@@ -169,7 +169,7 @@ class _Writer:
         self.tokens += len(tokens)
 
     def close(self) -> dict[str, Any]:
-        """Gives the file its name; what the manifest says of it."""
+        """Renames the file to its final name and returns its manifest entry."""
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(self._pending, self._path)
@@ -180,8 +180,3 @@ class _Writer:
             "documents": self.documents,
             "sha256": self._sha256.hexdigest(),
         }
-
-
-def dtype_of(tokenizer: Tokenizer) -> str:
-    """The narrowest that holds every id."""
-    return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"

@@ -1,4 +1,4 @@
-"""From sources to token shards: made once, kept in a cache, reused; resumed when interrupted."""
+"""Preprocessing from sources to cached token shards; resumes when interrupted."""
 
 import contextlib
 import hashlib
@@ -12,34 +12,38 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig, Part
-from sheepop_jax.data.preprocess.cache import Cache, delete, delete_leftovers, write_text
-from sheepop_jax.data.preprocess.compression import held_out_gzip
+from sheepop_jax.data.compression import gzip_bits_per_byte
+from sheepop_jax.data.preprocess.cache import Cache, delete, delete_leftovers
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
 from sheepop_jax.data.preprocess.encode import encode_units
-from sheepop_jax.data.preprocess.progress import Progress
+from sheepop_jax.data.preprocess.manifest import make_manifest
 from sheepop_jax.data.preprocess.split import Segment, Split, choose_split
-from sheepop_jax.data.shards import FORMAT, PreparedData, make_manifest, open_shards
+from sheepop_jax.data.shards import FORMAT, PreparedData, open_shards
 from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.data.sources.documents import Corpus
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
 from sheepop_jax.errors import InputError
+from sheepop_jax.files import cache_directory, write_atomic
+from sheepop_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+_GZIP_BYTES = 64_000_000  # of validation text, compressed at most
 
 
 def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> PreparedData:
     """Returns the token shards of the configured sources, from the cache if nothing has changed.
 
-    Of several processes that prepare the same text at once, one does the work under a lock; the
-    others wait for the lock and find the shards. If that one dies, the next resumes its work.
+    If several processes prepare the same text, one works under a lock and the others wait for its
+    shards. If it dies, the next process resumes its work.
 
     Args:
         config: the sources, the split, the tokenizer and the cache directory.
-        check: called often; may raise to leave. The units that are done are kept.
+        check: called often; may raise to stop. Finished units are kept.
 
     Raises:
-        InputError: the corpus, the split, the tokenizer or the cache directory cannot be used;
-            nothing is left of the attempt.
+        InputError: the corpus, the split, the tokenizer or the cache directory is invalid; the
+            cache is left as it was.
     """
     sources = [(part, open_corpus(part.config)) for part in config.parts]
     given = None
@@ -59,13 +63,13 @@ def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> Pre
                 delete(data.directory)
             raise
     for (part, corpus), made in zip(sources, data.manifest["sources"], strict=True):
-        # Shards that are reused may be of a source that passed over other files.
+        # Reused shards may come from a source that skipped other files.
         if skipped := made["skipped"] if work.built else corpus.skipped:
             of = f"{part.name}: " if part.name else ""
             reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
-            logger.info("data: %spassed over: %s", of, reasons)
+            logger.info("data: %sskipped: %s", of, reasons)
     logger.info(
-        "data: %d training and %d held-out tokens, vocabulary %d; gzip -9: %.3f bits per byte",
+        "data: %d training and %d validation tokens, vocabulary %d; gzip -9: %.3f bits per byte",
         data.train_tokens,
         len(data.validation),
         data.tokenizer.vocab_size,
@@ -73,16 +77,18 @@ def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> Pre
     )
     if not data.lossless:
         logger.warning(
-            "data: THE TOKENIZER DOES NOT GIVE THE TEXT BACK: bits per byte count bytes that it "
-            "drops or merges, and cannot be compared"
+            "data: THE TOKENIZER IS NOT LOSSLESS: decoding does not restore the text, so bits per "
+            "byte are not comparable"
         )
     if len(data.validation) <= config.seq_len:
-        logger.warning("data: held out is less than a window: its figures will say little")
+        logger.warning(
+            "data: the validation split is shorter than one window: its metrics are unreliable"
+        )
     return data
 
 
 def _require_windows(config: DataConfig, data: PreparedData) -> None:
-    """Each source must fill a window; where windows are padded, a document will do."""
+    """Requires at least one window of training text per source, or one token if padded."""
     least = 2 if config.packing == "one_per_window" else config.seq_len + 1
     for part, stream in zip(config.parts, data.train, strict=True):
         if len(stream) >= least:
@@ -90,24 +96,23 @@ def _require_windows(config: DataConfig, data: PreparedData) -> None:
         of = f" of data.mixture.{part.name}" if part.name else ""
         expected = f"at most {len(stream) - 1}: the training split{of} has {len(stream)} tokens"
         if len(stream) == 1:
-            expected = f"text to train on{of}, not only held-out text"
-        hint = "a smaller one, or more text"
+            expected = f"training text{of}, not only validation text"
+        hint = "a smaller `data.seq_len`, or more text"
         raise InputError("data.seq_len", config.seq_len, expected, hint)
 
 
 def cache_dir(config: DataConfig) -> Path:
-    """Where shards are kept."""
+    """The cache directory for token shards."""
     if config.cache_dir:
         return Path(os.path.expanduser(config.cache_dir)).resolve()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sheepop_jax"
+    return cache_directory()
 
 
 class _Preparation:
-    """The steps from opened sources to shards.
+    """The preprocessing steps from open sources to shards.
 
     Attributes:
-        built: whether the shards were made, rather than found.
+        built: whether this process wrote the shards (False: they were in the cache).
     """
 
     def __init__(
@@ -123,9 +128,9 @@ class _Preparation:
         self.built = False
 
     def run(self) -> PreparedData:
-        """Reads, splits, learns, encodes: each only if it is not done yet."""
+        """Reads, splits, trains the tokenizer and encodes; skips finished steps."""
         cache = self._cache
-        if known := self._recall():  # no lock: the cache may be one that is only read
+        if known := self._recall():  # no lock: the cache may be read-only
             return self._reuse(known)
         with cache.lock(self._check):
             if known := self._recall():
@@ -143,35 +148,32 @@ class _Preparation:
                     pending.mkdir(exist_ok=True)
                     tokenizer = self._tokenizer(pending / "tokenizer.json", spool, split)
                     units = encode_units(pending, spool, split, tokenizer, self._check)
-                manifest = make_manifest(
-                    spool,
-                    split,
-                    tokenizer,
-                    units,
-                    split_rule=f"{self._config.val_split} {self._config.val_fraction}",
-                    gzip_bits_per_byte=held_out_gzip(spool, split, self._check),
-                    lossless=not self._given or self._given.is_lossless(_sample(spool, split)),
-                )
-                write_text(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+                facts = {
+                    "split": f"{self._config.val_split} {self._config.val_fraction}",
+                    "gzip_bits_per_byte": _gzip_figure(spool, split, self._check),
+                    "lossless": not self._given or self._given.is_lossless(_sample(spool, split)),
+                }
+                manifest = make_manifest(spool, split, tokenizer, units, facts)
+                write_atomic(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
                 os.replace(pending, directory)
                 self.built = True
                 logger.info("data: token shards written to %s", directory)
                 return self._open(directory, spool.directory)
-            except OSError:  # another process prepared the same text from elsewhere
+            except OSError:  # another process prepared the same text from another source
                 if directory.exists():
                     return self._reuse(directory, spool.directory, pending)
                 if pending.exists():
                     raise
-        return self.run()  # it has deleted the work, since the input is bad; and says why
+        return self.run()  # the other process hit bad input and deleted the work: report it here
 
     def _recall(self) -> Path | None:
-        """The shards, if they are there and it is known without reading the text."""
+        """The cached shards, if the source is unchanged; does not read the text."""
         fingerprint = self._cache.recall()
         directory = self._shards(fingerprint)
         return directory if fingerprint and directory.exists() else None
 
     def _shards(self, fingerprint: str) -> Path:
-        """Where the shards of a corpus lie: named by what decides their content, and no more."""
+        """The shard directory of a corpus, named by a hash of all that determines its content."""
         config = self._config
         bpe = config.tokenizer == "bpe"
         made_of = {
@@ -196,14 +198,14 @@ class _Preparation:
         return open_shards(directory)
 
     def _read(self, fingerprint: str) -> CorpusStore:
-        """Reads the sources, or finds them read by a preparation that did not come to its end."""
+        """Reads the sources, or opens the store that an interrupted run left."""
         spool = self._open_spool(fingerprint) if fingerprint else None
         if spool is not None:
-            logger.info("data: the text was read before; going on from there")
+            logger.info("data: resuming: the text is already read")
             return spool
         with self._cache.reading() as directory:
             fingerprint = write_corpus_store(directory, self._sources, self._check).fingerprint
-            spool = self._open_spool(fingerprint)  # another source may have given the same text
+            spool = self._open_spool(fingerprint)  # another source may have the same text
             if spool is None:
                 os.replace(directory, self._cache.spool(fingerprint))
                 spool = self._open_spool(fingerprint)
@@ -212,20 +214,20 @@ class _Preparation:
         return spool
 
     def _open_spool(self, fingerprint: str) -> CorpusStore | None:
-        """None if there is none, or one that is not whole; that is deleted."""
+        """Opens a corpus store; None if missing or incomplete (then it is deleted)."""
         try:
             spool = CorpusStore(self._cache.spool(fingerprint))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             delete(self._cache.spool(fingerprint))
             return None
-        # Names and weights are no part of the text: those of another mixture may stand there.
+        # Names and weights may be those of another mixture with the same text.
         for source, (part, _) in zip(spool.sources, self._sources, strict=True):
             source |= {"name": part.name, "weight": part.weight}
         return spool
 
     @contextlib.contextmanager
     def _nothing_left_of(self, *directories: Path) -> Iterator[None]:
-        """Bad input deletes what came of it; whatever else goes wrong leaves it, to go on from."""
+        """Deletes the directories after bad input; other failures keep them for resuming."""
         try:
             yield
         except InputError:
@@ -233,27 +235,28 @@ class _Preparation:
             raise
 
     def _tokenizer(self, path: Path, spool: CorpusStore, split: Split) -> Tokenizer:
-        """The given one, one that an interrupted preparation has trained, or a new one."""
+        """The given tokenizer, the one that an interrupted run trained, or a new one."""
         if path.exists():
             return Tokenizer.from_file(path)
         tokenizer = self._given or self._train_tokenizer(spool, split)
-        write_text(path, tokenizer.to_json())
+        write_atomic(path, tokenizer.to_json())
         return tokenizer
 
     def _train_tokenizer(self, spool: CorpusStore, split: Split) -> Tokenizer:
-        """A BPE learns from a sample, evenly spread over the training text.
+        """Trains a BPE on an evenly spread sample of the training split.
 
-        Characters are those of all text, or one that only held-out text has would stop the run.
+        A character vocabulary covers all text: characters found only in the validation split would
+        otherwise fail to encode.
         """
         config, share = self._config, 1.0
         characters = config.tokenizer == "char"
 
         def segments() -> Iterator[Segment]:
-            return (s for s in split.segments(spool) if characters or not s.held_out)
+            return (s for s in split.segments(spool) if characters or not s.is_val)
 
         size = sum(segment.stop - segment.start for segment in segments())
         if characters:
-            logger.info("data: collecting the characters of the text")
+            logger.info("data: building the character vocabulary")
         else:
             share = min(1.0, config.tokenizer_sample_bytes / size)
             part = "" if share == 1.0 else f" ({share:.1%} of it)"
@@ -266,7 +269,7 @@ class _Preparation:
 def _pieces(
     spool: CorpusStore, segments: Iterable[Segment], share: float, progress: Progress
 ) -> Iterator[str]:
-    """Their text; a piece is passed over while more than `share` of the text was given."""
+    """Yields pieces of the segments' text, evenly sampled to a fraction `share` of it."""
     seen = given = 0
     for segment in segments:
         for piece in split_text(spool.text(segment.start, segment.stop)):
@@ -278,7 +281,27 @@ def _pieces(
 
 
 def _sample(spool: CorpusStore, split: Split) -> Iterator[str]:
-    """The beginning of the training text."""
-    training = (segment for segment in split.segments(spool) if not segment.held_out)
+    """The first pieces of the training text."""
+    training = (segment for segment in split.segments(spool) if not segment.is_val)
     texts = (text for segment in training for text in spool.text(segment.start, segment.stop))
     return itertools.islice(split_text(texts), 8)
+
+
+def _gzip_figure(spool: CorpusStore, split: Split, check: Callable[[], None]) -> float:
+    """Bits per byte of `gzip -9` on the first `_GZIP_BYTES` of the validation text."""
+
+    def pieces() -> Iterator[bytes]:
+        left = _GZIP_BYTES
+        with Progress("data: gzip -9 baseline", 0, check) as progress:
+            for segment in split.segments(spool):
+                if not segment.is_val:
+                    continue
+                for text in spool.text(segment.start, segment.stop):
+                    if left <= 0:
+                        return
+                    content = text.encode()[:left]
+                    left -= len(content)
+                    yield content
+                    progress.update(len(content))
+
+    return gzip_bits_per_byte(pieces())

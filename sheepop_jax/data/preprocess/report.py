@@ -1,23 +1,23 @@
-"""What a person wants to know of a corpus before training on it, as text."""
+"""A text report on a prepared corpus."""
 
 import numpy as np
 
 from sheepop_jax.data.loader import PackingConfig, window_order
 from sheepop_jax.data.shards import PreparedData
 
-_SIDES = {"train": "train", "validation": "held out"}
+_SIDES = {"train": "train", "validation": "validation"}
 
 
 def describe(data: PreparedData, layout: PackingConfig, seed: int) -> str:
-    """A table of the sources: documents, bytes, tokens, what was left out, the sizes of the split.
+    """Formats documents, bytes, tokens and skipped documents per source and split.
 
     Args:
         data: the corpus.
-        layout: the windows in which it would be trained on.
-        seed: of the order of windows.
+        layout: the packing to train with.
+        seed: seed of the window order.
     """
     lines = [
-        f"{'source':16}{'side':>10}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}"
+        f"{'source':16}{'split':>12}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}"
     ]
     for source in data.manifest["sources"]:
         for side, shown in _SIDES.items():
@@ -26,36 +26,34 @@ def describe(data: PreparedData, layout: PackingConfig, seed: int) -> str:
             )
             ratio = f"{size / tokens:.2f}" if tokens else "-"
             name = source["name"] or "all"
-            lines.append(f"{name:16}{shown:>10}{documents:>12,}{size:>16,}{tokens:>16,}{ratio:>13}")
+            lines.append(f"{name:16}{shown:>12}{documents:>12,}{size:>16,}{tokens:>16,}{ratio:>13}")
     order = window_order(data.train, layout, seed, data.weights)
-    lines += ["", f"{'':16}{'split by':>10}{'read':>12}{'skipped':>16}"]
+    lines += ["", f"{'':16}{'split by':>12}{'read':>12}{'skipped':>16}"]
     for source in data.manifest["sources"]:
         skipped = sum(source["skipped"].values())
         name = source["name"] or "all"
-        lines.append(f"{name:16}{source['split']:>10}{source['documents_read']:>12,}{skipped:>16,}")
-        lines += [f"{'':22}skipped {n:,}: {reason}" for reason, n in source["skipped"].items()]
-    lines.append(f"documents left out as equal to another: {data.manifest['duplicates']:,}")
+        lines.append(f"{name:16}{source['split']:>12}{source['documents_read']:>12,}{skipped:>16,}")
+        lines += [f"{'':24}skipped {n:,}: {reason}" for reason, n in source["skipped"].items()]
+    lines.append(f"duplicate documents removed: {data.manifest['duplicates']:,}")
     if len(data.train) > 1:
-        lines += ["", "of an epoch of the mixture:"]
+        lines += ["", "per epoch of the mixture:"]
         for source, windows, share in zip(
             data.manifest["sources"], order.lengths, order.shares, strict=True
         ):
             passes = share * order.num_windows / windows
-            lines.append(
-                f"{source['name']:16}{share:>10.2%} of the windows, seen {passes:.2f} times"
-            )
+            lines.append(f"{source['name']:16}{share:>12.2%} of the windows, {passes:.2f} passes")
     lines += [
         "",
         f"vocabulary {data.tokenizer.vocab_size:,}; {order.num_windows:,} windows of "
-        f"{layout.seq_len} tokens in an epoch",
-        f"gzip -9 needs {data.gzip_bits_per_byte:.3f} bits per byte on the held-out text",
+        f"{layout.seq_len} tokens per epoch",
+        f"gzip -9: {data.gzip_bits_per_byte:.3f} bits per byte on the validation text",
         f"shards: {data.directory}",
     ]
     return "\n".join(lines)
 
 
 def random_windows(data: PreparedData, layout: PackingConfig, seed: int, count: int) -> list[str]:
-    """Windows of the training text decoded, as a model would see them, end-of-text included."""
+    """Decodes `count` random training windows, end-of-text included."""
     order = window_order(data.train, layout, seed, data.weights)
     chosen = np.random.default_rng(seed).integers(order.num_windows, size=count)
     texts = []

@@ -1,4 +1,4 @@
-"""Which part of a corpus is held out, and which documents are left out as duplicates."""
+"""The train/validation split and the removal of duplicate documents."""
 
 import logging
 from collections.abc import Iterator
@@ -12,29 +12,29 @@ from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-TRAIN, HELD_OUT, LEFT_OUT = range(3)
+TRAIN, VAL, LEFT_OUT = range(3)
 
 
 class Segment(NamedTuple):
-    """Bytes [start, stop) of the spool that lie in one document and on one side."""
+    """Bytes [start, stop) of the corpus store, within one document and one split."""
 
     document: int
     start: int
     stop: int
-    held_out: bool
-    begins: bool  # whether a document begins with it; the tail's cut makes two of one
+    is_val: bool
+    begins: bool  # whether it starts a document; a "tail" cut makes two of one
 
 
 @dataclass(frozen=True)
 class Split:
-    """What becomes of each document.
+    """The assignment of documents to splits.
 
     Attributes:
-        rules: how each source was split: "source" (its own validation split), "document" (by a hash
-            of the content) or "tail" (the last characters).
-        side: uint8 [N], TRAIN, HELD_OUT or LEFT_OUT.
-        cuts: documents that begin on one side and end on the other: the first held-out byte.
-        duplicates: documents left out because an equal one is kept.
+        rules: the rule used for each source: "source" (its own validation split), "document" (by
+            content hash) or "tail" (the last characters).
+        side: uint8 [N]: TRAIN, VAL (validation) or LEFT_OUT (neither).
+        cuts: document index → first validation byte, for documents that span both splits.
+        duplicates: number of duplicate documents removed.
     """
 
     rules: list[str]
@@ -45,44 +45,44 @@ class Split:
     def segments(
         self, spool: CorpusStore, start: int = 0, stop: int | None = None
     ) -> Iterator[Segment]:
-        """The kept text within bytes [start, stop) of the spool, in order."""
+        """Yields the kept text within bytes [start, stop) of the corpus store, in order."""
         stop = spool.num_bytes if stop is None else stop
         ends = spool.documents["end"]
         document = int(np.searchsorted(ends, start, side="right"))
         while document < len(ends) and (first := int(spool.starts[document])) < stop:
             last = int(ends[document])
-            borders = [(first, last, self.side[document] == HELD_OUT)]
+            borders = [(first, last, self.side[document] == VAL)]
             if document in self.cuts:
                 cut = self.cuts[document]
                 borders = [(first, cut, False), (cut, last, True)]
             if self.side[document] != LEFT_OUT:
-                for low, high, held_out in borders:
+                for low, high, is_val in borders:
                     a, b = max(low, start), min(high, stop)
                     if a < b:
-                        yield Segment(document, a, b, bool(held_out), a == low)
+                        yield Segment(document, a, b, bool(is_val), a == low)
             document += 1
 
 
 def choose_split(spool: CorpusStore, val_split: str, val_fraction: float) -> Split:
-    """Decides from the index alone.
+    """Chooses the split from the document index alone; reads no text.
 
-    Of equal documents the first is kept, or one that its source holds out, so that no held-out
-    document is also trained on.
+    Of equal documents one is kept: the first, or one from a source's own validation split, so that
+    no validation document is also trained on.
 
     Args:
-        spool: the corpus.
-        val_split: "source", "document", "tail", or "auto": a source's own validation split if it
-            has one; else by document, but the tail where there is one document or the hashes hold
-            out less than half or more than twice the fraction.
-        val_fraction: the share to hold out.
+        spool: the corpus store.
+        val_split: "source", "document", "tail" or "auto". "auto" uses a source's own validation
+            split if it has one, else "document"; but "tail" for a single document, or if hashing
+            selects less than half or more than twice the fraction.
+        val_fraction: fraction of the text for validation.
 
     Raises:
-        InputError: the training or the held-out part would be empty, or no source has a validation
-            split where one is asked for.
+        InputError: the training or the validation split is empty, or "source" was requested and no
+            source has a validation split.
     """
     documents = spool.documents
-    own = documents["held_out"]
-    # A validation split that is not used does not make its twins duplicates.
+    own = documents["is_val"]
+    # Copies of documents in an unused validation split are not duplicates.
     used = np.ones(len(own), bool) if val_split in ("auto", "source") else ~own
     duplicate = np.zeros(len(own), bool)
     duplicate[used] = _duplicates(documents["digest"][used], own[used])
@@ -94,7 +94,7 @@ def choose_split(spool: CorpusStore, val_split: str, val_fraction: float) -> Spl
         here = documents["source"] == number
         among = np.flatnonzero(keep & here)
         wanted = val_split
-        # It may have a validation split of which every document is kept in another source.
+        # Also when every document of its validation split is a duplicate kept in another source.
         if val_split == "auto" and (own & here).any():
             wanted = "source"
         rule = _split_source(spool, among, wanted, val_fraction, side, cuts)
@@ -114,13 +114,13 @@ def _split_source(
     side: np.ndarray,
     cuts: dict[int, int],
 ) -> str:
-    """Fills in `side` and `cuts` for the documents `among` of one source; gives the rule."""
+    """Fills in `side` and `cuts` for the documents `among` of one source; returns the rule."""
     documents = spool.documents
     if val_split == "source":
-        side[among] = np.where(documents["held_out"][among], HELD_OUT, TRAIN)
+        side[among] = np.where(documents["is_val"][among], VAL, TRAIN)
         return val_split
-    # The first 64 bits of the hash as a share of 2^64: it depends on the document's content alone,
-    # so adding documents moves none across.
+    # The first 64 bits of the content hash, scaled to [0, 1): adding documents moves no other
+    # document to the other split.
     by_hash = documents["digest"][among, 0].byteswap() / 2.0**64 < val_fraction
     rule = val_split
     if rule == "auto":
@@ -129,11 +129,11 @@ def _split_source(
         near = 0.5 * val_fraction <= share <= 2 * val_fraction
         rule = "document" if len(among) > 1 and near else "tail"
     if rule == "document":
-        side[among] = np.where(by_hash, HELD_OUT, TRAIN)
+        side[among] = np.where(by_hash, VAL, TRAIN)
         return rule
     last_chars = np.cumsum(documents["chars"][among])
     cut = int(int(last_chars[-1]) * (1 - val_fraction)) if len(among) else 0
-    side[among] = np.where(last_chars <= cut, TRAIN, HELD_OUT)
+    side[among] = np.where(last_chars <= cut, TRAIN, VAL)
     split_one = int(np.searchsorted(last_chars, cut, side="right"))
     if split_one < len(among):
         before = int(last_chars[split_one - 1]) if split_one else 0
@@ -144,8 +144,8 @@ def _split_source(
 
 
 def _duplicates(digests: np.ndarray, first_choice: np.ndarray) -> np.ndarray:
-    """Which of the digests [N, 2] repeat another; of equals one of `first_choice` stays if any."""
-    order = np.lexsort((~first_choice, digests[:, 1], digests[:, 0]))  # stable: then by place
+    """Marks repeated digests [N, 2]; of equal ones, keeps one of `first_choice` if any."""
+    order = np.lexsort((~first_choice, digests[:, 1], digests[:, 0]))  # stable: then by position
     ordered = digests[order]
     again = np.zeros(len(order), bool)
     again[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
@@ -158,34 +158,37 @@ def _require_both_sides(
     spool: CorpusStore, split: Split, val_split: str, val_fraction: float
 ) -> None:
     sizes = spool.documents["end"] - spool.starts
-    held_out = int(sizes[split.side == HELD_OUT].sum())
+    is_val = int(sizes[split.side == VAL].sum())
     train = int(sizes[split.side == TRAIN].sum())
-    for document, cut in split.cuts.items():  # counted as held out as a whole, so far
+    for document, cut in split.cuts.items():  # counted so far as validation as a whole
         before = cut - int(spool.starts[document])
-        train, held_out = train + before, held_out - before
+        train, is_val = train + before, is_val - before
     kept = int(np.count_nonzero(split.side != LEFT_OUT))
-    total = train + held_out
+    total = train + is_val
     size = f"{kept} document{'s' * (kept != 1)}, "
     size += f"{total / 1e6:.2f} MB" if total >= 1e5 else f"{total:,} bytes"
     rules = ", ".join(dict.fromkeys(split.rules))
-    if val_split == "source" and not held_out:
-        expected = f"a source with a validation split of its own, or data.val_path ({size})"
-        raise InputError("data.val_split", val_split, expected, "data.val_split=auto")
+    if val_split == "source" and not is_val:
+        expected = f"a source with its own validation split, or `data.val_path` ({size})"
+        raise InputError("data.val_split", val_split, expected, "`data.val_split=auto`")
     if not train and set(split.rules) == {"source"}:
-        expected = f"text to train on beside the source's own validation split ({size})"
+        expected = f"training text besides the source's own validation split ({size})"
         raise InputError("data.val_split", val_split, expected)
-    if not held_out or not train:
-        expected = f"a share that leaves text to train on and text held out (by {rules}: {size})"
-        hint = "more text" if rules == "tail" else "data.val_split=tail, or more documents"
+    if not is_val or not train:
+        expected = f"a fraction that leaves training and validation text (by {rules}: {size})"
+        hint = "more text" if rules == "tail" else "`data.val_split=tail`, or more documents"
         raise InputError("data.val_fraction", val_fraction, expected, hint)
     trained_on = split.side == TRAIN
     trained_on[list(split.cuts)] = True
     for number, source in enumerate(spool.sources):
         if not trained_on[spool.documents["source"] == number].any():
-            got = "a source with nothing to train on"
-            expected = f"text that is not all held out (by {split.rules[number]}) or in another"
+            got = "a source without training text"
+            expected = (
+                f"text that is not all validation (by {split.rules[number]}) or duplicated in "
+                "another source"
+            )
             raise InputError(f"data.mixture.{source['name']}", got, expected)
-    share = 100 * held_out / total
-    logger.info("data: %s; held out by %s: %.1f%% of the bytes", size, rules, share)
+    share = 100 * is_val / total
+    logger.info("data: %s; validation split by %s: %.1f%% of the bytes", size, rules, share)
     if split.duplicates:
-        logger.info("data: %d documents left out: equal to another", split.duplicates)
+        logger.info("data: removed %d duplicate documents", split.duplicates)

@@ -1,4 +1,4 @@
-"""From the `data` section to a corpus: which reader reads it, and what it holds out itself."""
+"""Opens the corpus that the `data` section describes."""
 
 import logging
 import os
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Opens the source of one part; nothing but names of files is read yet.
+    """Opens the source of one part; lists files but reads no text.
 
     Raises:
-        InputError: the source does not exist, has no file that could hold text, or needs a package
-            that is not installed.
+        InputError: the source does not exist, has no text files, or needs a package that is not
+            installed.
     """
     match config.resolved_source:
         case "stdlib":
@@ -39,7 +39,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     training = _open_path(config, "data.path", config.path)
     if not config.val_path:
         return training
-    return _WithHeldOut(training, _open_path(config, "data.val_path", config.val_path))
+    return _WithValidation(training, _open_path(config, "data.val_path", config.val_path))
 
 
 def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
@@ -57,48 +57,40 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
             return open_pdfs(field, spec, walk(frozenset({".pdf"})))
         case "json" | "csv" | "parquet" as kind:
             table: Literal["json", "csv", "parquet"] = kind
-            return open_table(
-                table,
-                field,
-                spec,
-                config.text_column,
-                join_rows=config.join_rows,
-                gitignore=config.gitignore,
-                max_file_bytes=config.max_file_bytes,
-            )
+            return open_table(table, field, spec, config.text_column, config.join_rows, walk)
         case other:
             raise ValueError(f"no such source: {other!r}")
 
 
 def _warn_of_tables(files: list[tuple[str, Path]]) -> None:
-    """Rows in what a glob matches, and beside files of other kinds, are text: say so."""
+    """Warns about tables and PDFs matched by a glob or mixed with text: they are read as text."""
     kinds = Counter(FILE_SUFFIXES.get(inner_suffix(path)) for _, path in files)
     for kind in ("json", "csv", "parquet", "pdf"):
         if kinds[kind]:
             log.warning(
                 "data: %d files look like %s and are read as plain text; "
-                "--config.data.source=%s reads what is in them",
+                "--config.data.source=%s parses them",
                 kinds[kind],
                 kind,
                 kind,
             )
 
 
-class _WithHeldOut:
-    """Two corpora, of which one is held out."""
+class _WithValidation:
+    """A training corpus and a separate validation corpus."""
 
-    def __init__(self, training: Corpus, held_out: Corpus):
-        self._training, self._held_out = training, held_out
+    def __init__(self, training: Corpus, is_val: Corpus):
+        self._training, self._validation = training, is_val
         self.field, self.value = training.field, training.value
-        self.skipped = training.skipped + held_out.skipped
-        sizes = training.num_bytes, held_out.num_bytes
+        self.skipped = training.skipped + is_val.skipped
+        sizes = training.num_bytes, is_val.num_bytes
         self.num_bytes = sum(sizes) if all(sizes) else 0
 
     def signature(self) -> str:
-        both = self._training.signature(), self._held_out.signature()
+        both = self._training.signature(), self._validation.signature()
         return " ".join(both) if all(both) else ""
 
     def __iter__(self) -> Iterator[Document]:
-        for document in self._held_out:
-            yield replace(document, held_out=True)
+        for document in self._validation:
+            yield replace(document, is_val=True)
         yield from self._training

@@ -1,4 +1,4 @@
-"""A document and a corpus: what every source of text gives."""
+"""`Document` and `Corpus`, the interface of every text source."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,29 +11,29 @@ class Document:
     """One text.
 
     Attributes:
-        id: names it in messages; it is no part of the content.
-        pieces: the text in order, cut anywhere, so that memory does not grow with its length. Read
-            once, before the next document is asked for. Reading may raise `SkipDocument`.
-        held_out: whether the source itself sets it aside (a validation split of its own).
+        id: its name in messages; not part of the content.
+        pieces: the text in order, split anywhere, so that memory does not grow with its length.
+            Iterated once, before the next document. Iteration may raise `SkipDocument`.
+        is_val: whether it belongs to the source's own validation split.
     """
 
     id: str
     pieces: Iterable[str]
-    held_out: bool = False
+    is_val: bool = False
 
 
 class SkipDocument(Exception):
-    """Raised while a document is read: it is left out, and its reason (the argument) is counted."""
+    """Raised while reading a document to skip it; skips are counted by reason (the argument)."""
 
 
 class Corpus(Protocol):
-    """The documents of one source, in an order that is the same at each iteration.
+    """The documents of one source, in the same order at each iteration.
 
     Attributes:
-        field: the configuration field that named the source, for messages.
-        value: what the field said.
-        skipped: what was passed over when the source was opened, by reason.
-        num_bytes: about how much text there is, to tell how far reading is; 0 if unknown.
+        field: the configuration field of the source, for messages.
+        value: the value of that field.
+        skipped: files skipped when the source was opened, counted by reason.
+        num_bytes: approximate text size for the progress bar; 0 if unknown.
     """
 
     field: str
@@ -42,12 +42,16 @@ class Corpus(Protocol):
     num_bytes: int
 
     def signature(self) -> str:
-        """Names the present state of the source without reading its text.
+        """Identifies the current state of the source without reading its text.
 
-        Equal signatures, equal documents. "" where that cannot be told: the text is then read.
+        Equal signatures imply equal documents. "" if unknown: the text is then read.
         """
         ...
 
     def __iter__(self) -> Iterator[Document]:
-        """Held-out documents first. Raises `InputError` at what cannot be read."""
+        """Yields validation documents first.
+
+        Raises:
+            InputError: a document cannot be read.
+        """
         ...

@@ -1,7 +1,7 @@
-"""Text files, plain or compressed: each is a document, read in blocks.
+"""Text files, plain or compressed, one document each, read in blocks.
 
-Text is UTF-8 and kept exactly, line endings and white space included, but for a byte order mark at
-the start of a file, which says how the file is encoded and is dropped.
+Text is UTF-8 and kept exactly, including line endings and white space; only a byte order mark at
+the start of a file is dropped.
 """
 
 import bz2
@@ -42,20 +42,20 @@ TEXT_SUFFIXES = frozenset(
     .proto .graphql .cmake .toml .yaml .yml .json .ini .cfg .conf .po""".split()
 )
 _BLOCK_BYTES = 2**20
-_MEMBER_BYTES = 2**10  # compressed bytes that are expanded at once
-# No real text shrinks this much; an archive made to fill a disk does.
+_MEMBER_BYTES = 2**10  # compressed bytes per decompress call
+# Decompression-bomb limit; no real text compresses this well.
 _MAX_EXPANSION = 250
-_FREE_EXPANSION_BYTES = 2**24  # however small the file
-# Control bytes that text does not use: all but tab, the line and page breaks, and escape.
+_FREE_EXPANSION_BYTES = 2**24  # allowed for any file, however small
+# Control bytes that text does not use: all except tab, line and page breaks, and escape.
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 class TextFiles:
-    """The text of a list of files; see `documents.Corpus`."""
+    """A list of text files; see `documents.Corpus`."""
 
     def __init__(self, field: str, value: str, found: Found, encoding_errors: str):
-        """`encoding_errors`: "strict", "replace" or "skip", for bytes that are not UTF-8."""
+        """`encoding_errors`: "strict", "replace" or "skip", for bytes that are not valid UTF-8."""
         self.field, self.value, self.skipped = field, value, found.skipped
         self._files, self._errors = found.files, encoding_errors
         self._replaced = 0
@@ -70,7 +70,7 @@ class TextFiles:
         try:
             for name, path in self._files:
                 yield Document(name, self._text(path))
-        finally:  # also where reading stops early, by data.max_bytes
+        finally:  # also when data.max_bytes stops reading early
             if self._replaced:
                 logger.warning("%d invalid UTF-8 sequences replaced by U+FFFD", self._replaced)
 
@@ -91,7 +91,7 @@ class TextFiles:
                 offset = fed - len(error.object) + error.start
                 raise self._not_utf8(path, head, error, offset) from None
             if errors == "replace":
-                # Those that the file itself holds do not count, also where two blocks meet.
+                # U+FFFD that the file itself contains does not count, even across blocks.
                 self._replaced += text.count("\ufffd") - (edge + block).count(b"\xef\xbf\xbd")
                 edge = (edge + block)[-2:]
             if at_start and text:
@@ -105,33 +105,36 @@ class TextFiles:
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             kind, hint = "UTF-16 file", f"iconv -f UTF-16 -t UTF-8 {path}"
         elif _CONTROL.search(error.object):
-            kind, hint = "binary file", "leaving it out, or data.encoding_errors=skip"
+            kind, hint = "binary file", "removing it, or `data.encoding_errors=skip`"
         else:
-            kind, hint = "file", "converting it, or data.encoding_errors=replace or skip"
+            kind, hint = (
+                "file",
+                "converting it, or `data.encoding_errors=replace` or `data.encoding_errors=skip`",
+            )
         return InputError(self.field, f"{kind} {path} ({where} is not UTF-8)", "UTF-8 text", hint)
 
 
 def standard_library() -> TextFiles:
-    """Python's own, without its tests: text that is on every machine.
+    """Python's standard library without its tests, a corpus available on every machine.
 
     Raises:
-        InputError: this interpreter has none as files.
+        InputError: this interpreter has no standard library as files.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     walk = Walk({".py"}, STDLIB_LEFT_OUT, gitignore=False)
     found = walk_files("data.source", root, walk) if root.is_dir() else Found()
     if not found.files:
-        expected = f"an interpreter that has its standard library as files in {root}"
-        raise InputError("data.source", "stdlib", expected, "data.path with text files")
-    found.skipped.clear()  # no choice of the user's
+        expected = f"an interpreter with its standard library as files in {root}"
+        raise InputError("data.source", "stdlib", expected, "`data.path` with text files")
+    found.skipped.clear()  # the user chose none of these files
     return TextFiles("data.source", "stdlib", found, "skip")
 
 
 def _blocks(field: str, path: Path) -> Iterator[bytes]:
-    """The bytes of a file, decompressed by its suffix; an empty block is the last.
+    """Yields the bytes of a file, decompressed by suffix, and an empty block at the end.
 
     Raises:
-        InputError: it cannot be read, is damaged, or expands beyond measure.
+        InputError: the file cannot be read, is damaged, or exceeds the expansion limit.
     """
     try:
         with open_file(path) as file:
@@ -144,7 +147,10 @@ def _blocks(field: str, path: Path) -> Iterator[bytes]:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed by its suffix; none if it expands beyond measure."""
+    """Opens a file for reading, decompressed by suffix.
+
+    Reading raises `OSError` above the expansion limit.
+    """
     match path.suffix.lower():
         case ".gz":
             return io.BufferedReader(_Bounded(cast(io.BufferedIOBase, gzip.open(path)), path))
@@ -153,7 +159,7 @@ def open_file(path: Path) -> IO[bytes]:
         case ".xz":
             members = _Members(path, lzma.LZMADecompressor, 2**16)
         case ".zst":
-            # It has no bound on its output, which is at most 2**15 times its input.
+            # Unlike bz2 and xz, no output limit per call; zstd expands at most 2**15 times.
             members = _Members(path, zstandard.ZstdDecompressor().decompressobj)
         case _:
             return path.open("rb")
@@ -161,7 +167,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 class _Bounded(io.RawIOBase):
-    """What a compressed file expands to, as long as that is no bomb."""
+    """A decompressed stream that raises `OSError` above the expansion limit."""
 
     def __init__(self, inner: io.RawIOBase | io.BufferedIOBase, path: Path):
         self._inner = inner
@@ -175,7 +181,7 @@ class _Bounded(io.RawIOBase):
         self._left -= size
         if self._left < 0:
             raise OSError(
-                f"it expands to over {_MAX_EXPANSION} times its size; try decompressing it yourself"
+                f"it expands to over {_MAX_EXPANSION} times its size; decompress it first"
             )
         return size
 
@@ -185,10 +191,10 @@ class _Bounded(io.RawIOBase):
 
 
 class _Members(io.RawIOBase):
-    """What a compressed file holds: its members (streams, frames) one after the other.
+    """The concatenated members (streams, frames) of a compressed file, to its last byte.
 
-    To the last byte of the file: the readers of the libraries end early and say nothing where a
-    zst frame is cut off, or where a later bz2 or xz member is damaged.
+    The libraries' own readers stop silently at a truncated zst frame and at a damaged second bz2
+    or xz member.
     """
 
     def __init__(self, path: Path, member: Callable[[], Any], *max_output: int):
@@ -224,7 +230,7 @@ class _Members(io.RawIOBase):
                         if not data and getattr(member, "needs_input", True):
                             data = file.read(_MEMBER_BYTES)
                             if not data:
-                                raise EOFError("it ends in the middle of the compressed data")
+                                raise EOFError("the compressed data is truncated")
                         yield member.decompress(data, *max_output)
                         data = b""
                     data = member.unused_data

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, or copies of them."""
+"""Hugging Face Hub datasets, streamed, or local copies of them."""
 
 import contextlib
 import logging
@@ -22,12 +22,12 @@ from sheepop_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev")
-_ANSWER_SECONDS = 2.0  # unless HF_HUB_ETAG_TIMEOUT says otherwise
+VAL_SPLITS = ("validation", "valid", "val", "dev")
+_ANSWER_SECONDS = 2.0  # default; HF_HUB_ETAG_TIMEOUT overrides it
 
 
 class Hub:
-    """The rows of a dataset, its validation split first, as held out; see `documents.Corpus`."""
+    """The rows of a dataset, its validation split first; see `documents.Corpus`."""
 
     field = "data.name"
 
@@ -45,14 +45,14 @@ class Hub:
             return signature_of((path for _, path in self._files(self._copy)), options)
         try:
             commit = self._ask()
-        except InputError:  # the same when it is read, and said there
+        except InputError:  # iteration raises it again
             return ""
         return signature_of((), (self.value, commit, *options)) if commit else ""
 
     def __iter__(self) -> Iterator[Document]:
         if self._copy is None:
-            logger.info("data: opening %s on the Hugging Face hub", self.value)
-            self._ask()  # of itself the library tries for half a minute before it gives up
+            logger.info("data: opening %s on the Hugging Face Hub", self.value)
+            self._ask()  # fail fast: the library retries for 30 s
         place = self.value if self._copy is None else os.path.abspath(self._copy)
         with self._refusals():
             datasets = import_datasets()
@@ -60,8 +60,8 @@ class Hub:
         if "train" not in splits:
             got = f"{self.value} (its splits: {', '.join(splits)})"
             raise InputError(self.field, got, "a dataset with a train split")
-        held_out = next((name for name in HELD_OUT_SPLITS if name in splits), "")
-        for split in filter(None, (held_out, "train")):
+        is_val = next((name for name in VAL_SPLITS if name in splits), "")
+        for split in filter(None, (is_val, "train")):
             name = self.value if split == "train" else f"{self.value}:{split}"
             rows = self._rows(name, splits[split])
             joined = name if self._join else ""
@@ -73,12 +73,12 @@ class Hub:
                 yield f"{name}#{index}", value
 
     def _ask(self) -> str:
-        """The commit that the hub has now.
+        """The dataset's current commit on the Hub.
 
         Raises:
-            InputError: there is no such dataset, or no answer.
+            InputError: the dataset does not exist, or the Hub does not answer.
         """
-        import huggingface_hub  # here, not above: only this source needs it
+        import huggingface_hub  # lazy: only this source needs it
         from huggingface_hub import errors
 
         huggingface_hub.logging.set_verbosity(logging.CRITICAL)
@@ -86,18 +86,21 @@ class Hub:
         try:
             return _within(seconds, lambda: _commit(self.value, seconds))
         except errors.HFValidationError as error:
-            expected = f"OWNER/NAME of a dataset on the hub, or a directory ({reason_of(error)})"
+            expected = f"OWNER/NAME of a Hub dataset, or a directory ({reason_of(error)})"
             raise InputError(self.field, self.value, expected) from None
         except errors.RepositoryNotFoundError:
-            hint = "the spelling (or `hf auth login` if it is private); or data.name=DIRECTORY"
-            raise InputError(self.field, self.value, "a dataset on the hub", hint) from None
-        except Exception as error:  # of several HTTP libraries, by the installed version
-            got = f"{self.value} (asking the hub failed: {reason_of(error)})"
             hint = (
-                "the network; without one, data.path, or data.name=DIR with a copy made by "
-                f"`hf download {self.value} --repo-type dataset --local-dir DIR`"
+                "checking the spelling, `hf auth login` for a private dataset, or "
+                "`data.name=DIRECTORY`"
             )
-            expected = "a hub that answers over the network"
+            raise InputError(self.field, self.value, "an existing Hub dataset", hint) from None
+        except Exception as error:  # the HTTP library depends on the installed version
+            got = f"{self.value} (Hub request failed: {reason_of(error)})"
+            hint = (
+                "checking the network; offline, `data.path`, or `data.name=DIR` with a copy made "
+                f"by 'hf download {self.value} --repo-type dataset --local-dir DIR'"
+            )
+            expected = "a reachable Hugging Face Hub"
             raise InputError(self.field, got, expected, hint) from error
 
     def _files(self, copy: Path) -> list[tuple[str, Path]]:
@@ -109,7 +112,7 @@ class Hub:
             yield
         except InputError:
             raise
-        except Exception as error:  # the library raises many kinds; all end the same for the user
+        except Exception as error:  # the library raises many types; the user needs one message
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> InputError:
@@ -117,25 +120,27 @@ class Hub:
         if "BuilderConfig" in said or "Config name is missing" in said:
             return InputError("data.subset", self._subset, f"a subset of {self.value} ({said})")
         if "scripts are no longer supported" in said:
-            expected = "a dataset of data files; programs that come with one are not run"
+            expected = "a dataset of data files; loading scripts are not run"
             hint = (
-                f"its files as the hub converted them: `hf download {self.value} --repo-type "
-                "dataset --revision refs/convert/parquet --local-dir DIR`, then data.name=DIR"
+                f"the Hub's parquet conversion: 'hf download {self.value} --repo-type dataset "
+                "--revision refs/convert/parquet --local-dir DIR', then `data.name=DIR`"
             )
             return InputError(self.field, self.value, expected, hint)
-        expected = f"a dataset with a train split that can be read ({reason_of(error)})"
-        hint = "the spelling and the network; without network, data.name=DIRECTORY or data.path"
+        expected = f"a dataset with a readable train split ({reason_of(error)})"
+        hint = (
+            "checking the spelling and the network; offline, `data.name=DIRECTORY` or `data.path`"
+        )
         return InputError(self.field, self.value, expected, hint)
 
 
 def open_hub(name: str, subset: str, text_column: str, *, join_rows: bool) -> Hub:
-    """Nothing is read, and no network used, before it is iterated or asked for its signature.
+    """Opens a dataset; uses the network only for `signature` and iteration.
 
     Args:
-        name: OWNER/NAME on the hub, or a directory of data files such as a downloaded copy.
-        subset: one of the dataset's configurations; "" where it has but one.
-        text_column: the column that is read.
-        join_rows: whether the rows of a split are the lines of one document.
+        name: OWNER/NAME on the Hub, or a directory of data files such as a downloaded copy.
+        subset: one of the dataset's configurations; "" if it has only one.
+        text_column: the column to read.
+        join_rows: whether to join the rows of a split as the lines of one document.
     """
     return Hub(name, subset, text_column, join_rows)
 
@@ -143,15 +148,15 @@ def open_hub(name: str, subset: str, text_column: str, *, join_rows: bool) -> Hu
 def _commit(name: str, seconds: float) -> str:
     from huggingface_hub import HfApi
 
-    # Nothing but the commit: the list of the files of a large dataset takes long.
+    # Request only the commit: listing the files of a large dataset is slow.
     return HfApi().dataset_info(name, timeout=seconds, expand=["sha"]).sha or ""
 
 
 def _within(seconds: float, call: Callable[[], str]) -> str:
-    """What `call` returns or raises; a name server that is silent knows no timeout of its own.
+    """Runs `call` with a timeout, needed because DNS lookups have none.
 
     Raises:
-        TimeoutError: it takes longer.
+        TimeoutError: `call` takes longer than `seconds`.
     """
     answer: Future[str] = Future()
 
@@ -165,13 +170,13 @@ def _within(seconds: float, call: Callable[[], str]) -> str:
     try:
         return answer.result(seconds)
     except TimeoutError:
-        said = f"silent for {seconds:g} s; HF_HUB_ETAG_TIMEOUT=30 waits longer"
+        said = f"no answer in {seconds:g} s; HF_HUB_ETAG_TIMEOUT=30 waits longer"
         raise TimeoutError(said) from None
 
 
 def import_datasets() -> Any:
-    """The library, silent: what it would print or log is in the exception that follows."""
-    import datasets  # here, not above: it takes seconds
+    """Imports `datasets` and silences it; its exceptions carry the same messages."""
+    import datasets  # lazy: the import takes seconds
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
@@ -179,15 +184,15 @@ def import_datasets() -> Any:
 
 
 def values_of(dataset: Any, column: str) -> Iterator[object]:
-    """The values of a column of a streamed dataset.
+    """Yields the values of a column of a streamed dataset.
 
     Raises:
-        InputError: there is no such column.
+        InputError: the column does not exist.
     """
     if dataset.features is not None:
         if column not in dataset.features:
             raise missing_column(column, dataset.features)
-        # Other columns may hold images and the like, which would be decoded.
+        # Other columns may hold images, which would be decoded.
         dataset = dataset.select_columns([column])
     for batch in dataset.iter(batch_size=BATCH_ROWS):
         if column not in batch:

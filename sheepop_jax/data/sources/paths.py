@@ -1,4 +1,4 @@
-"""Which files a path means: a file, a directory, a glob, or several of them."""
+"""Finds the files of a path: a file, a directory, a glob, or a comma-separated list."""
 
 import collections
 import errno
@@ -17,17 +17,17 @@ import pathspec
 from sheepop_jax.config.data import FILE_SUFFIXES, inner_suffix
 from sheepop_jax.errors import InputError
 
-# Fetched or generated, not written by the owner of the directory.
+# Third-party or generated directories.
 VENDORED = frozenset(
     "node_modules bower_components venv virtualenv __pycache__ site-packages dist-packages".split()
 )
-# A file may change again within one tick of its clock; what is younger than this is read again.
+# A file may change twice within one tick of the file system clock: newer files are read again.
 _SETTLED_SECONDS = 2.0
 
 
 @dataclass
 class Found:
-    """Files in the order in which they are read, and what was passed over, by reason."""
+    """Files in reading order, and the skipped ones counted by reason."""
 
     files: list[tuple[str, Path]] = field(default_factory=list)  # (id, path)
     skipped: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -35,13 +35,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Walk:
-    """What is taken from a directory.
+    """The rules that select files in a directory.
 
     Attributes:
-        suffixes: lower case, with the dot; None takes all. One of `COMPRESSED` may follow.
-        left_out: names of directories that are not entered.
-        gitignore: whether `.gitignore` files in the directory are obeyed.
-        max_file_bytes: larger files are passed over; 0 = no limit.
+        suffixes: lower case, with the dot; None selects all. One of `COMPRESSED` may follow.
+        left_out: names of directories to skip.
+        gitignore: whether to apply `.gitignore` files in the directory.
+        max_file_bytes: skip larger files; 0 means no limit.
     """
 
     suffixes: Collection[str] | None
@@ -54,25 +54,25 @@ class Walk:
 
 
 def find_files(name: str, spec: str, walk: Walk) -> Found:
-    """The files that `spec` means; a file named twice counts once.
+    """Finds the files of `spec`, without repeats.
 
     Args:
         name: the configuration field, for messages.
         spec: a file, a directory, a glob, or several separated by commas.
-        walk: what is taken from a directory; a file that is named is taken whatever it is.
+        walk: the rules for directories; a file named explicitly is always included.
 
     Raises:
-        InputError: one of them does not exist, cannot be read, or gives no file.
+        InputError: a path does not exist, cannot be read, or has no matching file.
     """
-    # A name may hold a comma, so the whole string is tried as a path before it is taken apart.
+    # A file name may contain a comma, so try the whole string as a path first.
     whole = os.path.lexists(os.path.expanduser(spec))
     found = Found()
     for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
         if "://" in item and not whole:
             scheme, _, rest = item.partition("://")
-            shown = f"{scheme}://…" if "@" in rest else item  # there may be a password
-            hint = "downloading it and giving its path"
-            raise InputError(name, shown, "a path: by URL only tables are read", hint)
+            shown = f"{scheme}://…" if "@" in rest else item  # it may hold a password
+            hint = "downloading it and passing its path"
+            raise InputError(name, shown, "a path (only tables can be read by URL)", hint)
         path = Path(os.path.expanduser(item))
         if glob.has_magic(item) and not os.path.lexists(path):
             found.files += _expand_glob(name, item, found.skipped)
@@ -99,7 +99,7 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
 
 
 def walk_files(name: str, root: Path, walk: Walk) -> Found:
-    """Regular files below `root`, by relative path; directories are not entered through links."""
+    """Finds regular files below `root`, by relative path; does not follow directory links."""
 
     def refuse(error: OSError) -> None:
         got = f"{error.filename} ({error.strerror})"
@@ -114,15 +114,15 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
             rules = [*rules, (inside, _read_gitignore(name, inside / ".gitignore"))]
         ignores[inside] = rules
         for directory in list(directories):
-            # An environment of any name has a pyvenv.cfg.
+            # pyvenv.cfg marks a virtual environment of any name.
             environment = os.path.lexists(inside / directory / "pyvenv.cfg")
             if directory.startswith(".") or directory in walk.left_out or environment:
                 directories.remove(directory)
-                found.skipped["directories that are hidden or vendored"] += 1
+                found.skipped["hidden or vendored directories"] += 1
             elif _ignored(rules, inside / directory, "/"):
                 directories.remove(directory)
-                found.skipped["directories that .gitignore names"] += 1
-            elif os.path.islink(inside / directory):  # which os.walk does not enter either
+                found.skipped["directories ignored by .gitignore"] += 1
+            elif os.path.islink(inside / directory):  # os.walk does not follow them
                 found.skipped["links to directories"] += 1
         for file in names:
             path = inside / file
@@ -130,7 +130,7 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
             if file.startswith(".") or size is None:
                 found.skipped["hidden or special files"] += 1
             elif _ignored(rules, path, ""):
-                found.skipped["files that .gitignore names"] += 1
+                found.skipped["files ignored by .gitignore"] += 1
             elif not walk.wants(path):
                 found.skipped[_kind(path)] += 1
             elif 0 < walk.max_file_bytes < size:
@@ -142,9 +142,9 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
 
 
 def signature_of(paths: Iterable[Path], options: object) -> str:
-    """A hash of the files' names, sizes and times, and of the options that shape their text.
+    """Hashes the files' paths, sizes and times, and the options that affect their text.
 
-    "" if a file has changed in the last two seconds, or is not there.
+    "" if a file is missing or has changed in the last two seconds.
     """
     digest = hashlib.sha256(repr(options).encode())
     now = time.time()
@@ -153,7 +153,7 @@ def signature_of(paths: Iterable[Path], options: object) -> str:
             found = path.stat()
         except OSError:
             return ""
-        # ctime too: a program may set mtime back, the kernel alone sets ctime.
+        # Include ctime: programs can reset mtime, but only the kernel sets ctime.
         if now - max(found.st_mtime, found.st_ctime) < _SETTLED_SECONDS:
             return ""
         state = (os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -162,7 +162,7 @@ def signature_of(paths: Iterable[Path], options: object) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if it cannot be told, which reading it will explain."""
+    """Bytes of a file; 0 if unknown (reading it reports the error)."""
     try:
         return path.stat().st_size
     except OSError:
@@ -170,11 +170,11 @@ def size_of(path: Path) -> int:
 
 
 def _kind(path: Path) -> str:
-    """What a file is that is not taken, and how it would be."""
+    """The reason why a file with another suffix is skipped, and the source that reads it."""
     match FILE_SUFFIXES.get(inner_suffix(path)):
         case "json" | "csv" | "parquet" | "pdf" as kind:
             return f"{kind} files (data.source={kind} reads them)"
-    return "files of other kinds"
+    return "files of other types"
 
 
 def _regular_size(name: str, path: Path) -> int | None:
@@ -193,7 +193,7 @@ def _mode(name: str, path: Path) -> int:
         return path.stat().st_mode
     except FileNotFoundError:
         expected = "an existing file, directory or glob"
-        raise InputError(name, str(path), expected, f"--config.{name}=PATH") from None
+        raise InputError(name, str(path), expected, f"`{name}=PATH`") from None
     except OSError as error:  # a symlink loop, no permission, a name too long
         got = f"{path} ({error.strerror})"
         raise InputError(name, got, "a readable file or directory") from error
@@ -202,7 +202,7 @@ def _mode(name: str, path: Path) -> int:
 def _expand_glob(
     name: str, pattern: str, skipped: collections.Counter[str]
 ) -> list[tuple[str, Path]]:
-    """The regular files that match; `*` and `**` pass over hidden and vendored directories."""
+    """The regular files that match; `*` and `**` skip hidden and vendored directories."""
     parts = Path(os.path.expanduser(pattern)).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:fixed])
@@ -224,7 +224,7 @@ def _expand_glob(
 def _matching(
     root: Path, parts: tuple[str, ...], skipped: collections.Counter[str]
 ) -> Iterator[Path]:
-    """As `glob.glob` below `root`, but `**` enters no directory through a link: some lead back."""
+    """Like `glob.glob` below `root`, but `**` does not follow directory links (they may loop)."""
     if "**" not in parts:
         yield from map(Path, glob.glob(os.path.join(glob.escape(str(root)), *parts)))
         return
@@ -242,38 +242,38 @@ def _matching(
 
 
 def _nothing_in(name: str, root: Path, walk: Walk, inside: Found) -> InputError:
-    """Says what is there instead."""
+    """The error for a directory without matching files; lists the files it has."""
     anything = replace(walk, suffixes=None, max_file_bytes=0)
     there = collections.Counter(path.suffix for _, path in walk_files(name, root, anything).files)
     most = there.most_common(5)
     found = ", ".join(f"{suffix or 'no suffix'} x {count}" for suffix, count in most)
     passed = ", ".join(f"{count} {reason}" for reason, count in inside.skipped.items())
-    wanted = "text files (.txt, .md, .py ...)"
+    wanted = "text files (.txt, .md, .py, ...)"
     if walk.suffixes is not None and len(walk.suffixes) < 10:
-        wanted = f"files that end in {', '.join(sorted(walk.suffixes))}"
+        wanted = f"{', '.join(sorted(walk.suffixes))} files"
     hint = f"a glob such as '{root}/**/*{most[0][0]}'" if most else ""
     if any(".gitignore" in reason for reason in inside.skipped):
-        hint = "--config.data.gitignore=False, to read what .gitignore names"
-    got = f"{root} (files in it: {found or 'none'}; passed over: {passed or 'none'})"
+        hint = "`data.gitignore=False` to read ignored files"
+    got = f"{root} (files found: {found or 'none'}; skipped: {passed or 'none'})"
     return InputError(name, got, f"a directory with {wanted}", hint)
 
 
 def _read_gitignore(name: str, path: Path) -> pathspec.GitIgnoreSpec:
     try:
-        # As git reads it: a byte order mark is no part of a pattern, and only \n ends a line.
+        # As in git: a byte order mark is not part of a pattern, and only \n ends a line.
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
         return pathspec.GitIgnoreSpec.from_lines(text.split("\n"))
     except OSError as error:
         raise InputError(name, f"{path} ({error.strerror})", "a readable file") from error
-    except (ValueError, re.error) as error:  # a pattern that git itself would not take
+    except (ValueError, re.error) as error:  # a pattern that git rejects too
         got = f"{path} ({error})"
-        raise InputError(name, got, "a valid file", "--config.data.gitignore=False") from error
+        raise InputError(name, got, "valid patterns", "`data.gitignore=False`") from error
 
 
 def _ignored(
     rules: list[tuple[Path, pathspec.GitIgnoreSpec]], path: Path, directory_mark: str
 ) -> bool:
-    """Whether the nearest `.gitignore` that says anything about the path ignores it."""
+    """Whether the path is ignored; the nearest `.gitignore` with a matching pattern decides."""
     for where, spec in reversed(rules):
         said = spec.check_file(path.relative_to(where).as_posix() + directory_mark).include
         if said is not None:

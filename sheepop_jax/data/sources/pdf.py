@@ -1,8 +1,8 @@
-"""PDF files: each is a document, the text of its pages in order, read one page at a time.
+"""PDF files, one document each, read page by page with pypdf.
 
-Between two pages that have text stands one line feed, none if the first ends with one; pages
-without text add nothing. What pypdf makes of a page is taken as it is, but for half surrogates,
-which no UTF-8 text can hold: a pair becomes the character it stands for, a lone one U+FFFD.
+Pages are separated by one line feed (none if the page already ends with one); pages without text
+are skipped. pypdf's text is kept as is, except surrogates, which UTF-8 cannot encode: a pair
+becomes its character, a lone one U+FFFD.
 """
 
 import logging
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class Pdfs:
-    """The text of a list of PDF files; see `documents.Corpus`.
+    """A list of PDF files; see `documents.Corpus`.
 
-    Reading a document raises `SkipDocument` if the PDF is damaged, needs a password or has no text.
+    Damaged PDFs, PDFs without text and PDFs that need a password raise `SkipDocument` when read.
     """
 
     def __init__(self, field: str, value: str, found: Found, version: str):
-        """`version`: that of pypdf, which decides what the text of a page is."""
+        """`version`: pypdf's version, on which the extracted text depends."""
         self.field, self.value, self.skipped = field, value, found.skipped
-        self.num_bytes = 0  # how much of a PDF is text cannot be told
+        self.num_bytes = 0  # unknown: a PDF's size says little about its text
         self._files, self._version = found.files, version
 
     def signature(self) -> str:
@@ -51,10 +51,10 @@ class Pdfs:
             raise SkipDocument("PDFs without text (scanned pages need OCR first)")
 
     def _pages(self, path: Path) -> Iterator[str]:
-        """The text of each page.
+        """Yields the text of each page.
 
         Raises:
-            SkipDocument: the PDF is damaged, or needs a password.
+            SkipDocument: the PDF is damaged or needs a password.
             InputError: the file cannot be opened.
         """
         import pypdf
@@ -67,47 +67,47 @@ class Pdfs:
             raise InputError(self.field, got, "a readable file") from error
         with file:
             try:
-                # By itself it tries the empty password, with which most protected PDFs open.
+                # pypdf tries the empty password, which opens most protected PDFs.
                 reader = pypdf.PdfReader(file)
                 for page in reader.pages:
                     yield _encodable(page.extract_text())
-                    # It keeps every object it has read, content of pages included.
+                    # pypdf caches every object it has read, page contents included.
                     reader.resolved_objects.clear()
             except FileNotDecryptedError:
                 raise SkipDocument("PDFs that need a password") from None
             except DependencyError:
                 reason = "encrypted PDFs that need the Python package cryptography"
                 raise SkipDocument(reason) from None
-            # Whatever it stumbles over: its own errors are but some of those that it raises.
+            # Damaged files make pypdf raise many types besides its own errors.
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                logger.warning("%s is damaged and left out (%s)", path, reason)
+                logger.warning("skipping damaged PDF %s (%s)", path, reason)
                 raise SkipDocument("damaged PDFs") from error
 
 
 def open_pdfs(field: str, spec: str, walk: Walk) -> Pdfs:
-    """The PDFs that `spec` means; none is read yet.
+    """Finds the PDFs of `spec`; reads none.
 
     Args:
         field: the configuration field, for messages.
         spec: a file, a directory, a glob, or several separated by commas.
-        walk: what is taken from a directory.
+        walk: the rules for directories.
 
     Raises:
-        InputError: pypdf is missing, `spec` gives no file, or all of them are compressed.
+        InputError: pypdf is not installed, `spec` has no PDF, or all PDFs are compressed.
     """
     try:
         import pypdf
     except ImportError:
         hint = "pip install -r requirements/extras.txt"
         raise InputError("data.source", "pdf", "the Python package pypdf", hint) from None
-    # It logs each oddity of each file, and most files have some.
+    # pypdf logs every irregularity, and most files have some.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     found = find_files(field, spec, walk)
-    # A PDF is read from its end and back and forth, which a compressed file cannot give.
+    # Reading a PDF needs random access, which a compressed file does not have.
     plain = [(name, path) for name, path in found.files if path.suffix.lower() not in COMPRESSED]
     if not plain:
-        raise InputError(field, spec, "PDFs that are not compressed", "decompressing them")
+        raise InputError(field, spec, "uncompressed PDFs", "decompressing them")
     if packed := len(found.files) - len(plain):
         found.skipped["compressed PDFs"] += packed
         found.files = plain

@@ -1,6 +1,6 @@
-"""Rows of a SQLite file or a PostgreSQL server: each is a document, streamed, never written.
+"""Rows of a SQLite file or a PostgreSQL database, one document each, streamed read-only.
 
-The query goes to the database as it stands: a `:` or `%` in it is no placeholder.
+The query is sent verbatim: `:` and `%` are not placeholders.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FIELD = "data.path"
-_ROWS_AT_ONCE = 100  # held in memory
+_ROWS_AT_ONCE = 100  # rows in memory
 _CONNECT_SECONDS = 5
 _DRIVERS = {
     "sqlite": "sqlite",
@@ -34,7 +34,7 @@ _DRIVERS = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 _EXPECTED = "a SQLite file or a URL sqlite:///FILE or postgresql://USER@HOST/DATABASE"
-# What SQLite says of the query itself; its other errors are about the file.
+# SQLite error names that concern the query; all others concern the file.
 _SQLITE_QUERY_ERRORS = (
     "SQLITE_ERROR",
     "SQLITE_READONLY",
@@ -51,8 +51,8 @@ _INNERMOST_PARENTHESES = re.compile(r"\([^()]*\)")
 class Sql:
     """The rows of a query; see `documents.Corpus`.
 
-    Rows come in the database's order. Reading a row's text raises `SkipDocument` if it is NULL,
-    `InputError` if it is no text.
+    Rows keep the database's order. Reading a row's text raises `SkipDocument` if it is NULL and
+    `InputError` if it is not text.
     """
 
     def __init__(self, value: str, database: "Path | URL", query: str, text_column: str):
@@ -61,22 +61,27 @@ class Sql:
         self._database, self._query, self._column = database, query, text_column
 
     def signature(self) -> str:
-        """See `documents.Corpus`; that rows hang on chance or the clock in the query does not show.
+        """See `documents.Corpus`; "" for a server, whose rows may change unnoticed.
 
-        A server cannot tell whether its rows have changed, so it has none.
+        Queries that depend on random() or on the time are not detected.
         """
         if not isinstance(self._database, Path):
             return ""
-        # Holds changes that are not in the file yet; reading a file may leave an empty one.
+        # The write-ahead log holds changes not yet in the file; reading may leave an empty one.
         log = Path(f"{self._database}-wal")
         logs = [log] if log.is_file() and log.stat().st_size else []
         return signature_of([self._database, *logs], ("sql", 1, self._query, self._column))
 
     def __iter__(self) -> Iterator[Document]:
-        """Raises `InputError`: no connection, a query that fails or would write, no such column."""
+        """Yields a document per row.
+
+        Raises:
+            InputError: the connection or the query fails, the query would write, or the column
+                does not exist.
+        """
         from sqlalchemy.exc import DBAPIError
 
-        # yield_per brings stream_results: a cursor on the server, and no more rows at once.
+        # yield_per implies stream_results: a server-side cursor, and no more rows in memory.
         options = {"yield_per": _ROWS_AT_ONCE, "no_parameters": True}
         connected = False
         try:
@@ -85,7 +90,7 @@ class Sql:
                 result = connection.execution_options(**options).exec_driver_sql(self._query)
                 stack.callback(result.close)
                 if not result.returns_rows:
-                    expected = "a query that gives rows, such as SELECT"
+                    expected = "a query that returns rows, such as SELECT"
                     raise InputError("data.query", self._query, expected)
                 column = self._index(list(result.keys()))
                 for number, row in enumerate(result, start=1):
@@ -107,25 +112,25 @@ class Sql:
             cast = f"CAST({self._column} AS TEXT) AS {self._column} in the query"
             if isinstance(value, bytes) and not isinstance(self._database, Path):
                 cast = f"convert_from({self._column}, 'UTF8') AS {self._column} in the query"
-            raise InputError("data.text_column", got, "a column of text", cast)
+            raise InputError("data.text_column", got, "a text column", cast)
         yield value
 
     def _explain(self, error: "DBAPIError", connected: bool) -> InputError:
-        """The database's own message, and the field that it is about."""
+        """Wraps the database's message in an error that names the field at fault."""
         cause = error.orig
         reason = " ".join(str(cause).split())[:400]
         if isinstance(self._database, Path):
             name = getattr(cause, "sqlite_errorname", "")
-            # It has no name where Python's own module refuses: two statements, a placeholder.
+            # Errors of Python's sqlite3 module (two statements, a placeholder) have no name.
             misused = isinstance(cause, sqlite3.ProgrammingError | sqlite3.Warning)
             about_query = name in _SQLITE_QUERY_ERRORS or misused
             expected, hint = "a readable SQLite database with UTF-8 text", ""
         else:
-            # 08: the connection; 57P: the server is being stopped. No state: it is gone.
+            # SQLSTATE 08: connection error; 57P: server shutdown; none: connection lost.
             state = getattr(cause, "sqlstate", None) or ""
             about_query = connected and bool(state) and not state.startswith(("08", "57P"))
-            expected = "a PostgreSQL server that can be reached"
-            hint = "the address; a password goes into PGPASSWORD or ~/.pgpass"
+            expected = "a reachable PostgreSQL server"
+            hint = "checking the address; a password goes into PGPASSWORD or ~/.pgpass"
         if about_query:
             expected = f"a SELECT that the database can run ({reason})"
             return InputError("data.query", self._query, expected)
@@ -133,48 +138,47 @@ class Sql:
 
 
 def open_sql(path: str, query: str, text_column: str) -> Sql:
-    """The rows of `query`; nothing is read yet, and no server asked.
+    """Opens a query; reads nothing and does not connect.
 
     Args:
-        path: a SQLite file, or a URL of SQLite or PostgreSQL.
-        query: a SELECT.
+        path: a SQLite file, or a SQLite or PostgreSQL URL.
+        query: a SELECT statement.
         text_column: the column with the text.
 
     Raises:
-        InputError: a package is missing, `path` names no such file or another kind of database, a
-            URL holds a password, or `query` is empty.
+        InputError: a package is not installed, the file does not exist, the database is of another
+            kind, the URL holds a password, or `query` is empty.
     """
-    # Used where the rows are read.
     try:
-        import sqlalchemy  # noqa: F401  only whether it is there
+        import sqlalchemy  # noqa: F401  check that it is installed
     except ImportError:
         raise _missing("sqlalchemy") from None
     database = _parse(path)
     if not isinstance(database, Path):
         try:
-            import psycopg  # noqa: F401  only whether it is there
+            import psycopg  # noqa: F401  check that it is installed
         except ImportError:
             raise _missing("psycopg") from None
     if not query.strip():
-        hint = "--config.data.query='SELECT text FROM documents ORDER BY id'"
+        hint = "`data.query='SELECT text FROM documents ORDER BY id'`"
         raise InputError("data.query", query, "a SELECT statement", hint)
     if not _ordered(query):
         logger.warning(
-            "data.query has no ORDER BY: the order of its rows may differ from time to time, and "
-            "with it the data"
+            "data.query has no ORDER BY: the row order, and with it the data, may differ between "
+            "runs"
         )
     return Sql(path, database, query, text_column)
 
 
 def _parse(path: str) -> "Path | URL":
-    """The file, or the URL of a server, that `path` names."""
+    """Parses `path` into a SQLite file or a server URL."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     scheme, mark, _ = path.partition("://")
     if not mark:
         return _existing(path)
-    # Nothing but the scheme is printed until it is known that no password is in the rest.
+    # Print only the scheme until the rest is known to hold no password.
     if scheme.lower() not in _DRIVERS:
         raise InputError(_FIELD, f"{scheme}://", _EXPECTED)
     try:
@@ -183,7 +187,7 @@ def _parse(path: str) -> "Path | URL":
         raise InputError(_FIELD, f"{scheme}://... (not a valid URL)", _EXPECTED) from None
     if url.password is not None or any("password" in name.lower() for name in url.query):
         expected = "a URL without a password (the configuration is saved with the run)"
-        hint = "the variable PGPASSWORD or ~/.pgpass"
+        hint = "the environment variable PGPASSWORD, or ~/.pgpass"
         raise InputError(_FIELD, f"a {scheme}:// URL with a password", expected, hint)
     if url.drivername != "sqlite":
         return url
@@ -201,18 +205,18 @@ def _existing(path: str) -> Path:
 
 
 def _engine(database: "Path | URL") -> "Engine":
-    """An engine whose connections can only read, and are closed when given back."""
+    """An engine with read-only connections that are closed after use."""
     import sqlalchemy
 
     if isinstance(database, Path):
-        # mode=ro also keeps SQLite from making a file that is not there. as_uri() quotes.
+        # mode=ro also keeps SQLite from creating a missing file. as_uri() quotes the path.
         uri = f"{database.absolute().as_uri()}?mode=ro"
         return sqlalchemy.create_engine(
             "sqlite://",
             creator=lambda: _read_only(sqlite3.connect(uri, uri=True)),
             poolclass=sqlalchemy.NullPool,
         )
-    # libpq would else take the user's PGCLIENTENCODING, which may lack characters of the text.
+    # Override the user's PGCLIENTENCODING, which may lack characters of the text.
     arguments: dict[str, str | int] = {"client_encoding": "utf8"}
     if "connect_timeout" not in database.query:
         arguments["connect_timeout"] = _CONNECT_SECONDS
@@ -225,7 +229,7 @@ def _engine(database: "Path | URL") -> "Engine":
 
 
 def _read_only(connection: sqlite3.Connection) -> sqlite3.Connection:
-    """mode=ro is of the main file alone: ATTACH and VACUUM INTO, which attaches, write others."""
+    """Denies ATTACH: mode=ro covers only the main file, not ATTACH and VACUUM INTO."""
 
     def allow(action: int, *about: str | None) -> int:
         return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
@@ -235,7 +239,7 @@ def _read_only(connection: sqlite3.Connection) -> sqlite3.Connection:
 
 
 def _ordered(query: str) -> bool:
-    """Whether the query as a whole, and not only a part in parentheses, has an ORDER BY."""
+    """Whether the query has an ORDER BY outside parentheses."""
     bare = _COMMENT_OR_QUOTED.sub(" ", query)
     while (fewer := _INNERMOST_PARENTHESES.sub(" ", bare)) != bare:
         bare = fewer

@@ -1,6 +1,6 @@
-"""Tables of text: each row of a JSONL, CSV or parquet file is a document, or a line of one.
+"""JSONL, CSV and parquet tables: each row is a document, or a line of one.
 
-The text of a row is kept exactly; a CSV cell is what stands in the file, never a number or a gap.
+Text is kept exactly; CSV cells are always strings, never parsed as numbers or missing values.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
@@ -38,44 +39,47 @@ SUFFIXES: Mapping[Kind, frozenset[str]] = {
     for kind in ("json", "csv", "parquet")
 }
 _EXPECTED = {
-    "json": "JSON with one object a line",
-    "csv": "CSV with a line of names and as many cells in each row",
+    "json": "JSON with one object per line",
+    "csv": "CSV with a header line and as many cells in each row",
     "parquet": "a parquet file",
 }
-_CSV_ROWS = 1000  # fewer are slow
-_NETWORK_SECONDS = 10  # without a byte
-_AS_TEXT = "--config.data.source=files, which reads the file as plain text"
+_CSV_ROWS = 1000  # rows per chunk; small chunks are slow
+_NETWORK_SECONDS = 10  # socket timeout
+_AS_TEXT = "`data.source=files` to read the file as plain text"
 
 
+@dataclass
 class Table:
-    """The rows of some tables of one kind; see `documents.Corpus`."""
+    """The rows of tables of one kind; see `documents.Corpus`.
 
-    def __init__(
-        self,
-        kind: Kind,
-        field: str,
-        value: str,
-        items: list[tuple[str, str]],
-        text_column: str,
-        join_rows: bool,
-        skipped: Counter[str],
-    ):
-        """`items`: (name in messages, path or URL), in the order in which they are read."""
-        self.field, self.value, self.skipped = field, value, skipped
-        self.num_bytes = 0
-        self._kind, self._items = kind, items
-        self._column, self._join = text_column, join_rows
+    Attributes:
+        kind: the format to parse, regardless of file names.
+        field, value: the configuration field and its value, for messages.
+        items: (name in messages, path or URL) in reading order.
+        column: the column to read.
+        join_rows: whether the rows are the lines of one document.
+        skipped: files that were left out, by reason.
+    """
+
+    kind: Kind
+    field: str
+    value: str
+    items: list[tuple[str, str]]
+    column: str
+    join_rows: bool
+    skipped: Counter[str]
+    num_bytes: int = 0  # unknown before the rows are read
 
     def signature(self) -> str:
-        options = ("table", 1, self._kind, self._column, self._join)
-        # A URL is the path of no file, so that with one it is "".
-        return signature_of((Path(place) for _, place in self._items), options)
+        options = ("table", 1, self.kind, self.column, self.join_rows)
+        # A URL is not an existing path, so any URL makes the signature "".
+        return signature_of((Path(place) for _, place in self.items), options)
 
     def __iter__(self) -> Iterator[Document]:
-        return rows_to_documents(self._rows(), self._column, self.value if self._join else "")
+        return rows_to_documents(self._rows(), self.column, self.value if self.join_rows else "")
 
     def _rows(self) -> Iterator[tuple[str, object]]:
-        for name, place in self._items:
+        for name, place in self.items:
             with _on_disk(self.field, place) as path:
                 try:
                     for index, text in enumerate(self._texts(path)):
@@ -86,19 +90,19 @@ class Table:
                     got = f"{place} (line {error.line}: {error})"
                     hint = f"correcting that line, or {_AS_TEXT}"
                     raise InputError(self.field, got, _EXPECTED["json"], hint) from None
-                # The libraries below raise many kinds; all mean a file that cannot be read.
+                # The libraries raise many types; all mean an unreadable file.
                 except Exception as error:
-                    hint = "" if self._kind == "parquet" else _AS_TEXT
+                    hint = "" if self.kind == "parquet" else _AS_TEXT
                     got = f"{place} ({reason_of(error)})"
-                    raise InputError(self.field, got, _EXPECTED[self._kind], hint) from error
+                    raise InputError(self.field, got, _EXPECTED[self.kind], hint) from error
 
     def _texts(self, path: str) -> Iterator[object]:
-        match self._kind:
+        match self.kind:
             case "json":
-                return _json_texts(path, self._column)
+                return _json_texts(path, self.column)
             case "csv":
-                return _csv_texts(path, self._column)
-        return _parquet_texts(path, self._column)
+                return _csv_texts(path, self.column)
+        return _parquet_texts(path, self.column)
 
 
 def open_table(
@@ -106,25 +110,22 @@ def open_table(
     field: str,
     spec: str,
     text_column: str,
-    *,
     join_rows: bool,
-    gitignore: bool = True,
-    max_file_bytes: int = 0,
+    walk: Callable[[frozenset[str]], Walk] = Walk,
 ) -> Table:
-    """Finds the files; none is read yet.
+    """Finds the files of a table source; reads none.
 
     Args:
-        kind: how they are read, whatever their names are.
+        kind: the format to parse, regardless of file names.
         field: the configuration field that holds `spec`, for messages.
-        spec: as in `paths.find_files`; an item with "://" in it is a URL.
-        text_column: the column that is read.
-        join_rows: whether the rows are the lines of one document.
-        gitignore, max_file_bytes: see `paths.Walk`.
+        spec: as in `paths.find_files`; an item with "://" is a URL.
+        text_column: the column to read.
+        join_rows: whether to join the rows as the lines of one document.
+        walk: makes the `paths.Walk` for the suffixes of `kind`.
 
     Raises:
-        InputError: a file is not there or cannot be read.
+        InputError: a file does not exist or cannot be read.
     """
-    walk = Walk(SUFFIXES[kind], gitignore=gitignore, max_file_bytes=max_file_bytes)
     items: list[tuple[str, str]] = []
     skipped: Counter[str] = Counter()
     parts = [part.strip() for part in spec.split(",")] if "://" in spec else [spec]
@@ -132,7 +133,7 @@ def open_table(
         if remote:
             items += ((url, url) for url in group)
             continue
-        found = find_files(field, ",".join(group), walk)
+        found = find_files(field, ",".join(group), walk(SUFFIXES[kind]))
         items += ((name, os.path.abspath(path)) for name, path in found.files)
         skipped += found.skipped
     if not items:
@@ -146,14 +147,14 @@ class _BadLine(Exception):
         self.line = line
 
 
-# Not through `datasets`, which guesses each column's type (dates become times, and one number far
-# into a column of text turns the strings beside it into quoted JSON), leaves files open, and does
-# not tell which line is broken.
+# Not `datasets`: it infers column types (dates become timestamps, and one number far into a text
+# column turns the strings beside it into quoted JSON), leaves files open, and does not report the
+# invalid line.
 def _json_texts(path: str, column: str) -> Iterator[object]:
     rows = _json_rows(path)
     seen: set[str] = set()
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        if column not in seen:  # a row may lack it, but not all of the first ones
+        if column not in seen:  # single rows may lack it, but not a whole first batch
             seen.update(*batch)
             if column not in seen:
                 raise missing_column(column, seen, _AS_TEXT)
@@ -161,7 +162,7 @@ def _json_texts(path: str, column: str) -> Iterator[object]:
 
 
 def _json_rows(path: str) -> Iterator[dict[str, object]]:
-    """The objects of JSON lines, or of one document (an array, or an object over several lines)."""
+    """Yields the objects of JSON lines, or of one array or multi-line object."""
     first = True
     with open_file(Path(path)) as file:
         for number, line in enumerate(file, 1):
@@ -194,11 +195,11 @@ def _parse(line: int, data: bytes) -> object:
 def _object(line: int, value: object) -> dict[str, object]:
     if isinstance(value, dict):
         return value
-    raise _BadLine(line, f"a {type(value).__name__} where an object must be")
+    raise _BadLine(line, f"{type(value).__name__}, not an object")
 
 
 def _csv_texts(path: str, column: str) -> Iterator[object]:
-    import pandas  # here, not above: slow; comes with `datasets`
+    import pandas  # lazy: slow to import; a dependency of `datasets`
 
     options = {
         "sep": "\t" if inner_suffix(Path(path)) == ".tsv" else ",",
@@ -208,8 +209,9 @@ def _csv_texts(path: str, column: str) -> Iterator[object]:
     }
     with open_file(Path(path)) as file, pandas.read_csv(file, **options) as chunks:
         for chunk in chunks:
-            if not isinstance(chunk.index, pandas.RangeIndex):  # of the cells that have no name
-                raise ValueError("rows have more cells than the first line has names")
+            # pandas turns unnamed extra cells into the index.
+            if not isinstance(chunk.index, pandas.RangeIndex):
+                raise ValueError("rows have more cells than the header")
             if column not in chunk:
                 raise missing_column(column, chunk, _AS_TEXT)
             yield from chunk[column].tolist()
@@ -227,9 +229,9 @@ def _parquet_texts(path: str, column: str) -> Iterator[object]:
 
 @contextlib.contextmanager
 def _on_disk(field: str, place: str) -> Iterator[str]:
-    """A path to what `place` names; what a URL names is fetched, and removed afterwards.
+    """Yields a local path for `place`; a URL is downloaded to a temporary file.
 
-    Fetched, because to stream it takes an optional package, and of the server that it serves parts.
+    Streaming would need an optional package and a server that supports range requests.
     """
     if "://" not in place:
         yield place
@@ -237,31 +239,32 @@ def _on_disk(field: str, place: str) -> Iterator[str]:
     name = Path(urllib.parse.urlsplit(place).path).name or "table"
     with tempfile.TemporaryDirectory(prefix="sheepop-") as directory:
         path = os.path.join(directory, name)
-        logger.info("data: fetching %s", place)
+        logger.info("data: downloading %s", place)
         try:
             with _open_url(place) as answer, open(path, "wb") as file:
                 shutil.copyfileobj(answer, file, 2**20)
-                missing = getattr(answer, "length", None)  # what did not come, if the server said
+                # Bytes still missing, if the server sent a length.
+                missing = getattr(answer, "length", None)
             if missing:
-                raise OSError(f"the connection broke {missing} bytes before the end")
-        except Exception as error:  # each scheme has kinds of its own
-            hint = "the spelling and the network; or download it and give its path"
+                raise OSError(f"the connection closed {missing} bytes before the end")
+        except Exception as error:  # each URL scheme raises its own types
+            hint = "checking the spelling and the network, or downloading it and passing its path"
             got = f"{place} ({_network_reason(error)})"
-            raise InputError(field, got, "a file that the network gives", hint) from error
+            raise InputError(field, got, "a file that can be downloaded", hint) from error
         yield path
 
 
 def _open_url(url: str) -> IO[bytes]:
     if url.startswith(("http://", "https://")):
         return cast(IO[bytes], urllib.request.urlopen(url, timeout=_NETWORK_SECONDS))
-    import fsspec  # comes with `datasets`; knows hf:// and more
+    import fsspec  # a dependency of `datasets`; handles hf:// and more
 
     return cast(IO[bytes], fsspec.open(url, "rb").open())
 
 
 def _network_reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        error.close()  # it is the answer too
+        error.close()  # the exception is also the open response
         return f"HTTP {error.code}: {error.reason}"
     reason = getattr(error, "reason", error)
     return reason_of(reason) if isinstance(reason, Exception) else str(reason)

@@ -25,14 +25,14 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def read(name, subset="", column="text", join_rows=False):
-    """The documents as (id, text, held_out); text is None where a row has none."""
+    """The documents as (id, text, is_val); text is None where a row has none."""
     found = []
     for document in open_hub(name, subset, column, join_rows=join_rows):
         try:
             text = "".join(document.pieces)
         except SkipDocument:
             text = None
-        found.append((document.id, text, document.held_out))
+        found.append((document.id, text, document.is_val))
     return found
 
 
@@ -71,14 +71,14 @@ class TestHub:
         texts = ["one", "", None, "two\r\n"]
         expected = [(f"some/set#{i}", text, False) for i, text in enumerate(texts)]
         assert read("some/set", column="body") == expected
-        assert caplog.text.count("data: opening some/set on the Hugging Face hub") == 1
+        assert caplog.text.count("data: opening some/set on the Hugging Face Hub") == 1
         assert read("some/set", "v2", "subset")[0][1] == "v2"
 
     @pytest.mark.parametrize("split", ["validation", "valid", "val", "dev"])
     def test_a_validation_split_is_held_out_and_first(self, hub, split):
         hub({"train": [{"text": "a"}], "test": [{"text": "t"}], split: [{"text": "v"}, {}]})
-        held_out = [(f"some/set:{split}#0", "v", True), (f"some/set:{split}#1", None, True)]
-        assert read("some/set") == [*held_out, ("some/set#0", "a", False)]
+        is_val = [(f"some/set:{split}#0", "v", True), (f"some/set:{split}#1", None, True)]
+        assert read("some/set") == [*is_val, ("some/set#0", "a", False)]
         joined = [(f"some/set:{split}", "v\n", True), ("some/set", "a\n", False)]
         assert read("some/set", join_rows=True) == joined
 
@@ -134,7 +134,7 @@ class TestHub:
         answers = threading.Event()
         monkeypatch.setattr(module, "_commit", lambda *_: str(answers.wait(60)))
         before = threading.enumerate()
-        with pytest.raises(InputError, match=r"silent for 0\.1 s; HF_HUB_ETAG_TIMEOUT=30"):
+        with pytest.raises(InputError, match=r"no answer in 0\.1 s; HF_HUB_ETAG_TIMEOUT=30"):
             read("some/set")
         (left,) = set(threading.enumerate()).difference(before)  # still waits
         assert left.daemon  # does not keep the program from ending
@@ -282,10 +282,11 @@ class TestNetwork:
             ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
         ):
             (message,) = self.ask(process_env, environment, "some/set")
-            assert re.match(r"data\.name: got 'some/set \(asking the hub failed: .*\)'", message)
+            assert re.match(r"data\.name: got 'some/set \(Hub request failed: .*\)'", message)
             assert reason in message
-            download = "`hf download some/set --repo-type dataset --local-dir DIR`"
-            assert message.endswith(f"data.path, or data.name=DIR with a copy made by {download}")
+            download = "'hf download some/set --repo-type dataset --local-dir DIR'"
+            copy = f"`data.path`, or `data.name=DIR` with a copy made by {download}"
+            assert message.endswith(copy)
 
     def test_what_a_hub_may_answer(self, process_env):
         stop, asked = threading.Event(), []
@@ -315,10 +316,12 @@ class TestNetwork:
             stop.set()
             server.shutdown()
         assert asked == ["missing", "broken", "silent"]  # once: the library alone tries for 25 s
-        assert re.match(r"data\.name: got 'some/missing'; expected a dataset on the hub;", said[0])
+        assert re.match(
+            r"data\.name: got 'some/missing'; expected an existing Hub dataset;", said[0]
+        )
         assert re.match(r"data\.name: got .some/broken \(.*500", said[1])
         assert re.match(
             r"data\.name: got .some/silent \(.*(HF_HUB_ETAG_TIMEOUT|timed out)", said[2]
         )
         for message in said[3:]:
-            assert "OWNER/NAME of a dataset on the hub, or a directory" in message
+            assert "OWNER/NAME of a Hub dataset, or a directory" in message

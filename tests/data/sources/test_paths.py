@@ -1,4 +1,4 @@
-"""Which files a path means, in which order, and what is passed over."""
+"""Which files a path means, in which order, and what is skipped."""
 
 import os
 import re
@@ -39,9 +39,9 @@ def test_a_directory_is_read_in_order_without_hidden_vendored_or_foreign_files(t
     found = find_files("data.path", str(tmp_path), TEXT)
     assert found.files == [(name, tmp_path / name) for name in files]
     assert found.skipped == {
-        "directories that are hidden or vendored": 6,
+        "hidden or vendored directories": 6,
         "hidden or special files": 2,
-        "files of other kinds": 4,
+        "files of other types": 4,
     }
 
 
@@ -82,7 +82,7 @@ def test_a_directory_that_is_a_link_is_read(tmp_path):
 def test_what_looks_like_a_url_is_a_path_where_it_is_there(tmp_path):
     write(tmp_path, "a:/b.txt")
     assert ids(f"{tmp_path}/a://b.txt") == ["b.txt"]
-    with pytest.raises(InputError, match="by URL only tables are read"):
+    with pytest.raises(InputError, match="only tables can be read by URL"):
         ids(f"{tmp_path}/a://c.txt")
 
 
@@ -129,7 +129,7 @@ def test_the_same_file_twice_counts_once_and_directories_add_up(tmp_path):
     (tmp_path / "a").symlink_to("d/a.txt")
     found = find_files("data.path", f"{tmp_path}/a,{tmp_path}/e,{tmp_path}/d", TEXT)
     assert [name for name, _ in found.files] == ["a", "b.txt"]
-    assert found.skipped == {"files of other kinds": 3}
+    assert found.skipped == {"files of other types": 3}
 
 
 def test_a_named_file_is_taken_whatever_it_is(tmp_path):
@@ -145,7 +145,7 @@ def test_large_files_are_passed_over_by_choice(tmp_path):
     assert [name for name, _ in found.files] == ["a.txt"]
     assert found.skipped == {"files larger than data.max_file_bytes": 1}
     assert ids(tmp_path) == ["a.txt", "b.txt"]
-    with pytest.raises(InputError, match=r"\.txt x 2; passed over: 2 files larger than data\.max"):
+    with pytest.raises(InputError, match=r"\.txt x 2; skipped: 2 files larger than data\.max"):
         ids(tmp_path, Walk({".txt"}, max_file_bytes=3))
 
 
@@ -159,8 +159,8 @@ class TestGitignore:
         write(tmp_path, **{"s/.gitignore": "/t.txt\n!x.md\n", "s/d/.gitignore": "x.*\n"})
         found = find_files("data.path", str(tmp_path), TEXT)
         assert [name for name, _ in found.files] == sorted(kept)
-        assert found.skipped["files that .gitignore names"] == 7
-        assert found.skipped["directories that .gitignore names"] == 3
+        assert found.skipped["files ignored by .gitignore"] == 7
+        assert found.skipped["directories ignored by .gitignore"] == 3
         assert len(ids(tmp_path, Walk({".txt", ".md"}, gitignore=False))) == 16
 
     @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -187,10 +187,10 @@ class TestGitignore:
     @pytest.mark.parametrize("below", ["", "d/"])
     def test_one_that_names_everything_is_an_error_that_names_the_field(self, tmp_path, below):
         write(tmp_path, **{".gitignore": "*\n", f"{below}a.txt": "one"})
-        with pytest.raises(InputError, match=r"that \.gitignore names.*data\.gitignore=False"):
+        with pytest.raises(InputError, match=r"ignored by \.gitignore.*data\.gitignore=False"):
             ids(tmp_path)
         assert ids(tmp_path, Walk({".txt"}, gitignore=False)) == [f"{below}a.txt"]
-        with pytest.raises(InputError, match=r"files in it: \.txt x 1; "):
+        with pytest.raises(InputError, match=r"files found: \.txt x 1; "):
             ids(tmp_path, Walk({".md"}, gitignore=False))
 
     def test_a_pattern_that_is_none(self, tmp_path, monkeypatch):
@@ -220,13 +220,13 @@ class TestGitignore:
 @pytest.mark.parametrize(
     "files, spec, said",
     [
-        ([], "missing.txt", r"missing\.txt'; expected an existing file.*--config\.data\.path=PATH"),
+        ([], "missing.txt", r"missing\.txt'; expected an existing file.*`data\.path=PATH`"),
         ([], "missing*.txt", r"missing\*\.txt'; expected a pattern that matches a file$"),
         (["venv/a.txt"], "**/*.txt", r"expected a pattern that matches a file$"),
         (["a.txt"], "a.txt, {}/b.txt", r"b\.txt'; expected an existing"),
-        ([], "", r"files in it: none; passed over: none\)'.*text files \(\.txt"),
-        (["a.weights"], "", r"files in it: \.weights x 1; passed over: 1 files of other.*\*\.weig"),
-        (["a", "b", "c.x"], "", r"files in it: no suffix x 2, \.x x 1; .*\*\*/\*'$"),
+        ([], "", r"files found: none; skipped: none\)'.*text files \(\.txt"),
+        (["a.weights"], "", r"files found: \.weights x 1; skipped: 1 files of other.*\*\.weig"),
+        (["a", "b", "c.x"], "", r"files found: no suffix x 2, \.x x 1; .*\*\*/\*'$"),
         (["a.txt"], "a.txt/b", r"a\.txt/b \(Not a directory\)'; expected a readable"),
         ([], "x" * 300, r"xxx \(File name too long\)"),
     ],
@@ -241,7 +241,7 @@ def test_what_is_refused(tmp_path, files, spec, said):
 
 
 def test_a_few_wanted_kinds_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"a directory with files that end in \.a, \.b$"):
+    with pytest.raises(InputError, match=r"a directory with \.a, \.b files$"):
         ids(tmp_path, Walk({".b", ".a"}))
     with pytest.raises(InputError, match=r"got ' , '; expected a file, a directory or a glob$"):
         ids(" , ")
@@ -367,5 +367,5 @@ def test_the_home_of_nobody_is_a_name_like_any_other():
 
 def test_a_pattern_that_git_would_not_take_is_named(tmp_path):
     write(tmp_path, "a.txt", **{".gitignore": "[z-a].log\n"})
-    with pytest.raises(InputError, match=r"\.gitignore \(.*; try --config\.data\.gitignore=False"):
+    with pytest.raises(InputError, match=r"\.gitignore \(.*; try `data\.gitignore=False"):
         ids(tmp_path)

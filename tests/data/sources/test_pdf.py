@@ -119,13 +119,13 @@ def test_a_directory_gives_its_pdfs_in_order_and_none_is_lost_by_a_bad_one(tmp_p
     ]
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 2 and all("\n" not in warning for warning in warnings)
-    assert "cut.pdf is damaged" in warnings[0] and "Error: " in warnings[0]
-    assert "empty.pdf is damaged" in warnings[1] and "empty file" in warnings[1]
+    assert "cut.pdf (" in warnings[0] and "Error: " in warnings[0]
+    assert "empty.pdf (" in warnings[1] and "empty file" in warnings[1]
     assert "secret" not in caplog.text
     corpus = open_pdfs("data.path", str(tmp_path), PDFS)
-    assert corpus.skipped == {"files of other kinds": 1, "compressed PDFs": 1}
+    assert corpus.skipped == {"files of other types": 1, "compressed PDFs": 1}
     assert (corpus.field, corpus.value) == ("data.path", str(tmp_path))
-    assert [d.held_out for d in corpus] == [False] * 8
+    assert [d.is_val for d in corpus] == [False] * 8
 
 
 def test_aes_with_an_empty_password_opens(tmp_path):
@@ -210,7 +210,7 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^data\.path: got '\S+a\.pdf \(No such file"):
         "".join(next(iter(corpus)).pieces)
     (tmp_path / "b.pdf.gz").write_bytes(b"")
-    with pytest.raises(InputError, match="PDFs that are not compressed"):
+    with pytest.raises(InputError, match="uncompressed PDFs"):
         open_pdfs("data.path", str(tmp_path), PDFS)
     monkeypatch.setitem(sys.modules, "pypdf", None)
     with pytest.raises(InputError) as caught:

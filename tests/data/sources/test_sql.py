@@ -128,13 +128,13 @@ def test_the_query_goes_to_the_database_as_it_stands(database):
         ("SELEC body", "body", "data.query: got 'SELEC body'; expected a SELECT that the database"),
         ("SELECT body FROM nots", "body", "no such table: nots"),
         ("SELECT boddy FROM notes", "body", "no such column: boddy"),
-        (" \n", "body", r"data.query: got ' \n'; expected a SELECT statement; try --config.data"),
-        ("BEGIN", "body", "expected a query that gives rows"),
+        (" \n", "body", r"data.query: got ' \n'; expected a SELECT statement; try `data"),
+        ("BEGIN", "body", "expected a query that returns rows"),
         (QUERY, "text", "data.text_column: got 'text'; expected one of the query's "
          "columns: id, body"),
         ("SELECT body FROM notes", "", "data.text_column: got ''; expected one of the"),
         ("SELECT body, body FROM notes", "body", "columns: body, body"),
-        (QUERY, "id", "got 'id (row 1 holds int)'; expected a column of text; "
+        (QUERY, "id", "got 'id (row 1 holds int)'; expected a text column; "
          "try CAST(id AS TEXT)"),
         ("SELECT CAST(body AS BLOB) b FROM notes", "b", "got 'b (row 1 holds bytes)'"),
         ("SELECT 1.5 AS f", "f", "row 1 holds float"),
@@ -250,7 +250,7 @@ def test_a_password_is_refused_and_never_printed(url, caplog):
     assert "cr3t" not in "".join(traceback.format_exception(caught.value, limit=0))
     if url.startswith(("postgresql://me:S", "sqlite")) and "port" not in url:
         assert "expected a URL without a password (the configuration is saved" in str(caught.value)
-        assert str(caught.value).endswith("try the variable PGPASSWORD or ~/.pgpass")
+        assert str(caught.value).endswith("try the environment variable PGPASSWORD, or ~/.pgpass")
 
 
 @pytest.mark.parametrize("url", ["mysql://me@localhost/db", "postgresql+asyncpg://h/d", "x://y"])
@@ -374,8 +374,8 @@ def test_a_server_is_read_and_never_written(server):
         (QUERY, "text", "data.text_column: got 'text'; expected one of the query's "
          "columns: id, body"),
         (QUERY, "id", "row 1 holds int"),
-        ("SELECT body::bytea AS b FROM notes", "b", "row 1 holds bytes)'; expected a column of "
-         "text; try convert_from(b, 'UTF8') AS b"),
+        ("SELECT body::bytea AS b FROM notes", "b", "row 1 holds bytes)'; expected a "
+         "text column; try convert_from(b, 'UTF8') AS b"),
         ("SELECT '{\"a\": 1}'::jsonb AS j", "j", "row 1 holds dict"),
     ],
 )  # fmt: skip  # a case a row

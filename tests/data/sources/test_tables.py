@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import functools
 import gzip
 import http.server
 import json
@@ -19,6 +20,7 @@ import zstandard
 
 from sheepop_jax.data.sources import files, paths, tables
 from sheepop_jax.data.sources.documents import SkipDocument
+from sheepop_jax.data.sources.paths import Walk
 from sheepop_jax.data.sources.tables import open_table
 from sheepop_jax.errors import InputError
 
@@ -55,7 +57,9 @@ KINDS = pytest.mark.parametrize("kind", WRITERS)
 def read(kind, spec, column="text", join_rows=False, **options):
     """The documents as (id, text); None where a row has no text."""
     found = []
-    table = open_table(kind, "data.path", str(spec), column, join_rows=join_rows, **options)
+    table = open_table(
+        kind, "data.path", str(spec), column, join_rows, functools.partial(Walk, **options)
+    )
     for document in table:
         try:
             found.append((document.id, "".join(document.pieces)))
@@ -134,7 +138,7 @@ def test_directories_globs_and_lists(tmp_path, kind):
     (tmp_path / "a, b").mkdir()
     assert texts_of(kind, WRITERS[kind](tmp_path / "a, b" / f"c.{suffix}")) == TEXTS
     table = open_table(kind, "data.path", str(tmp_path), "text", join_rows=False)
-    assert table.skipped == {"files of other kinds": 1}
+    assert table.skipped == {"files of other types": 1}
     assert "larger than" in refusal(kind, tmp_path, max_file_bytes=1)
     assert "existing file" in refusal(kind, tmp_path / "none")
 
@@ -190,8 +194,8 @@ def test_json_halves_of_characters_are_left_to_the_reader(tmp_path):
         (b'{"text": "a"}\n{"text": "\xff"}', r"line 2: byte 0xff is not UTF-8"),
         (b'[\n{"text": "a"},\n{"text": "b"\n]', r"line 4: Expecting ',' delimiter"),
         (b'[\n{"text": "a"},\n{"text": "\xff"}\n]', r"line 3: byte 0xff is not UTF-8"),
-        (b'{"text": "a"}\n"b"\n', r"line 2: a str where an object must be"),
-        (b'{"text": "a"}\n[{"text": "b"}]\n', r"line 2: a list where an object must be"),
+        (b'{"text": "a"}\n"b"\n', r"line 2: str, not an object"),
+        (b'{"text": "a"}\n[{"text": "b"}]\n', r"line 2: list, not an object"),
         (b'{"text": "a"}\n' + b"[" * 200_000, r"line 2: "),
     ],
 )
@@ -199,8 +203,8 @@ def test_a_broken_line_of_json_is_named(tmp_path, content, said, compress, suffi
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(content))
     message = refusal("json", path)
-    assert re.search(rf"data\.path: got ['\"]{path} \({said}.*one object a line", message)
-    assert "correcting that line, or --config.data.source=files" in message
+    assert re.search(rf"data\.path: got ['\"]{path} \({said}.*one object per line", message)
+    assert "correcting that line, or `data.source=files`" in message
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_a_broken_line_of_json_is_named(tmp_path, content, said, compress, suffi
     [
         ("a.parquet", b"no parquet" * 9, r"magic bytes.*expected a parquet file$"),
         ("a.csv", b"id,text\n1,a\n2,b,c\n", r"Expected 2 fields in line 3, saw 3.*source=files"),
-        ("a.csv", b"id,text\n1,hello, all\n2,you, too\n", r"more cells than the first line"),
+        ("a.csv", b"id,text\n1,hello, all\n2,you, too\n", r"more cells than the header"),
         ("a.csv", b"id,text\n1,\xff\n", r"0xff"),
         ("a.csv", b'id,text\n1,"a\n', r"EOF inside string"),
         ("a.csv", b"", r"No columns"),
@@ -230,16 +234,16 @@ def test_a_column_that_is_not_there_or_holds_no_text(tmp_path, kind):
     hint = "" if kind == "parquet" else f"; try {tables._AS_TEXT}"
     assert refusal(kind, path, "body") == said + hint
     if kind != "csv":
-        said = f"data.text_column: got 'id ({path.name}#0 holds int)'; expected a column of text"
+        said = f"data.text_column: got 'id ({path.name}#0 holds int)'; expected a text column"
         assert refusal(kind, path, "id") == refusal(kind, path, "id", join_rows=True) == said
 
 
 def test_a_column_that_is_meant_is_guessed(tmp_path):
     path = tmp_path / "a.csv"
     for head, hint in (
-        ("id,body", "--config.data.text_column=body, or "),
-        ("text", "--config.data.text_column=text, or "),
-        ("id;bdy", "commas between the cells, or tabs in a .tsv file, or "),
+        ("id,body", "`data.text_column=body`, or "),
+        ("text", "`data.text_column=text`, or "),
+        ("id;bdy", "commas as separators, or tabs in a .tsv file, or "),
         ("once upon a time", ""),
         ("id,text", ""),
     ):
@@ -318,7 +322,7 @@ class TestWeb:
         monkeypatch.setattr(tables, "_NETWORK_SECONDS", 0.2)
         message = refusal("json", f"{url}/{name}")
         assert message.startswith(f"data.path: got '{url}/{name} (") and said in message
-        assert message.endswith("the network; or download it and give its path")
+        assert message.endswith("the network, or downloading it and passing its path")
 
     def test_other_schemes(self, tmp_path):
         assert texts_of("csv", f"file://{write_csv(tmp_path / 'a.csv')}") == TEXTS

@@ -7,9 +7,9 @@ from benchmarks.lib.collectives import sent_over
 from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.model.partitioning import abstract_mesh, make_mesh
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.communication import bytes_sent
-from sheepop_jax.training.memory import abstract_state
-from tests.training.test_memory import compiled
+from sheepop_jax.planning.communication import bytes_sent
+from sheepop_jax.planning.memory import abstract_state
+from tests.planning.test_memory import compiled
 
 VOCAB = 1999
 SHAPE = {
@@ -28,13 +28,14 @@ SHAPE = {
 @pytest.mark.parametrize(
     ("sizes", "overrides"),
     [
-        ((8, 1, 1), {"train.grad_accum_steps": 3}),
+        pytest.param((8, 1, 1), {"train.grad_accum_steps": 3}, marks=pytest.mark.slow),
         ((2, 2, 2), {"train.grad_accum_steps": 3}),
         ((1, 8, 1), {"train.grad_accum_steps": 3, "model.remat": "full"}),
-        ((1, 8, 1), {"model.remat": "full"}),
+        pytest.param((1, 8, 1), {"model.remat": "full"}, marks=pytest.mark.slow),
         ((1, 1, 8), {"model.remat": "full", "train.grad_accum_steps": 2}),
-        ((2, 4, 1), {"model.tie_embeddings": False}),
-        ((2, 2, 2), {}),
+        pytest.param((2, 4, 1), {"model.tie_embeddings": False}, marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), {"model.remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), {}, marks=pytest.mark.slow),
     ],
 )
 def test_bytes_sent_are_those_of_the_compiled_step(make_config, sizes, overrides):

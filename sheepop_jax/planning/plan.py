@@ -1,4 +1,4 @@
-"""What a run will need, before anything is compiled: memory, FLOPs, time, what to change."""
+"""Resource plan of a run without compilation: memory, FLOPs, time and advice."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,41 +9,56 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from sheepop_jax.config.schema import Config
+from sheepop_jax.formatting import format_count
 from sheepop_jax.model.partitioning import abstract_mesh
 from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.communication import bytes_sent
-from sheepop_jax.training.memory import MemoryEstimate, abstract_state, estimate_memory
-from sheepop_jax.training.throughput import flops_per_token
+from sheepop_jax.planning.communication import bytes_sent
+from sheepop_jax.planning.flops import flops_per_token
+from sheepop_jax.planning.memory import (
+    MemoryEstimate,
+    OutOfMemory,
+    abstract_state,
+    estimate_memory,
+    explain,
+)
+from sheepop_jax.runtime.devices import Runtime
 
-# XLA's allocators keep a part of the device for themselves and for fragments; jax takes three
-# quarters of a GPU at once and grows from there.
+# The rest is reserved by XLA's allocators or lost to fragmentation. JAX preallocates 75% of a GPU
+# and grows from there.
 USABLE = 0.92
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A change that lowers the memory, and what the run would then need."""
+    """A change that lowers the memory.
+
+    Attributes:
+        flags: the change, as command-line flags.
+        total: bytes on the fullest device after the change.
+        fits: whether the run then fits.
+    """
 
     flags: str
-    total: float  # bytes on the fullest device
+    total: float
     fits: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a mesh.
+    """The resources of a run on a mesh.
 
     Attributes:
-        device_kind: as jax or the user names it.
+        device_kind: device name from JAX or the user.
         mesh: axis → size.
-        parameters: their number.
-        memory: bytes on each device.
-        device_memory: bytes that each device has; 0 where unknown.
-        tokens: of one update, over all devices.
-        flops: of one update, over all devices: what the model's mathematics needs.
-        peak_flops: of all devices together, FLOP/s; 0 where unknown.
-        sent: mesh axis → bytes that each device sends in one update.
-        advice: what to change where it does not fit, most useful first.
+        parameters: number of parameters.
+        memory: bytes per device.
+        device_memory: memory of a device in bytes; 0 if unknown.
+        tokens: tokens per update, over all devices.
+        flops: model FLOPs per update, over all devices, without rematerialization.
+        peak_flops: FLOP/s of all devices together; 0 if unknown.
+        sent: mesh axis → bytes that each device sends per update.
+        advice: changes that lower the memory, if the run does not fit: model.remat, smaller
+            microbatches, mesh.fsdp, then all together.
     """
 
     device_kind: str
@@ -59,20 +74,48 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """Of the mesh."""
+        """Number of devices in the mesh."""
         return math.prod(self.mesh.values())
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory is enough; None where the device's is not known."""
+        """Whether the run fits; None if the device memory is unknown."""
         return _fits(self.memory.total, self.device_memory) if self.device_memory else None
 
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs per token."""
+        return self.flops / self.tokens
+
     def seconds(self, mfu: float) -> float | None:
-        """Of one update at an MFU, a share of the peak; None where the peak is not known."""
+        """Seconds per update at an MFU in (0, 1]; None if the peak is unknown."""
         return self.flops / (mfu * self.peak_flops) if self.peak_flops else None
 
+    def summary(self) -> tuple[str, str]:
+        """Returns two lines for the log at the start of a run."""
+        return (
+            f"{format_count(self.parameters)} parameters on {self.on_devices()}; an update is "
+            f"{self.tokens:,} tokens and {self.flops:.3g} FLOPs",
+            f"each device needs {self.memory}{self.verdict()}",
+        )
+
+    def on_devices(self) -> str:
+        """Describes the devices and the mesh."""
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+        return f"{self.devices} x {self.device_kind} ({axes})"
+
+    def verdict(self) -> str:
+        """Whether the run fits, as text that follows its bytes; empty if unknown."""
+        if self.fits is None:
+            return ""
+        return f" of {self.device_memory / 1e9:.0f} GB: {'fits' if self.fits else 'DOES NOT FIT'}"
+
+    def explain(self, error: jax.errors.JaxRuntimeError) -> OutOfMemory | None:
+        """Returns an error with advice if a device ran out of memory, else None."""
+        return explain(error, self.memory)
+
     def to_dict(self, mfu: float) -> dict[str, Any]:
-        """Everything, the derived figures too, for `plan --json`."""
+        """Returns all fields and derived values, as printed by `plan --json`."""
         derived = {"devices": self.devices, "fits": self.fits, "mfu": mfu}
         derived["seconds"] = self.seconds(mfu)
         memory = asdict(self.memory) | {"total": self.memory.total}
@@ -80,38 +123,27 @@ class Plan:
 
 
 def make_plan(
-    config: Config,
-    model: Transformer,
-    mesh: Mesh | AbstractMesh,
-    *,
-    platform: str,
-    device_kind: str,
-    device_memory: float,
-    peak_flops: float,
+    config: Config, model: Transformer, mesh: Mesh | AbstractMesh, machine: Runtime
 ) -> Plan:
-    """The plan of a run, by `jax.eval_shape`: nothing is computed.
+    """Plans a run by `jax.eval_shape` and `jax.make_jaxpr`, without compiling or computing.
 
     Args:
-        config: the whole configuration.
-        model: with the vocabulary, the dtype and the attention to train with.
-        mesh: the devices, here or imagined.
-        platform: theirs: "cpu", "cuda" or "tpu".
-        device_kind: what to call them.
-        device_memory: bytes of one; 0 where unknown.
-        peak_flops: of all together, FLOP/s; 0 where unknown.
+        config: the complete configuration.
+        model: the model, with its vocabulary, training dtype and attention.
+        mesh: the devices, real or abstract.
+        machine: the machine of these devices, real or hypothetical.
     """
-    shapes = abstract_state(config, model)
-    params = shapes.state.params
+    shapes, platform = abstract_state(config, model), machine.platform
     tokens = config.train.sequences_per_update * config.data.seq_len
     plan = Plan(
-        device_kind=device_kind,
+        device_kind=machine.device_kind,
         mesh=dict(mesh.shape),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.state.params)),
         memory=estimate_memory(config, model, mesh, platform, shapes),
-        device_memory=device_memory,
+        device_memory=machine.device_memory,
         tokens=tokens,
-        flops=tokens * flops_per_token(params, config),
-        peak_flops=peak_flops,
+        flops=tokens * flops_per_token(model, config.data.seq_len),
+        peak_flops=machine.peak_flops,
         sent=bytes_sent(config, model, mesh, platform, shapes),
     )
     if plan.fits is not False:
@@ -123,7 +155,7 @@ def make_plan(
         changed_model = model.clone(config=changed.model)
         total = estimate_memory(changed, changed_model, changed_mesh, platform, shapes).total
         flags = " ".join(f"--config.{name}={value}" for name, value in fields.items())
-        return Advice(flags, total, _fits(total, device_memory))
+        return Advice(flags, total, _fits(total, plan.device_memory))
 
     return replace(plan, advice=tuple(_advice(config, plan, judge)))
 
@@ -135,7 +167,7 @@ def _fits(total: float, device_memory: float) -> bool:
 def _advice(
     config: Config, plan: Plan, judge: Callable[[dict[str, Any]], Advice]
 ) -> Iterator[Advice]:
-    """Each change by itself, then all together; the sequences of an update stay as many."""
+    """Yields single changes, then all combined. The sequences per update stay the same."""
     together: dict[str, Any] = {}
     for options in (
         _with_remat(config),
@@ -145,7 +177,7 @@ def _advice(
         judged = [(fields, judge(fields)) for fields in options]
         if not judged:
             continue
-        # The gentlest that is enough, else the one that saves most.
+        # The mildest option that fits, else the one that saves most.
         enough = [pair for pair in judged if pair[1].fits]
         fields, advice = enough[0] if enough else min(judged, key=lambda pair: pair[1].total)
         if advice.total < plan.memory.total:
@@ -161,7 +193,7 @@ def _with_remat(config: Config) -> list[dict[str, Any]]:
 
 
 def _with_smaller_batches(config: Config, plan: Plan) -> list[dict[str, Any]]:
-    """Microbatches halved and more of them, as far as every device keeps a whole sequence."""
+    """Halves the microbatch repeatedly, while every device keeps at least one sequence."""
     batch, accum = config.train.batch_size, config.train.grad_accum_steps
     replicas = plan.mesh["data"] * plan.mesh["fsdp"]
     options = []
@@ -172,7 +204,7 @@ def _with_smaller_batches(config: Config, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _with_fsdp(config: Config, plan: Plan) -> list[dict[str, Any]]:
-    """The devices of the data axis moved, by factors of two, to the axis that splits the state."""
+    """Moves devices from the data axis to fsdp, which shards the state, by factors of two."""
     data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
     options = []
     while data % 2 == 0:

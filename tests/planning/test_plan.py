@@ -6,8 +6,8 @@ import pytest
 
 from sheepop_jax import __main__ as tools
 from sheepop_jax.data.tokenizer import train_char
-from sheepop_jax.runtime import platform
-from sheepop_jax.training.plan import USABLE
+from sheepop_jax.planning.plan import USABLE
+from sheepop_jax.runtime import devices
 
 GPT2 = ["plan", "--config", "configs/gpt2_124m.py", "--config.data.path=/no/such/text"]
 # 12 layers of 768, V 50304 tied, no biases: table, matrices, norms (docs/math.md, section 8).
@@ -129,13 +129,13 @@ def test_bad_flags_are_one_line(capsys, words, said):
 
 
 def test_known_devices():
-    names = [name for name, _, _ in platform.DEVICES]
+    names = [name for name, _, _ in devices.DEVICES]
     for i, name in enumerate(names):
         assert not [earlier for earlier in names[:i] if earlier in name]
-        peak, memory = platform.known_figures(f"NVIDIA {name} 80GB HBM3")
-        assert (peak, memory) == platform.DEVICES[i][1:]
+        peak, memory = devices.known_figures(f"NVIDIA {name} 80GB HBM3")
+        assert (peak, memory) == devices.DEVICES[i][1:]
         assert 8e12 < peak < 1e16 and 8e9 <= memory < 400e9
-    machine = platform.imagine("TPU v5p", 4)
+    machine = devices.hypothetical("TPU v5p", 4)
     assert (machine.platform, machine.peak_flops) == ("tpu", 4 * 459e12)
     assert machine.with_devices(6).peak_flops == 6 * 459e12
-    assert platform.imagine("cpu", 2).peak_flops == 0
+    assert devices.hypothetical("cpu", 2).peak_flops == 0

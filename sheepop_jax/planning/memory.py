@@ -1,46 +1,48 @@
-"""How much device memory a run needs, by its shapes; and what to do when there is not enough.
+"""Device memory estimate of a run, and the out-of-memory error.
 
-What each term is was read from XLA's buffer assignment on the CPU (`--xla_dump_to`), two for GPU
-and TPU from the compiled step: docs/scaling.md has the formula, and how near it is.
+The terms were read from XLA's buffer assignment on the CPU (`--xla_dump_to`), and two for GPU and
+TPU from the compiled step. docs/scaling.md has the formulas and their accuracy.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
-from sheepop_jax.config.schema import Config
+from sheepop_jax.checkpoint.state import TrainState
+from sheepop_jax.config.schema import Config, OptimizerConfig
 from sheepop_jax.errors import RunFailed
 from sheepop_jax.formatting import format_bytes
 from sheepop_jax.model.partitioning import state_shardings
-from sheepop_jax.model.transformer import Transformer
-from sheepop_jax.training.activations import FP32, Activations
+from sheepop_jax.model.transformer import Transformer, boxed_shapes
+from sheepop_jax.planning.activations import FP32, Activations
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
-from sheepop_jax.training.step import boxed_shapes, init_state
 
-# Peak bytes during Muon's update, as a multiple of the size of the matrices that it updates: their
-# gradients, and its iterates of all at once (the CPU's XLA keeps those of each iteration).
+# Peak bytes during Muon's update, as a multiple of the size of its matrices: their gradients, and
+# the iterates of all matrices at once (on the CPU, XLA keeps those of every iteration).
 _MUON_UPDATE = {"cpu": 6.2, "cuda": 2.7, "tpu": 2.7}
 
 
 class OutOfMemory(RunFailed):
-    """The device has not enough memory for the run."""
+    """A device ran out of memory."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the fullest device at the moment of an update when it holds most.
+    """Peak memory of an update on the fullest device, in bytes.
 
     Attributes:
-        parameters: fp32.
-        optimizer: its state, fp32.
-        gradients: those that exist then, with the sums over microbatches, and the parameters that
-            fsdp has gathered.
-        activations: what the backward pass of one microbatch keeps, and works on.
-        loss: one chunk of logits, as often as it is there, and what is carried between chunks.
-        batch: the tokens of one update.
+        parameters: fp32 parameters.
+        optimizer: fp32 optimizer state.
+        gradients: gradients at the peak, sums over microbatches, and parameters gathered by fsdp.
+        activations: residuals and working set of one microbatch's backward pass.
+        loss: all copies of one chunk of logits, and the carry of the loop over chunks.
+        batch: tokens of one update.
     """
 
     parameters: float
@@ -52,7 +54,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all parts."""
         state = self.parameters + self.optimizer + self.gradients
         return state + self.activations + self.loss + self.batch
 
@@ -65,11 +67,11 @@ class MemoryEstimate:
 
 
 class Shapes(NamedTuple):
-    """A training state without its arrays.
+    """An abstract training state.
 
     Attributes:
-        boxed: the parameters, with Flax's metadata of logical axes.
-        state: the `TrainState`.
+        boxed: parameters with Flax's logical-axis metadata.
+        state: a `TrainState` of `jax.ShapeDtypeStruct`s.
     """
 
     boxed: Any
@@ -77,27 +79,35 @@ class Shapes(NamedTuple):
 
 
 def abstract_state(config: Config, model: Transformer) -> Shapes:
-    """The shapes of a run's state, by `jax.eval_shape`."""
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2))
-    model = model.clone(implementation="xla")  # cuDNN's cannot even be traced where it is missing
-    state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    return Shapes(boxed_shapes(model), state)
+    """Computes the shapes of a run's state by `jax.eval_shape`."""
+    # cuDNN attention cannot be traced without cuDNN.
+    return _abstract_state(config.optimizer, model.clone(implementation="xla"))
+
+
+@lru_cache(maxsize=4)
+def _abstract_state(config: OptimizerConfig, model: Transformer) -> Shapes:
+    optimizer = make_optimizer(config, make_schedule(config, 2))
+    boxed = boxed_shapes(model)
+    params = nn.meta.unbox(boxed)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return Shapes(boxed, TrainState(count, count, params, opt_state))
 
 
 def estimate_memory(
     config: Config, model: Transformer, mesh: Mesh | AbstractMesh, platform: str, shapes: Shapes
 ) -> MemoryEstimate:
-    """Adds up the large arrays at four instants of an update, and takes the largest sum.
+    """Estimates the peak memory of an update: the maximum over four points in time.
 
-    The instants: the loss, where all activations are there and the logits of a chunk; the first
-    block of the backward pass; its last block, where the gradients are complete; the optimizer.
+    The points are the loss (all residuals and one chunk of logits), the first block of the backward
+    pass, its last block (all gradients), and the optimizer update.
 
     Args:
-        config: of the run.
-        model: with its vocabulary, dtype and attention.
-        mesh: the devices, here or imagined.
+        config: the run's configuration.
+        model: the model, with its vocabulary, dtype and attention.
+        mesh: the devices, real or abstract.
         platform: "cpu", "cuda" or "tpu".
-        shapes: from `abstract_state`.
+        shapes: the result of `abstract_state`.
     """
     parameters, optimizer, table = held(shapes, mesh)
     own, fsdp = sum(parameters), mesh.shape["fsdp"]
@@ -106,43 +116,42 @@ def estimate_memory(
         whole=own * fsdp,
         table=table * fsdp,
         tables=table * fsdp * (1 if config.model.tie_embeddings else 2),
-        # Elsewhere XLA keeps copies and gradients of matrices in the dtype that uses them.
+        # GPU and TPU: copies and gradients of matrices are in the compute dtype.
         narrow=1.0 if platform == "cpu" else np.dtype(model.dtype).itemsize / FP32,
         num_layers=config.model.num_layers,
     )
     accumulated = own if config.train.grad_accum_steps > 1 else 0.0
-    # One device, or several that share every row: no gradients are exchanged.
+    # Without data and fsdp axes, no gradients are exchanged.
     alone = mesh.size == mesh.shape["tensor"]
     made, fresh = _gradients(weights, fsdp, alone, bool(accumulated))
     gathered = _gathered(config, weights, fsdp, platform)
     updating = _while_updating(config, own, optimizer, accumulated or made, platform)
     sizes = Activations.of(config, model, mesh, platform)
-    backward = sizes.kept + sizes.head + sizes.backward
-    instants: tuple[tuple[float, list[float], list[float]], ...] = (
-        (gathered + accumulated, sizes.kept + sizes.head, sizes.loss),
-        (gathered + accumulated, backward, sizes.loss_grads),
-        (gathered + accumulated + fresh, sizes.block + sizes.backward, []),
-        (updating, [], []),
+    residuals = sizes.kept + sizes.head
+    instants = (
+        (gathered + accumulated, residuals, sizes.loss),
+        (gathered + accumulated, residuals + sizes.backward, sizes.loss_grads),
+        (gathered + accumulated + fresh, sizes.block + sizes.backward, 0.0),
+        (updating, 0.0, 0.0),
     )
     batch = 3.0 * FP32 * config.train.grad_accum_steps * sizes.tokens
 
-    def at(gradients: float, activations: list[float], loss: list[float]) -> MemoryEstimate:
-        rest = sum(activations), sum(loss), batch
-        return MemoryEstimate(own, sum(optimizer), gradients, *rest)
+    def at(gradients: float, activations: float, loss: float) -> MemoryEstimate:
+        return MemoryEstimate(own, sum(optimizer), gradients, activations, loss, batch)
 
     return max((at(*instant) for instant in instants), key=lambda found: found.total)
 
 
 class _Weights(NamedTuple):
-    """Bytes of the parameters, fp32; all but `own` as if fsdp split nothing.
+    """Bytes of the fp32 parameters. All fields except `own` ignore fsdp sharding.
 
     Attributes:
-        own: what one device holds.
-        whole: all of them.
+        own: shard of one device.
+        whole: all parameters.
         table: the token embedding.
-        tables: the same, and the output's where it is another.
-        narrow: what an element of a copy or a gradient takes, of fp32.
-        num_layers: blocks.
+        tables: the token embedding, and the output embedding if it is not tied.
+        narrow: size of an element of a copy or gradient, relative to fp32.
+        num_layers: number of blocks.
     """
 
     own: float
@@ -154,52 +163,51 @@ class _Weights(NamedTuple):
 
     @property
     def block(self) -> float:
-        """One block's."""
+        """Bytes of one block."""
         return (self.whole - self.tables) / self.num_layers
 
 
 def _gathered(config: Config, weights: _Weights, fsdp: int, platform: str) -> float:
-    """Bytes of the copies of parameters that a device makes, of what fsdp splits."""
+    """Bytes of the parameters that a device gathers over fsdp."""
     remat, tied = config.model.remat != "none", config.model.tie_embeddings
     if fsdp == 1:
         return 0.0
-    if platform != "cpu":  # see communication.py; the table for the logits
+    if platform != "cpu":  # the logits' table and the blocks; see communication.py
         by_turns = remat or platform == "tpu"
         blocks = weights.block if by_turns else weights.whole - weights.tables
         return weights.narrow * (weights.table + blocks)
-    # With remat each block's parameters are gathered when it is their turn, twice. Without, the
-    # backward pass uses those of the forward pass; and a loop over microbatches, which changes
-    # no parameter, gathers all before it begins.
+    # With remat, each block is gathered when needed, in the forward and the backward pass. Without,
+    # the backward pass reuses the gathered parameters. XLA hoists gathers out of a microbatch loop.
     by_turns = remat and config.train.grad_accum_steps == 1
     gathered = weights.table + weights.block if by_turns else weights.whole
     return gathered + tied * weights.table  # once for the lookup, once for the logits
 
 
 def _gradients(weights: _Weights, fsdp: int, alone: bool, accumulates: bool) -> tuple[float, float]:
-    """Bytes of an update's gradients, and of those there are when the last block makes its own."""
+    """Bytes of an update's gradients: in total, and before the last block of the backward pass."""
     others = weights.tables + weights.narrow * (weights.whole - weights.tables - weights.block)
     last = weights.narrow * weights.block if alone else weights.block / fsdp
     made = others + last if alone else weights.own
     if not accumulates:
         return made, made - last
-    # Those of a microbatch go into the sums one by one, unless the devices first exchange them, all
-    # in one.
+    # A microbatch's gradients are added to the sums one by one, unless a single collective for all
+    # of them comes first.
     return made, 0.0 if alone else others
 
 
 def _while_updating(
     config: Config, own: float, optimizer: list[float], gradients: float, platform: str
 ) -> float:
-    """Bytes beside parameters and optimizer while the optimizer runs."""
-    # Muon has one moment of each matrix, Adam two of whatever it updates.
+    """Bytes during the optimizer update, in addition to parameters and optimizer state."""
+    # Muon keeps one moment per matrix, Adam two per parameter.
     matrices = 2 * own - sum(optimizer) if config.optimizer.name == "muon" else 0.0
-    # AdamW's are the gradients; on the CPU XLA writes them once more, divided to clip them.
+    # AdamW needs the gradients; on the CPU, XLA also writes the clipped gradients.
     adam = 2.0 if platform == "cpu" else gradients / own
     return adam * (own - matrices) + _MUON_UPDATE[platform] * matrices
 
 
 class Held(NamedTuple):
-    """Bytes on one device: of each parameter, of each array of the optimizer's, of one table."""
+    """Bytes on one device: of each parameter, each optimizer array, and the token embedding."""
 
     parameters: list[float]
     optimizer: list[float]
@@ -207,7 +215,7 @@ class Held(NamedTuple):
 
 
 def held(shapes: Shapes, mesh: Mesh | AbstractMesh) -> Held:
-    """What a device holds of a state, by the table of layouts that training uses."""
+    """Returns the bytes of a state's shards on one device, with the shardings of training."""
     places = state_shardings(shapes.boxed, shapes.state, mesh)
 
     def bytes_of(leaf: Any, place: Any) -> float:
@@ -219,12 +227,12 @@ def held(shapes: Shapes, mesh: Mesh | AbstractMesh) -> Held:
 
 
 def explain(error: jax.errors.JaxRuntimeError, estimate: MemoryEstimate) -> OutOfMemory | None:
-    """The error that says what to do, if the device ran out of memory; else None."""
-    said = str(error)
-    if "RESOURCE_EXHAUSTED" not in said and "out of memory" not in said.lower():
+    """Returns an error with advice if a device ran out of memory, else None."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     return OutOfMemory(
         f"the device ran out of memory; the run needs {estimate}. Halve train.batch_size and "
-        "double train.grad_accum_steps (the update stays the same), set model.remat=dots or full, "
-        f"or split the state over more devices with mesh.fsdp ({said.splitlines()[0][:120]})"
+        "double train.grad_accum_steps (same update), set model.remat=dots or full, or shard the "
+        f"state over more devices with mesh.fsdp ({message.splitlines()[0][:120]})"
     )

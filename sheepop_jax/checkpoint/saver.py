@@ -1,0 +1,200 @@
+"""Atomic background saves of checkpoints during training, with pruning.
+
+A save writes a `.pending-` directory and commits it with one rename, so a process killed at any
+time leaves older checkpoints intact. The next save or resume removes leftover `.pending-` and
+`.deleted-` directories.
+"""
+
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint.checkpoints import (
+    FORMAT,
+    MANIFEST,
+    QUARANTINED,
+    REASON,
+    Checkpoints,
+    file_names,
+)
+from sheepop_jax.checkpoint.host_copy import all_finite, host_copy, not_finite
+from sheepop_jax.checkpoint.state import TrainState
+from sheepop_jax.errors import RunFailed
+from sheepop_jax.faults import fault_during, fault_point
+from sheepop_jax.files import sealed, sha256_of_file, write_atomic
+from sheepop_jax.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+
+class SaveFailed(RunFailed):
+    """A checkpoint could not be written; older checkpoints are intact."""
+
+
+class CheckpointSaver(Checkpoints):
+    """Saves, restores, quarantines and prunes checkpoints during training.
+
+    A background thread writes the files while training continues.
+    """
+
+    def __init__(self, directory: Path, keep: int = 1):
+        super().__init__(directory)
+        self._keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainState, figures: dict[str, Any]) -> None:
+        """Starts a save; returns once the state may be donated.
+
+        Raises:
+            SaveFailed: the previous save failed, or a parameter is not finite.
+        """
+        self.wait()
+        step = int(state.step)
+        if not all_finite(state.params):
+            raise SaveFailed(
+                f"{self.path(step)}: not saved (not finite: {not_finite(state.params)}); older "
+                "checkpoints are intact; try resuming with a lower optimizer.learning_rate"
+            )
+        self._pending = self._writer.submit(self._commit, step, host_copy(state), figures)
+
+    def record(self, step: int, figures: dict[str, Any]) -> None:
+        """Adds figures to the manifest of a committed step.
+
+        Raises:
+            SaveFailed: the manifest could not be written.
+        """
+        saved = self.manifest(step)
+        try:
+            self._write_manifest(self.path(step), {**saved, "figures": saved["figures"] | figures})
+        except OSError as error:
+            raise SaveFailed(
+                f"{self.path(step)}: metrics not recorded ({error.strerror})"
+            ) from error
+
+    def wait(self) -> None:
+        """Waits for the current save to commit, and raises its exception if it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """Loads a verified step.
+
+        Args:
+            step: a step that `verify` accepted.
+            target: an abstract state with shapes, dtypes and shardings.
+
+        Raises:
+            InputError: the arrays do not match `target`; lists the differences.
+        """
+        items = self._load(step, params=target.params, optimizer=_optimizer_item(target))
+        counts = items["optimizer"]
+        return TrainState(counts["step"], counts["updates"], items["params"], counts["opt_state"])
+
+    def quarantine(self, step: int, reason: object) -> Path:
+        """Renames a damaged step so that it is never loaded; keeps its files."""
+        aside = self._unused(f"{QUARANTINED}-{step:08d}")
+        os.rename(self.path(step), aside)
+        try:
+            (aside / REASON).write_text(f"{reason}\n", encoding="utf-8")
+        except OSError as error:
+            log.warning("%s: not written (%s)", aside / REASON, error.strerror)
+        return aside
+
+    def tidy(self) -> None:
+        """Removes unfinished saves and deletions of a killed process, then prunes."""
+        self._sweep()
+        self._prune()
+
+    def delete(self, step: int) -> None:
+        """Deletes a step atomically: one rename, then its files."""
+        doomed = self._unused(f".deleted-{step:08d}")
+        os.rename(self.path(step), doomed)
+        fault_point("mid-prune", before=lambda: (doomed / MANIFEST).unlink())
+        _remove(doomed)
+
+    def _unused(self, name: str) -> Path:
+        number = 0
+        while os.path.lexists(path := self.directory / f"{name}-{number}"):
+            number += 1
+        return path
+
+    def _commit(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+        try:
+            self._write(step, state, figures)
+        except Exception as error:  # orbax reports a full disk by several exception types
+            free = shutil.disk_usage(self.directory.parent).free / 1e6
+            reason = " ".join(str(error).split())
+            if len(reason) > 240:  # keep the file name at the start and the cause at the end
+                reason = f"{reason[:100]} ... {reason[-140:]}"
+            raise SaveFailed(
+                f"{self.path(step)}: not saved ({reason}); {free:,.0f} MB free; older "
+                "checkpoints are intact"
+            ) from error
+        if distributed.is_main_process():
+            self._prune()
+
+    def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+        """Every process writes its shards; the main process commits, the others wait."""
+        fault_point("save-begun")
+        if distributed.is_main_process():
+            self._sweep()
+        pending = self.directory / f".pending-{step:08d}"
+        items = {"params": state.params, "optimizer": _optimizer_item(state)}
+        fault_during("save-writing", begun=lambda: storage.has_begun(pending))
+        storage.write(pending, items)
+        fault_point("save-written")
+        if distributed.is_main_process():
+            self._publish(pending, step, figures)
+        storage.wait_for_all(f"commit {step}")
+
+    def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
+        files = {name: sha256_of_file(pending / name) for name in file_names(pending)}
+        fault_point("before-manifest")
+        manifest = {"format": FORMAT, "step": step, "figures": figures, "files": files}
+        self._write_manifest(pending, manifest)
+        fault_point("before-rename")
+        if self.path(step).exists():  # from an earlier run of the same step
+            self.delete(step)
+        os.rename(pending, self.path(step))
+        fault_point("after-rename")
+        log.info("saved step %d", step)
+
+    def _write_manifest(self, root: Path, manifest: dict[str, Any]) -> None:
+        write_atomic(root / MANIFEST, json.dumps(sealed(manifest), indent=1))
+
+    def _prune(self) -> None:
+        kept = {*self.steps()[-self._keep :], self.best()}
+        for step in self.steps():
+            if step not in kept:
+                try:
+                    self.delete(step)
+                except OSError as error:  # a failed deletion must not end the run
+                    log.warning("%s: not deleted (%s)", self.path(step), error.strerror or error)
+
+    def _sweep(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for entry in self.directory.iterdir():
+            if entry.name.startswith((".pending-", ".deleted-")):
+                _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a directory, file or link (not its target); logs a warning on failure."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        log.warning("%s: not deleted (%s); delete it manually", path, error.strerror or error)
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "updates": state.updates, "opt_state": state.opt_state}

@@ -1,0 +1,157 @@
+"""The run directory of a training process: created or checked, and locked."""
+
+import json
+import logging
+import os
+import socket
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sheepop_jax.checkpoint.run import difference, open_run
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.shards import PreparedData
+from sheepop_jax.errors import InputError
+from sheepop_jax.faults import fault_point
+from sheepop_jax.files import try_lock, write_atomic
+
+log = logging.getLogger(__name__)
+
+# Fields that a resumed run must not change, except SAME_NUMBERS and a different split of the same
+# update into microbatches. All other fields may change.
+IDENTITY = (
+    "seed",
+    "model",
+    "data.seq_len",
+    "data.packing",
+    "data.document_mask",
+    "optimizer.name",  # optimizer states are incompatible
+    "train.batch_size",
+    "train.grad_accum_steps",
+)
+SAME_NUMBERS = ("model.remat",)  # trades memory for time; same results
+
+
+def check_run(directory: Path, config: Config) -> None:
+    """Checks that the run in a directory, if any, can resume with a configuration.
+
+    Raises:
+        InputError: a fixed field differs; the message lists the differences.
+    """
+    if not (directory / "config.json").exists():
+        return
+    saved = open_run(directory).config
+    changes = _changes(saved, config)
+    fixed = {n for n in changes if n in IDENTITY or n.split(".")[0] in IDENTITY}
+    fixed -= set(SAME_NUMBERS)
+    if config.train.sequences_per_update == saved.train.sequences_per_update:
+        fixed -= {"train.batch_size", "train.grad_accum_steps"}  # same windows per update
+    if fixed:
+        changed = ", ".join(f"{name} {changes[name]}" for name in sorted(fixed))
+        expected = "the configuration of the existing run"
+        raise InputError(str(directory), changed, expected, "another `workdir`")
+
+
+def create_run(directory: Path, config: Config, data: PreparedData) -> None:
+    """Writes the configuration and tokenizer of a new run, or updates those of a checked run.
+
+    Raises:
+        InputError: the run in the directory was trained on other data.
+    """
+    path = directory / "config.json"
+    if path.exists():
+        run = open_run(directory)
+        changes = _changes(run.config, config)
+        if data.identity != run.data_identity:
+            said = [f"{name} {changes[name]}" for name in sorted(changes) if _decides_data(name)]
+            if not said and data.identity["source"] != run.data_identity["source"]:
+                said = ["the text has changed since the run started"]
+            why = ", ".join([*said, difference(run.data_identity, data.identity)])
+            expected = "the data of the existing run"
+            raise InputError(str(directory), f"other data ({why})", expected, "another `workdir`")
+        for name in sorted(changes):
+            log.info("changed since the run started: %s %s", name, changes[name])
+    else:
+        (directory / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
+        fault_point("config-write")
+    record = {
+        "config": config.to_dict(),
+        "vocab_size": data.tokenizer.vocab_size,
+        "data": data.identity,
+        "gzip_bits_per_byte": data.gzip_bits_per_byte,
+        "shards": str(data.directory),
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy", "grain")},
+    }
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+class WorkdirLock:
+    """Locks a run directory for this process; the kernel releases the lock of a dead process."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        path = self._directory / "lock"
+        try:
+            str(self._directory).encode()
+        except UnicodeEncodeError:  # the libraries require UTF-8 paths
+            expected = "a valid UTF-8 path"
+            raise InputError("workdir", ascii(str(self._directory)), expected) from None
+        try:
+            self._made = not self._directory.exists()
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+        except OSError as error:
+            got = f"{self._directory} ({error.strerror})"
+            raise InputError("workdir", got, "a writable directory") from None
+        try:
+            locked = try_lock(self._file)
+        except OSError:
+            locked = False
+        if not locked:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise InputError(
+                "workdir", f"{self._directory} (in use by {owner})", "a directory not in use"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"{socket.gethostname()}, pid {os.getpid()}")
+        self._file.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        if [entry.name for entry in self._directory.iterdir()] == ["lock"]:
+            # Input was rejected before the run was created: leave nothing behind.
+            (self._directory / "lock").unlink()
+            if self._made:
+                self._directory.rmdir()
+        self._file.close()
+
+
+def _decides_data(field: str) -> bool:
+    return field.startswith("data.") and field != "data.cache_dir"
+
+
+def _changes(old: Config, new: Config) -> dict[str, str]:
+    """Field → "old -> new" of fields that differ, including added or removed mixture sources."""
+    before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
+
+    def shown(value: Any) -> str:
+        return "unset" if value in ("", None) else str(value)
+
+    return {
+        name: f"{shown(before.get(name))} -> {shown(after.get(name))}"
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name)
+    }
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,104 @@
+"""`sheepop-jax evaluate`: loss, perplexity, bits per byte and accuracy of a run."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sheepop_jax.cli.common import Parser, checked_step, command
+from sheepop_jax.errors import InputError
+from sheepop_jax.files import read_text
+
+DESCRIPTION = "Compute loss, perplexity, bits per byte and accuracy on validation text."
+EPILOG = """\
+examples:
+  python -m sheepop_jax evaluate --ckpt runs/quickstart
+  python -m sheepop_jax evaluate --ckpt runs/base --data my_text.txt --step best --json"""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the flags."""
+    parser = Parser("evaluate", DESCRIPTION, EPILOG)
+    parser.add_run()
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="text file (default: the validation split of the run)")
+    add(
+        "--overlap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that a window repeats from the previous one as context (default 0)",
+    )
+    add("--batch_size", type=int, default=8, metavar="B", help="windows per batch (default 8)")
+    add("--json", action="store_true", help="print one JSON object")
+    parser.add_debug()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    flags = parse(argv)
+    with command(flags):
+        run(flags)
+    return 0
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Evaluates a run and prints the metrics.
+
+    Raises:
+        InputError: the run, the text or a flag is invalid.
+    """
+    if flags.batch_size < 1:
+        raise InputError("batch_size", flags.batch_size, "at least 1")
+    wanted = checked_step(flags.step)
+    from sheepop_jax.runtime import platform
+
+    machine = platform.prepare(flags.platform)
+    from sheepop_jax.checkpoint.run import open_run
+    from sheepop_jax.data.compression import gzip_bits_per_byte, xz_bits_per_byte
+    from sheepop_jax.data.loader import PackingConfig
+    from sheepop_jax.data.stream import TokenStream, encode_text
+    from sheepop_jax.evaluation import Evaluator
+    from sheepop_jax.generation.requests import resolve_context
+
+    opened = open_run(flags.ckpt)
+    seq_len = opened.config.data.seq_len
+    if flags.context is not None:
+        seq_len = resolve_context(opened.config.model, flags.context)
+        print(
+            f"windows of {seq_len} tokens; trained on windows of {opened.config.data.seq_len}",
+            file=sys.stderr,
+        )
+    if not 0 <= flags.overlap < seq_len:
+        raise InputError("overlap", flags.overlap, f"at least 0 and below {seq_len} (the window)")
+    if flags.data is None:
+        stream = opened.prepared_data().validation
+        compressed = {"gzip_bits_per_byte": opened.gzip_bits_per_byte}
+    else:
+        text = read_text(Path(flags.data), "data")
+        if not text.strip():
+            raise InputError("data", f"{flags.data} (no text)", "a text file")
+        opened.tokenizer.check(text, flags.data)
+        tokens = encode_text(opened.tokenizer, [text])
+        stream = TokenStream.from_array(tokens, len(text.encode()), 1)
+        content = text.encode()
+        compressed = {
+            "gzip_bits_per_byte": gzip_bits_per_byte([content]),
+            "xz_bits_per_byte": xz_bits_per_byte(content),
+        }
+    params, step = opened.params(wanted, flags.quantize)
+    model = opened.model(machine.compute_dtype(flags.dtype))
+    packing = PackingConfig.of(opened.config.data, opened.tokenizer.end_of_text)
+    evaluator = Evaluator(
+        model, stream, replace(packing, seq_len=seq_len), flags.batch_size, flags.overlap
+    )
+    metrics = evaluator(params)
+    found = metrics.to_dict() | compressed
+    if flags.json:
+        print(json.dumps(found))
+        return
+    print(f"step {step} of {opened.directory}, on {flags.data or 'its validation split'}:")
+    for name, value in found.items():
+        print(f"  {name:20}{value:,}" if isinstance(value, int) else f"  {name:20}{value:.4f}")

@@ -1,0 +1,106 @@
+"""`sheepop-jax plan`: estimate memory, FLOPs and time of a run without reading data."""
+
+import argparse
+import json
+import sys
+
+from sheepop_jax.cli.common import Parser, command
+from sheepop_jax.config.schema import Config
+from sheepop_jax.errors import InputError
+
+DESCRIPTION = """\
+Estimate the resources of a run without compiling or reading data: parameters, memory per device,
+FLOPs and time per update, and changes that make a run fit."""
+EPILOG = """\
+Every field of configs/base.py can be set as --config.section.field=value. Without --device, the
+plan is for the devices of this machine. docs/scaling.md explains the estimates.
+
+examples:
+  python -m sheepop_jax plan --config configs/base.py
+  python -m sheepop_jax plan --config configs/gpt2_124m.py --devices 32 --device "TPU v5p"
+  python -m sheepop_jax plan --config configs/base.py --device H100 --json"""
+
+_CHARACTERS = 256  # vocabulary assumed for a `char` tokenizer, which depends on the text
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the flags and the configuration overrides."""
+    parser = Parser("plan", DESCRIPTION, EPILOG)
+    parser.add_config()
+    add = parser.add_argument
+    add("--devices", type=int, metavar="N", help="default: all of this machine; 1 with --device")
+    add("--device", metavar="KIND", help="H100, TPU v5p, cpu, … (default: of this machine)")
+    add("--vocab_size", type=int, metavar="V", help="vocabulary size (default: data.vocab_size)")
+    add(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="expected model FLOPs utilization, a fraction of peak FLOP/s (default 0.4)",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    parser.add_debug()
+    return parser.parse_with_overrides(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    flags, overrides = parse(argv)
+    with command(flags):
+        run(flags, overrides)
+    return 0
+
+
+def run(flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Prints the estimated resources of a run.
+
+    Raises:
+        InputError: a flag or the configuration is invalid, or does not fit the mesh.
+    """
+    for name in ("devices", "vocab_size"):
+        value = getattr(flags, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise InputError(f"{name}", value, "at least 1 and below 2**31")
+    if not 0 < flags.mfu <= 1:
+        raise InputError("mfu", flags.mfu, "a number in (0, 1]")
+    from sheepop_jax.config.loading import load_config
+
+    config = load_config(flags.config, overrides)
+    from sheepop_jax.runtime import devices, platform
+
+    if flags.device:
+        machine = devices.hypothetical(flags.device, flags.devices or 1)
+    else:
+        machine = platform.prepare(config.train.platform)
+        if flags.devices:
+            machine = machine.with_devices(flags.devices)
+    from sheepop_jax.model.partitioning import abstract_mesh, check_mesh
+    from sheepop_jax.pipeline import build_model
+    from sheepop_jax.planning.plan import make_plan
+    from sheepop_jax.planning.report import describe
+
+    mesh = abstract_mesh(config.mesh, machine.device_count)
+    check_mesh(config, mesh)
+    vocab_size = flags.vocab_size or _likely_vocab_size(config)
+    model = build_model(config, vocab_size, machine)
+    planned = make_plan(config, model, mesh, machine)
+    if flags.json:
+        print(json.dumps(planned.to_dict(flags.mfu)))
+    else:
+        print(describe(planned, config, model, flags.mfu))
+
+
+def _likely_vocab_size(config: Config) -> int:
+    """The vocabulary size as far as known without reading the text."""
+    match config.data.tokenizer:
+        case "bpe":
+            return config.data.vocab_size
+        case "char":
+            print(
+                f"assuming a vocabulary of {_CHARACTERS} characters; set --vocab_size if known",
+                file=sys.stderr,
+            )
+            return _CHARACTERS
+    from sheepop_jax.data.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(config.data.tokenizer).vocab_size

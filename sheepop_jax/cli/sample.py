@@ -1,0 +1,205 @@
+"""`sample.py`: generate text with a trained model."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sheepop_jax.cli.common import (
+    Parser,
+    checked_step,
+    command,
+    leave_on_interrupt,
+    print_text,
+)
+from sheepop_jax.errors import InputError
+from sheepop_jax.files import decode, read_text
+from sheepop_jax.generation.requests import (
+    DEFAULT_MAX_NEW_TOKENS,
+    GenerationConfig,
+    SamplingConfig,
+    new_token_limit,
+    resolve_context,
+    truncate_left,
+)
+
+log = logging.getLogger("sheepop_jax.sample")
+
+TRUNCATE_HELP = """\
+drop the start of a prompt that does not fit; without --max_new_tokens, reserve at most half the
+context for new tokens"""
+EPILOG = """\
+examples:
+  python sample.py --ckpt runs/quickstart --prompt "def main"
+  python sample.py --ckpt runs/quickstart --prompt "import" --prompt "class" --num_samples 3
+  python sample.py --ckpt runs/base --prompt_file story.txt --temperature 0        # greedy
+  python sample.py --ckpt runs/base --top_k 50 --top_p 0.95 --seed 7 --json | jq -r .completion
+  echo -n "Once" | python sample.py --ckpt runs/base --prompt_file -
+
+Text goes to stdout, everything else to stderr. The same flags give the same text: a sample depends
+on its prompt, its number and the seed, not on the rest of the batch. Write a prompt with a leading
+dash as --prompt=-x. Without a prompt, generation starts a new document.
+
+exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C"""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the flags; `check` validates them."""
+    parser = Parser("sample.py", "Continue prompts with a trained model.", EPILOG)
+    parser.add_run()
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="prompt text; repeatable")
+    add("--prompt_file", metavar="FILE", help="read a prompt from a file; - for stdin")
+    add(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help=f"default: the rest of the context, at most {DEFAULT_MAX_NEW_TOKENS}",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="divides the logits; 0 is greedy, 1 leaves them unscaled (default 0.8)",
+    )
+    add("--top_k", type=int, default=0, metavar="K", help="top-k sampling (default 0: off)")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="top-p (nucleus) sampling, applied after top-k (default 1: off)",
+    )
+    add("--num_samples", type=int, default=1, metavar="N", help="samples per prompt (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
+    add("--json", action="store_true", help="print one JSON object per sample and line")
+    add("--truncate", choices=("left",), help=TRUNCATE_HELP)
+    parser.add_debug()
+    return parser.parse_args(argv)
+
+
+def check(flags: argparse.Namespace) -> SamplingConfig:
+    """Validates the flags that do not depend on the run, without importing jax.
+
+    Raises:
+        InputError: a flag is invalid.
+    """
+    sampling = SamplingConfig(flags.temperature, flags.top_k, flags.top_p)
+    if flags.max_new_tokens is not None and flags.max_new_tokens < 0:
+        raise InputError("max_new_tokens", flags.max_new_tokens, "at least 0")
+    if flags.num_samples < 1:
+        raise InputError("num_samples", flags.num_samples, "at least 1")
+    if not 0 <= flags.seed < 2**32:
+        raise InputError("seed", flags.seed, "an integer in [0, 2**32)")
+    if flags.context is not None and flags.context < 2:
+        raise InputError("context", flags.context, "at least 2 (one prompt token, one new token)")
+    flags.step = checked_step(flags.step)
+    return sampling
+
+
+def read_prompts(flags: argparse.Namespace) -> list[str]:
+    """Returns the prompts, `--prompt_file` last; one empty prompt if none is given.
+
+    Raises:
+        InputError: the file cannot be read, or a prompt is not UTF-8.
+    """
+    prompts = list(flags.prompt)
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            expected = f"UTF-8 text (invalid character {error.start})"
+            raise InputError("prompt", prompt, expected) from None
+    if flags.prompt_file == "-":
+        prompts.append(decode(sys.stdin.buffer.read(), "stdin", "prompt_file"))
+    elif flags.prompt_file is not None:
+        prompts.append(read_text(Path(flags.prompt_file), "prompt_file"))
+    return prompts or [""]
+
+
+def sample(flags: argparse.Namespace) -> None:
+    """Generates text and prints it to stdout.
+
+    Raises:
+        InputError: a flag, a prompt or the run is invalid.
+    """
+    sampling, texts = check(flags), read_prompts(flags)
+
+    from sheepop_jax.runtime import platform
+
+    machine = platform.prepare(flags.platform)
+
+    from sheepop_jax.checkpoint.run import open_run
+    from sheepop_jax.generation.engine import generate
+
+    run = open_run(flags.ckpt)
+    tokenizer, trained = run.tokenizer, run.config.data.seq_len
+    context = resolve_context(run.config.model, flags.context)
+    if sampling.top_k > tokenizer.vocab_size:
+        log.warning(
+            "--top_k %d exceeds the vocabulary; using %d", sampling.top_k, tokenizer.vocab_size
+        )
+    prompts, longest = [], 0
+    names = ["prompt"] * max(len(flags.prompt), not flags.prompt_file) + ["prompt_file"]
+    for name, text in zip(names, texts, strict=False):
+        tokenizer.check(text, name)
+        ids = tokenizer.encode(text)
+        kept = ids
+        if flags.truncate == "left":
+            kept = truncate_left(ids, flags.max_new_tokens, context)
+        if len(kept) < len(ids):
+            log.warning("dropped the first %d of %d prompt tokens", len(ids) - len(kept), len(ids))
+        # Check before loading the parameters.
+        length = max(len(kept), 1)
+        longest = max(
+            longest, length + new_token_limit(length, flags.max_new_tokens, context, name)
+        )
+        prompts.append(kept)
+    if longest > trained:
+        log.warning("up to %d tokens, but the model was trained on windows of %d", longest, trained)
+    params, step = run.params(flags.step, flags.quantize)
+    log.info("step %d of %s", step, run.directory)
+    completions = generate(
+        run.model(machine.compute_dtype(flags.dtype)),
+        params,
+        prompts,
+        tokenizer.end_of_text,
+        GenerationConfig(sampling, flags.max_new_tokens, flags.num_samples, flags.seed, context),
+    )
+    several = len(completions) > 1
+    for i, completion in enumerate(completions):
+        number = i // flags.num_samples
+        prompt, text = texts[number], tokenizer.decode_after(prompts[number], completion.tokens)
+        if flags.json:
+            record = {
+                "prompt": prompt,
+                "completion": text,
+                "tokens": completion.tokens,
+                "stop_reason": completion.stop_reason,
+            }
+            print(json.dumps(record, ensure_ascii=False))
+            continue
+        if several:
+            which = f"sample {i % flags.num_samples + 1} of {flags.num_samples}"
+            if len(texts) > 1:
+                which = f"prompt {number + 1} of {len(texts)}, {which}"
+            print(f"--- {which} ---")
+        print_text(prompt + text)
+    sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program; returns the exit code.
+
+    Args:
+        argv: the flags. None uses `sys.argv` and makes Ctrl-C stop the program immediately.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        leave_on_interrupt()
+    flags = parse(argv)
+    with command(flags):
+        sample(flags)
+    return 0

@@ -1,0 +1,116 @@
+"""Configuration loading: a config file or preset plus field overrides."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from sheepop_jax.config.data import TABLE_SUFFIXES, DataConfig, inner_suffix
+from sheepop_jax.config.schema import Config
+from sheepop_jax.errors import InputError
+
+PRESETS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout and in an installation
+_KINDS = {bool: "True or False", int: "an integer", float: "a number"}
+
+
+def load_config(name: str, assignments: Sequence[str] = ()) -> Config:
+    """Loads a configuration, applies overrides, and validates it.
+
+    Args:
+        name: path of a config file, which is executed, or name of a preset such as "quickstart".
+        assignments: overrides as `section.field=value` strings.
+
+    Raises:
+        InputError: the file or a field is invalid.
+    """
+    path = _find(name)
+    plain = _run(path)
+    values = dict(_flatten(plain))
+    assigned = dict(assignment.split("=", 1) for assignment in assignments)
+    for field, value in assigned.items():
+        if field not in values:
+            raise InputError(field, value, "a field of the configuration", _hint(field, values))
+    try:
+        config = Config.from_dict(_load(path, assignments))
+    except (absl_flags.Error, ValueError, TypeError):
+        for field, value in assigned.items():  # find the invalid one
+            try:
+                _load(path, [f"{field}={value}"])
+            except (absl_flags.Error, ValueError, TypeError):
+                kind = type(values[field])
+                expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
+                raise InputError(field, value, expected) from None
+        raise
+    if "data.source" not in assigned:
+        _check_tables(config.data)
+    return config
+
+
+def _find(name: str) -> str:
+    """Returns the path of a config file or preset."""
+    preset = f"{PRESETS}/{name}.py"
+    # Not Path.is_file, which raises for overlong names.
+    if "/" not in name and not name.endswith(".py") and os.path.isfile(preset):
+        return preset
+    if not os.path.isfile(name):
+        presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.py")))
+        raise InputError("config", name, "a config file or a preset", presets)
+    return name
+
+
+def _load(path: str, assignments: Sequence[str]) -> ConfigDict:
+    values = absl_flags.FlagValues()
+    argv = ["program", f"--config={path}", *(f"--config.{word}" for word in assignments)]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return holder.value
+
+
+def _run(path: str) -> ConfigDict:
+    """Executes a config file. It is a program, so any exception becomes an InputError."""
+    try:
+        plain = _load(path, [])
+        if not isinstance(plain, ConfigDict):
+            raise TypeError(f"get_config() returned {plain!r}, not a ConfigDict")
+    except (Exception, SystemExit) as error:
+        cause: BaseException | None = error
+        if isinstance(error, absl_flags.Error):  # absl wraps it, with a traceback as text
+            while cause and (cause is error or "Traceback (most" in str(cause)):
+                cause = cause.__context__
+        got = f"{type(cause).__name__}: {cause}" if cause else "it failed"
+        raise InputError("config", path, f"a file with a working get_config() ({got})") from error
+    return plain
+
+
+def _hint(field: str, values: dict[str, object]) -> str:
+    """Suggests a replacement for an unknown field."""
+    inside = [name for name in values if name.startswith(f"{field}.")]
+    if inside:
+        return f"one of its fields, such as `{inside[0]}`"
+    near = difflib.get_close_matches(field, values, n=1)
+    return f"`{near[0]}`" if near else "one of the fields in configs/base.py"
+
+
+def _check_tables(config: DataConfig) -> None:
+    """Rejects table files that would be read as text, unless `data.source` was assigned."""
+    for part in config.parts:
+        if part.config.resolved_source != "files":
+            continue
+        for name in part.config.path.split(","):
+            if inner_suffix(Path(name)) in TABLE_SUFFIXES:
+                where = f"data.mixture.{part.name}.path" if part.name else "data.path"
+                expected = "only text files (the rows of a table would be read as text)"
+                hint = "only tables to read their rows, or `data.source=files` to read plain text"
+                raise InputError(where, name.strip(), expected, hint)
+
+
+def _flatten(config: Any, prefix: str = "") -> list[tuple[str, object]]:
+    fields: list[tuple[str, object]] = []
+    for name, value in config.items():
+        is_section = hasattr(value, "items")
+        fields += _flatten(value, f"{prefix}{name}.") if is_section else [(prefix + name, value)]
+    return fields

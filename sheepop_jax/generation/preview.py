@@ -1,0 +1,68 @@
+"""Sample text for the training log, generated from `train.sample_prompt`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.errors import InputError
+from sheepop_jax.generation.engine import generate
+from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
+from sheepop_jax.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Continues one prompt with the current parameters.
+
+    Attributes:
+        model: the model in training.
+        tokenizer: its tokenizer.
+        prompt: text to continue.
+        prompt_tokens: token ids of the prompt.
+        config: generation settings; the seed is the run's, so all previews use the same keys.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    prompt: str
+    prompt_tokens: list[int]
+    config: GenerationConfig
+
+    @classmethod
+    def of(cls, config: Config, model: Transformer, tokenizer: Tokenizer) -> "Preview":
+        """Builds a preview from `train.sample_prompt` and `train.sample_tokens`."""
+        train = config.train
+        ids = tokenizer.encode(train.sample_prompt)
+        room = config.model.max_seq_len - max(len(ids), 1)
+        generation = GenerationConfig(
+            sampling=SamplingConfig(temperature=0.8, top_k=50),
+            max_new_tokens=min(train.sample_tokens, room),
+            seed=config.seed,
+        )
+        return cls(model, tokenizer, train.sample_prompt, ids, generation)
+
+    @staticmethod
+    def check(config: Config, tokenizer: Tokenizer) -> None:
+        """Validates the prompt.
+
+        Raises:
+            InputError: `train.sample_prompt` cannot be encoded or fills the context.
+        """
+        prompt, context = config.train.sample_prompt, config.model.max_seq_len
+        tokenizer.check(prompt, "train.sample_prompt")
+        length = max(len(tokenizer.encode(prompt)), 1)  # an empty prompt starts from end-of-text
+        if length >= context:
+            expected = f"fewer than {context} tokens (model.max_seq_len)"
+            hint = "a shorter prompt or `train.sample_tokens=0`"
+            raise InputError("train.sample_prompt", f"{length} tokens", expected, hint)
+
+    def __call__(self, params: Any) -> str:
+        """Returns the prompt and its continuation, or "none (reason)" if logits are not finite."""
+        try:
+            [completion] = generate(
+                self.model, params, [self.prompt_tokens], self.tokenizer.end_of_text, self.config
+            )
+        except InputError as error:  # do not abort training
+            return f"none ({error})"
+        return self.prompt + self.tokenizer.decode_after(self.prompt_tokens, completion.tokens)

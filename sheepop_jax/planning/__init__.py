@@ -1,0 +1,1 @@
+"""The memory, communication and FLOPs of a run, from the model itself."""

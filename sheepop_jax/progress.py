@@ -1,0 +1,78 @@
+"""Progress of long data passes: a bar on a terminal, log lines elsewhere."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import tqdm
+
+logger = logging.getLogger(__name__)
+
+_DELAY_SECONDS = 2.0  # shorter passes show nothing
+_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Shows progress and remaining time of passes that take more than two seconds.
+
+    Shows a bar if stderr is a terminal; otherwise logs a line every ten seconds.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        check: Callable[[], None] = lambda: None,
+        unit: str = "B",
+        show: bool = True,
+    ):
+        """Starts the clock.
+
+        Args:
+            label: name of the pass.
+            total: total in bytes or other units; 0 if unknown.
+            check: called at each update; may raise to abort the pass.
+            unit: "B" for bytes, or the name of the unit.
+            show: False disables all output.
+        """
+        self._label, self._total, self._done, self._check = label, total, 0, check
+        self._unit, self._show = unit, show
+        self._bar = tqdm.tqdm(
+            total=total or None,
+            desc=label,
+            unit=unit,
+            unit_scale=unit == "B",
+            delay=_DELAY_SECONDS,
+            disable=None if show else True,
+            leave=unit == "B",
+            dynamic_ncols=True,
+        )
+        self._start = time.monotonic()
+        self._next_line = self._start + _DELAY_SECONDS
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def update(self, amount: int = 1) -> None:
+        """Adds to the finished amount."""
+        self._check()
+        self._bar.update(amount)
+        self._done += amount
+        now = time.monotonic()
+        if not self._show or not self._bar.disable or now < self._next_line:
+            return
+        self._next_line = now + _LINE_SECONDS
+        rate = self._done / (now - self._start)
+        left = ""
+        if rate and self._total > self._done:
+            left = f", {(self._total - self._done) / rate:.0f} s left"
+        logger.info("%s: %s%s", self._label, self._amount(rate), left)
+
+    def _amount(self, rate: float) -> str:
+        if self._unit == "B":
+            return f"{self._done / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s"
+        of = f" of {self._total}" if self._total else ""
+        return f"{self._unit} {self._done}{of}"
