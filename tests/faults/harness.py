@@ -143,8 +143,10 @@ class Runner:
 
     def start(self, words, *, fault="", patch="", stdout=subprocess.DEVNULL):
         """`train.py` with these words; stderr is a pipe."""
+        # Several devices wait for one another by spinning: on a single core that takes minutes.
+        pin = f"os.sched_setaffinity(0, {{{core()}}})" if self.devices == 1 else ""
         code = (
-            f"import os, sys; os.sched_setaffinity(0, {{{core()}}})\n"
+            f"import os, sys; {pin}\n"
             # Drawing is half of the time of so short a run.
             "from sheepop_jax.training import curve; curve.draw_curve = lambda directory: None\n"
             f"{patch}\nimport train\nsys.exit(train.main(sys.argv[1:]))"

@@ -132,6 +132,20 @@ DivergenceMonitor.look = slow
 """
 
 
+def test_two_processes_train_as_one_device(whole, alone):
+    workdir, first, other = whole
+    worst = largest_difference(training(log_of(workdir)), training(alone))
+    assert worst < TOLERANCE
+    assert log_of(workdir)[-1][-2:] == pytest.approx(alone[-1][-2:], rel=TOLERANCE)
+    assert "process 0 of 2" in first.stderr
+    # Only the first process prints.
+    assert first.stdout.startswith(str(workdir)) and first.stdout.count("\n") == 1
+    assert STEP.findall(first.stderr)[-1] == str(STEPS)
+    assert other.stdout == ""
+    assert len(digests(workdir)) > 15  # one process can read what two have written
+
+
+@pytest.mark.slow
 def test_two_processes_stop_and_resume_as_one_device_trains(two, alone, tmp_path):
     """One run: a signal to one process, and then to its end."""
     workdir = tmp_path / "run"
