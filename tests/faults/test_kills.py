@@ -145,7 +145,10 @@ def dropped_rng(patch):
 def shifted_cursor(patch):
     """The batches of one step later."""
     iterate = TrainBatches.iterate
-    shifted = lambda self, start, stop: iterate(self, start + 1, stop + 1)  # noqa: E731
+
+    def shifted(self, start, stop):
+        return iterate(self, start + 1, stop + 1)
+
     patch.setattr(TrainBatches, "iterate", shifted)
 
 
