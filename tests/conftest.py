@@ -1,5 +1,6 @@
 """What must be settled before the first test imports jax, and the fixtures that the tests share."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -94,9 +95,8 @@ def random_params() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(scope="module")
-def fast_compile() -> Iterator[None]:
-    """XLA compiles with few optimizations, in half the time; for tests of small models."""
+@contextlib.contextmanager
+def _few_optimizations() -> Iterator[None]:
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
@@ -105,20 +105,31 @@ def fast_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def fast_compile() -> Iterator[None]:
+    """XLA compiles a module's programs with few optimizations, in half the time.
+
+    Tests of the numbers of `model/` and of the step keep the optimizations that users get.
+    """
+    with _few_optimizations():
+        yield
+
+
+@pytest.fixture
+def fast_compile_once() -> Iterator[None]:
+    """`fast_compile` for one test of a module."""
+    with _few_optimizations():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, its token shards, and a run that was trained on it; see tests/tiny.py."""
-    import jax
-
     from tests.tiny import train_tiny
 
     root = tmp_path_factory.mktemp("tiny")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    with _few_optimizations():
         train_tiny(root)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
     return root
 
 

@@ -12,6 +12,8 @@ import pytest
 from sheepop_jax.cli import sample
 from sheepop_jax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

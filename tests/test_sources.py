@@ -23,6 +23,8 @@ from sheepop_jax.training.signals import StopSignal
 from tests.data.sources.test_pdf import pdf
 from tests.data.sources.test_sql import server  # noqa: F401  a fixture: a real PostgreSQL
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 MACHINE = Runtime("cpu", "cpu", 8, 0.0)
 WORDS = "the sheep and its wool on a hill of grass beside the sea, in rain".split()
 TEXTS = [f"{i}: " + " ".join(np.random.default_rng(i).choice(WORDS, 12 + i % 5)) for i in range(60)]

@@ -33,6 +33,8 @@ from tests.faults.harness import (
     places,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def run(*words, cwd=ROOT, **options):
     """A real process."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from sheepop_jax.checkpoint.checkpoints import BEST_METRIC
 from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
 from sheepop_jax.checkpoint.state import TrainState
+from sheepop_jax.checkpoint.storage import wait_for_all
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import TrainBatches
@@ -203,6 +204,7 @@ class _Loop:
         jitted = jit_step(step, self.shardings, job.mesh, config.model.remat)
         compiled = jitted.lower(self.state, batch).compile()
         log.info("train step compiled in %.1f s", time.perf_counter() - started)
+        wait_for_all("train step")  # compile times differ, e.g. with a cache in process 0 only
         if memory := compiled.memory_analysis():  # not every backend has one
             job.on_compiled(self.throughput.flops_per_step, memory.temp_size_in_bytes)
         return compiled

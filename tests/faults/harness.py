@@ -80,10 +80,14 @@ def fault_names():
     return names
 
 
-def environment():
-    """The environment of a user: without the flags of the tests."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return {**kept, "PYTHONPATH": str(ROOT)}
+# As the fixture `fast_compile`, for a process.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def environment(flags=FAST_COMPILE):
+    """The environment of a user, without the flags of the tests, in which XLA compiles fast."""
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    return {**kept, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
 def core():
@@ -153,7 +157,7 @@ class Runner:
         )
         env = {**environment(), "XDG_CACHE_HOME": str(self.directory)}
         if self.devices > 1:
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices}"
+            env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={self.devices}"
         return subprocess.Popen(
             [sys.executable, "-c", code, *words],
             cwd=ROOT,

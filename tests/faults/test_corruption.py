@@ -13,6 +13,8 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.resume import restore_or_init
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])

@@ -14,6 +14,8 @@ from sheepop_jax.checkpoint import storage
 from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
 from tests.faults.harness import ROOT, environment, outcome
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # From the first save on: the compile cache may be written before.
 FULL = """
 import resource

@@ -15,6 +15,7 @@ import pytest
 from sheepop_jax.runtime import distributed
 from sheepop_jax.training.signals import EXIT_STOPPED
 from tests.faults.harness import (
+    FAST_COMPILE,
     KILLED,
     RESUMED,
     STEP,
@@ -132,6 +133,7 @@ DivergenceMonitor.look = slow
 """
 
 
+@pytest.mark.slow  # the next test shows the same, with a stop in between
 def test_two_processes_train_as_one_device(whole, alone):
     workdir, first, other = whole
     worst = largest_difference(training(log_of(workdir)), training(alone))
@@ -145,7 +147,6 @@ def test_two_processes_train_as_one_device(whole, alone):
     assert len(digests(workdir)) > 15  # one process can read what two have written
 
 
-@pytest.mark.slow
 def test_two_processes_stop_and_resume_as_one_device_trains(two, alone, tmp_path):
     """One run: a signal to one process, and then to its end."""
     workdir = tmp_path / "run"
@@ -244,7 +245,7 @@ def move(devices, source, target, count=1):
     running = [
         subprocess.Popen(
             [sys.executable, "-c", MOVE, source, target, *member, *([str(i)] if member else [])],
-            env={**environment(), "XLA_FLAGS": flags},
+            env=environment(f"{FAST_COMPILE} {flags}"),
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -13,6 +13,8 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.generation import benchmark, benchmark_report
 from sheepop_jax.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.fixture(scope="module")
 def model_and_params(

@@ -18,6 +18,8 @@ from sheepop_jax.model import partitioning
 from sheepop_jax.model import transformer as tf
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 VOCAB = 131
 # Sizes that 2 divides, and every kind of parameter that there is.
 DIVISIBLE = {

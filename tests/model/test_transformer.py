@@ -398,6 +398,7 @@ def test_padded_rows_never_matter(make_model, random_params):
     assert gradients["output_embedding"][:VOCAB].any(axis=1).all()
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 def test_init_statistics(make_model):
     options = {"model.d_model": 180, "model.d_ff": 331, "model.num_layers": 2}
     model = make_model(EVERYTHING | options | {"model.tie_embeddings": False})
@@ -424,6 +425,7 @@ def test_init_statistics(make_model):
 # --- dropout ---
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 def test_dropout_is_off_without_keys_and_at_a_rate_of_0(make_model, random_params):
     rates = "model.dropout", "model.attention_dropout"
     model, none = (
@@ -463,6 +465,7 @@ def dropping(make_model):
     return make_model(options)
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 @pytest.mark.parametrize("site", ["embedding", "attention", "feed_forward"])
 def test_dropout_rate_and_scale_at_each_site(dropping, random_params, site):
     """One part of the model puts out ones, the others zeros: what is dropped can be read off."""
@@ -500,6 +503,7 @@ def test_dropout_keeps_the_mean_in_bf16():
     assert np.mean(np.asarray(found, np.float64)[kept]) == pytest.approx(wanted.mean(), rel=3e-4)
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 def test_dropouts_of_the_sublayers_and_layers_are_independent(dropping, random_params):
     """Sublayers i of 2 layers put out 4^i: base 4 digits tell which were kept."""
     params = silent(random_params(dropping))
@@ -519,6 +523,7 @@ def test_dropouts_of_the_sublayers_and_layers_are_independent(dropping, random_p
     assert (np.abs(counts / hidden_MD.size - shares) < 5 * np.sqrt(shares / hidden_MD.size)).all()
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 def test_attention_dropout_rate_and_scale(make_model, random_params):
     """With one token, each head has one weight, 1: a head that is dropped puts out zeros."""
     rate, eps, rows = 0.3, 1.0, 997
@@ -552,6 +557,7 @@ def test_attention_dropout_rate_and_scale(make_model, random_params):
     np.testing.assert_allclose(hidden_BD, expected_BD, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model):
     """Queries that see the same keys, in two blocks: one mask for both would keep the same."""
     model = make_model({"model.dropout": 0.0, "model.attention_dropout": 0.5})
@@ -579,6 +585,7 @@ def test_attention_dropout_of_each_block_of_queries_is_its_own(make_model):
 # --- memory and precision ---
 
 
+@pytest.mark.usefixtures("fast_compile_once")
 def test_remat_keeps_less_and_changes_neither_values_nor_gradients(
     make_model, random_params, monkeypatch
 ):

@@ -11,6 +11,7 @@ from sheepop_jax.planning.communication import bytes_sent
 from sheepop_jax.planning.memory import abstract_state
 from tests.planning.test_memory import compiled
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 VOCAB = 1999
 SHAPE = {
     "model.d_model": 128,

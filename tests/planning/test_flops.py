@@ -8,6 +8,8 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.planning.flops import flops_per_token
 from sheepop_jax.planning.program import dot_flops
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 VOCAB = 97
 
 

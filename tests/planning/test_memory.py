@@ -22,6 +22,8 @@ from sheepop_jax.planning.memory import (
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import init_state, jit_step, make_train_step
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SEED = 20261124
 TOLERANCE = 0.15  # of the compiler's figure
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2))

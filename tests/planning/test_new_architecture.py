@@ -16,6 +16,8 @@ from sheepop_jax.planning.flops import flops_per_token
 from sheepop_jax.planning.memory import abstract_state, estimate_memory
 from tests.planning.test_memory import TOLERANCE, said_by_the_compiler, some
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 ROWS, TIME, WIDTH, HEADS, LAYERS, WIDE, VOCAB = 6, 96, 128, 4, 3, 640, 1000
 FIELDS = {
     "model.d_model": WIDTH,

@@ -29,6 +29,8 @@ from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import sealed, sha256_of_file, write_atomic
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def make_state(step, seed=0):
     draw = np.random.default_rng(seed)

@@ -20,6 +20,8 @@ from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training.signals import StopRequested, StopSignal
 from tests.faults.harness import CHANGED
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 MACHINE = Runtime("cpu", "cpu", 8, 123.0)
 
 
