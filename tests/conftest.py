@@ -122,6 +122,21 @@ def fast_compile_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def disk_order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """Each `fsync`, with the bytes that the file then holds, and each rename, with the new name."""
+    done: list[tuple[str, object]] = []
+    rename = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        done.append(("renamed", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(("synced", os.fstat(file).st_size)))
+    monkeypatch.setattr(os, "replace", replace)
+    return done
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, its token shards, and a run that was trained on it; see tests/tiny.py."""

@@ -166,6 +166,17 @@ def test_a_unit_is_done_once_and_again_if_its_marker_is_gone(spool_of, tmp_path,
     assert (tmp_path / "a" / "train-00002.bin").stat().st_size == 2 * again[2]["train"]["tokens"]
 
 
+def test_a_unit_is_on_disk_before_its_files_have_their_names(spool_of, tmp_path, disk_order):
+    spool = spool_of(["abc" * 30])
+    disk_order.clear()
+    [entry], _ = encoded(tmp_path / "a", spool, choose_split(spool, "tail", 0.1), train_char("abc"))
+    expected = []
+    for side in encode.SIDES:
+        expected += [("synced", 2 * entry[side]["tokens"]), ("renamed", entry[side]["file"])]
+    marker = tmp_path / "a" / "unit-00000.json"
+    assert disk_order == [*expected, ("synced", marker.stat().st_size), ("renamed", marker.name)]
+
+
 def test_a_unit_that_fails_leaves_no_file(spool_of, tmp_path):
     spool = spool_of(["abc" * 30 + "d"])
     split = choose_split(spool, "tail", 0.1)
