@@ -4,6 +4,7 @@ Bad input itself is in test_errors.py, bad data in test_sources.py.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -83,6 +84,16 @@ class TestNearestGoodValues:
         code, out, err, _ = run_program("tools", ["evaluate", *words])
         assert code == 0, err
         assert json.loads(out)["bytes"] == 1
+
+    def test_bits_are_counted_per_byte_not_per_character(
+        self, tiny_root: Path, tmp_path: Path, run_program: Any
+    ) -> None:
+        (tmp_path / "two.txt").write_text("\u00e9l", encoding="utf-8")
+        words = ["--ckpt", str(tiny_root / "run"), "--data", str(tmp_path / "two.txt"), "--json"]
+        _, out, _, _ = run_program("tools", ["evaluate", *words])
+        found = json.loads(out)
+        assert (found["bytes"], found["tokens"]) == (3, 3)
+        assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
 
     def test_a_byte_order_mark_is_no_text(
         self, tiny_root: Path, tmp_path: Path, run_program: Any

@@ -56,7 +56,7 @@ def one_device() -> Iterator[None]:
 
 def train_tiny(root: Path) -> None:
     """Leaves `root/run` with checkpoints 2 and 4, its text and its token shards."""
-    (root / "text.txt").write_text("<|endoftext|>\n" + TEXT)
+    (root / "text.txt").write_text("<|endoftext|>\u00e9\n" + TEXT, encoding="utf-8")
     config = base.get_config()
     config.update_from_flattened_dict(tiny(root))
     with one_device():
