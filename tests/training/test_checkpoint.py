@@ -481,7 +481,8 @@ def test_figures_are_added_to_a_step_that_is_there(tmp_path, monkeypatch):
     checkpoints = CheckpointSaver(tmp_path, keep=3)
     save_all(checkpoints, [1, 2])
     checkpoints.record(1, {"val_loss": 0.5, "other": 3})
-    assert checkpoints.verify(1)["figures"].items() >= {"val_loss": 0.5, "other": 3}.items()
+    whole = {"train_seconds": 1.0, "val_loss": 0.5, "other": 3}
+    assert checkpoints.verify(1)["figures"] == whole
     assert checkpoints.best() == 1
 
     def full(*names):
@@ -492,7 +493,7 @@ def test_figures_are_added_to_a_step_that_is_there(tmp_path, monkeypatch):
         checkpoints.record(1, {"val_loss": 9.0})
     monkeypatch.undo()
     checkpoints.tidy()  # what was left of that is no part of a step
-    assert checkpoints.verify(1)["figures"]["val_loss"] == 0.5
+    assert checkpoints.verify(1)["figures"] == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000002"]
 
 
