@@ -214,6 +214,8 @@ def test_the_clock_counts_updates_only_and_goes_on_after_a_restart(make_job, mon
             assert tokens == pytest.approx(2 * 5 * 13)
     figures = CheckpointSaver(job.directory / "checkpoints").manifest(3)["figures"]
     assert seconds[3] <= figures["train_seconds"] <= seconds[4]
+    resumed = lines[3]["tokens_per_second"] * (seconds[4] - figures["train_seconds"])
+    assert resumed == pytest.approx(2 * 5 * 13)
 
 
 def test_the_state_is_donated(make_job):
