@@ -313,6 +313,16 @@ def test_a_sample_prompt_that_fills_the_context_is_refused(plan):
     assert plan({**prompt, "train.sample_tokens": 0})[0].sample is None
 
 
+def test_a_sample_of_no_prompt_leaves_room_for_end_of_text(plan):
+    job, _ = plan({"train.sample_prompt": "", "train.sample_tokens": 99})
+    assert job.sample.config.max_new_tokens == 28  # of 29 positions
+
+
+def test_the_loss_is_chunked_as_its_platform_needs(plan, monkeypatch):
+    monkeypatch.setattr(pipeline, "chunk_elements", {"cpu": 77}.get)
+    assert plan()[0].chunk_elements == 77
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [
