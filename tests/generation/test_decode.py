@@ -337,6 +337,11 @@ def test_context_rules(build: Build) -> None:
         assert error.value.got == f"{length} tokens" and "29" in error.value.expected
     short, full = generate(model, params, [[5], prompt], sampling=GREEDY, end_of_text=NO_END)
     assert (len(short.tokens), len(full.tokens)) == (28, 4)
+    pairs = generate(
+        model, params, [[5], prompt], sampling=GREEDY, end_of_text=NO_END, num_samples=2
+    )
+    assert [len(completion.tokens) for completion in pairs] == [28, 28, 4, 4]
+    assert {completion.stop_reason for completion in pairs} == {"length"}
     assert new_token_limit(3, None, 29) == 26
     assert new_token_limit(3, None, 1000) == 256
     assert new_token_limit(3, 997, 1000) == 997
