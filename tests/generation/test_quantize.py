@@ -132,6 +132,14 @@ def test_products_are_exact_to_the_second_digit_of_the_activations(dtype: Any) -
     assert off[0].max() > bound[0].max() / 100  # the bound is not a wide one
 
 
+def test_what_two_digits_hold_is_multiplied_exactly() -> None:
+    """Steps of 1/254 of a vector's unit, its largest / 127: here of 1 and of 2."""
+    x_MI = np.array([[127, 0.5, -63 - 5 / 254, 1 / 254, 0], [3, -1, 2, -254, 9 / 127]], np.float32)
+    w_IO = Quantized(jnp.eye(5, dtype=jnp.int8), jnp.full(5, 3, jnp.float32))
+    got = dot_general(jnp.asarray(x_MI), w_IO, (((1,), (0,)), ((), ())))
+    np.testing.assert_allclose(got, 3 * x_MI, rtol=1e-5)
+
+
 def test_greedy_text_is_that_of_full_forward_passes(build: Build) -> None:
     """With the matrices that int8 stands for, in fp32 and without a cache."""
     model, params = build(OPTIONS[1] | {"model.num_layers": 1})
