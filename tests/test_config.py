@@ -121,6 +121,11 @@ def test_whole_numbers_are_taken_for_floats():
     [
         ({"model.d_model": 24, "model.num_heads": 8}, "model.num_heads", "even head width"),
         (
+            {"model.d_model": 24, "model.num_heads": 4, "model.num_kv_heads": 3},
+            "model.num_kv_heads",
+            "divisor of 4 (model.num_heads)",
+        ),
+        (
             {"model.d_model": 9, "model.num_heads": 1, "model.position": "sinusoidal"},
             "model.d_model",
             "even width",

@@ -1,5 +1,6 @@
 """`doctor`: the facts of this machine on one screen, and advice that follows from them."""
 
+import io
 import json
 from pathlib import Path
 
@@ -80,3 +81,10 @@ def test_each_piece_of_advice_has_its_cause(
     advice = diagnosis._advice(runtime, **(good | fields))
     assert [word in line for line in advice] == [True]
     assert diagnosis._advice(hypothetical("H100", 1), **good) == []
+
+
+def test_free_memory_is_what_programs_can_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = "MemTotal:       9 kB\nMemFree:        3 kB\nMemAvailable:   7 kB\n"
+    monkeypatch.setattr(diagnosis.sys, "platform", "linux")
+    monkeypatch.setattr(diagnosis, "open", lambda *a, **options: io.StringIO(report), raising=False)
+    assert diagnosis._memory_available() == 7 * 1024
