@@ -141,6 +141,19 @@ def test_steps_between_those_due_are_not_logged_and_samples_are_shown(make_job, 
     assert capsys.readouterr().err.count("sample: text\n") == 1
 
 
+def test_a_line_is_in_the_file_while_the_run_goes_on(make_job):
+    """That of a step is written while the next one runs."""
+    job = make_job(num_steps=4, overrides={"train.eval_every": 0, "checkpoint.save_every": 0})
+    written = []
+
+    class Watching(StopSignal):
+        def check(self):
+            written.append([line["step"] for line in training_lines(job.directory)])
+
+    fit(job, Watching())
+    assert written[-3:] == [[], [1], [1, 2]]  # before steps 2, 3 and 4
+
+
 def test_the_logged_loss_is_the_mean_since_the_last_line(make_job, tmp_path):
     """Also where a run was resumed between two lines."""
     every = make_job(num_steps=7, directory=tmp_path / "every")
