@@ -176,11 +176,12 @@ def test_what_goes_round_is_json(monkeypatch):
     assert json.loads(sent[0])["value"]["step"] == 4
 
     def refuses():
-        raise InputError("a", 1, "2", "3")
+        raise InputError("a", "b: c", "2", "3")
 
     with pytest.raises(InputError) as error:
         distributed.broadcast_from_main(refuses)
-    assert str(error.value) == str(InputError("a", 1, "2", "3"))
+    assert str(error.value) == str(InputError("a", "b: c", "2", "3"))
+    assert error.value.field == "a"
 
 
 def test_an_answer_comes_one_question_later(monkeypatch):
