@@ -12,6 +12,7 @@ import pytest
 
 from sheepop_jax import pipeline
 from sheepop_jax.checkpoint.run import open_run
+from sheepop_jax.checkpoint.workdir import WorkdirLock
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.errors import InputError
 from sheepop_jax.planning.flops import flops_per_token
@@ -302,6 +303,17 @@ def test_what_ends_before_there_is_a_run_leaves_no_directory(plan, tmp_path):
     with pytest.raises(StopRequested):
         plan(workdir=workdir, stop=Stopped())
     assert not workdir.exists()
+
+
+def test_a_run_has_one_process_at_a_time(tmp_path):
+    first, second = WorkdirLock(tmp_path), WorkdirLock(tmp_path)
+    with first:
+        (tmp_path / "config.json").touch()
+        with pytest.raises(InputError) as error, second:
+            pass
+        assert error.value.field == "workdir"
+    with second:
+        pass
 
 
 def test_a_sample_prompt_that_fills_the_context_is_refused(plan):
