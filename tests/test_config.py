@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -152,6 +153,7 @@ def test_whole_numbers_are_taken_for_floats():
             "",
         ),
         ({"data.name": "x", "data.val_path": "y"}, "data.val_path", "data.path"),
+        ({"data.path": "x.txt", "data.val_path": "./x.txt "}, "data.val_path", "other files"),
         (
             {"data.path": "x.db", "data.query": "SELECT 1", "data.val_path": "y"},
             "data.val_path",
@@ -291,6 +293,19 @@ class TestMixture:
         assert repr(got)[1:-1] in repr(error.got)
         assert expected in error.expected
         assert "\n" not in str(error)
+
+    @pytest.mark.parametrize(
+        ("weights", "named"),
+        [((1e308, 1e308), "a"), ((1, sys.float_info.max, 1e308), "a"), ((1e300, 1e-300), "b")],
+    )
+    def test_weights_that_leave_a_source_no_share(self, weights, named):
+        parts = {
+            name: {"weight": weight, "path": name}
+            for name, weight in zip("abc", weights, strict=False)
+        }
+        error = refused(with_value("data.mixture", parts))
+        assert error.field == f"data.mixture.{named}.weight"
+        assert error.got == parts[named]["weight"]
 
     def test_an_unknown_field_of_a_part_is_answered_with_the_nearest_known_one(self):
         error = refused(with_value("data.mixture", {"m": {"weight": 1, "pth": "a"}}))

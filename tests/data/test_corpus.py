@@ -57,7 +57,7 @@ class TestReaders:
         assert read(root / "c.jsonl", source="files")[0][1] == '{"body": "three"}\n'
         corpus = corpus_of(root)
         assert (corpus.field, corpus.value, corpus.num_bytes) == ("data.path", str(root), 14)
-        assert corpus.skipped == {JSON: 1, CSV: 1, "files of other types": 1}
+        assert corpus.skipped == {JSON: 1, CSV: 1, ".db files": 1}
 
     def test_tables(self, root, read):
         assert read(root / "c.jsonl", text_column="body")[0][1:] == ("three", False)
@@ -145,9 +145,9 @@ class TestValPath:
         assert found == [("b.md", "two, longer", True), ("a.txt", "one", False)]
         corpus = corpus_of(root / "a.txt", val_path=str(root))
         assert (corpus.field, corpus.value) == ("data.path", str(root / "a.txt"))
-        assert corpus.skipped == {JSON: 1, CSV: 1, "files of other types": 1}
+        assert corpus.skipped == {JSON: 1, CSV: 1, ".db files": 1}
         twice = corpus_of(root, val_path=f"{root}/d").skipped
-        assert twice == {JSON: 1, CSV: 2, "files of other types": 1}
+        assert twice == {JSON: 1, CSV: 2, ".db files": 1}
         assert corpus.num_bytes == 17
 
     def test_the_size_is_unknown_if_one_is(self, root, corpus_of, monkeypatch):
@@ -158,8 +158,9 @@ class TestValPath:
         assert corpus_of(other, val_path=one).num_bytes == 0
 
     def test_tables_too(self, root, read):
-        found = read(root / "c.jsonl", val_path=str(root / "c.jsonl"), text_column="body")
-        assert [row[1:] for row in found] == [("three", True), ("three", False)]
+        (root / "v.jsonl").write_text(json.dumps({"body": "six"}) + "\n")
+        found = read(root / "c.jsonl", val_path=str(root / "v.jsonl"), text_column="body")
+        assert [row[1:] for row in found] == [("six", True), ("three", False)]
 
     def test_errors_name_it(self, root, corpus_of, read):
         with pytest.raises(InputError, match=r"^data\.val_path: .*an existing.*data\.val_path=PA"):

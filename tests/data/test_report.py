@@ -45,7 +45,7 @@ def test_a_table_of_the_sources(data_config, tmp_path):
     assert train[3] == f"{train[1] / train[2]:.2f}"
     assert re.search(r"all +document +32 +2$", report, re.M)  # split by, read, skipped
     assert "skipped 1: empty or only white space" in report
-    assert "skipped 1: files of other types" in report
+    assert "skipped 1: .png files" in report
     assert "duplicate documents removed: 1\n" in report
     windows = (len(data.train[0]) - 13) // 13
     assert (

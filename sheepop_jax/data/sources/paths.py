@@ -23,6 +23,7 @@ VENDORED = frozenset(
 )
 # A file may change twice within one tick of the file system clock: newer files are read again.
 _SETTLED_SECONDS = 2.0
+_MOST_KINDS = 5  # other suffixes that are listed
 
 
 @dataclass
@@ -106,6 +107,7 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
         raise InputError(name, got, "a readable directory")
 
     found = Found()
+    others: collections.Counter[str] = collections.Counter()
     ignores: dict[Path, list[tuple[Path, pathspec.GitIgnoreSpec]]] = {}
     for parent, directories, names in os.walk(root, onerror=refuse):
         inside = Path(parent)
@@ -132,12 +134,15 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
             elif _ignored(rules, path, ""):
                 found.skipped["files ignored by .gitignore"] += 1
             elif not walk.wants(path):
-                found.skipped[_kind(path)] += 1
+                (found.skipped if _source(path) else others)[_kind(path)] += 1
             elif 0 < walk.max_file_bytes < size:
                 found.skipped["files larger than data.max_file_bytes"] += 1
             else:
                 found.files.append((path.relative_to(root).as_posix(), path))
     found.files.sort()
+    found.skipped.update(dict(others.most_common(_MOST_KINDS)))
+    if rest := others.total() - sum(n for _, n in others.most_common(_MOST_KINDS)):
+        found.skipped["files of other types"] = rest
     return found
 
 
@@ -169,12 +174,19 @@ def size_of(path: Path) -> int:
         return 0
 
 
+def _source(path: Path) -> str:
+    """The other source that reads such a file, or ""."""
+    kind = FILE_SUFFIXES.get(inner_suffix(path), "")
+    return kind if kind in ("json", "csv", "parquet", "pdf") else ""
+
+
 def _kind(path: Path) -> str:
-    """The reason why a file with another suffix is skipped, and the source that reads it."""
-    match FILE_SUFFIXES.get(inner_suffix(path)):
-        case "json" | "csv" | "parquet" | "pdf" as kind:
-            return f"{kind} files (data.source={kind} reads them)"
-    return "files of other types"
+    """The reason for skipping a file: its suffix, or the source that reads it."""
+    if kind := _source(path):
+        return f"{kind} files (data.source={kind} reads them)"
+    inner, last = inner_suffix(path), path.suffix.lower()
+    suffix = inner if inner == last else inner + last  # .tar.gz
+    return f"{suffix or 'suffixless'} files"
 
 
 def _regular_size(name: str, path: Path) -> int | None:
@@ -245,7 +257,7 @@ def _nothing_in(name: str, root: Path, walk: Walk, inside: Found) -> InputError:
     """The error for a directory without matching files; lists the files it has."""
     anything = replace(walk, suffixes=None, max_file_bytes=0)
     there = collections.Counter(path.suffix for _, path in walk_files(name, root, anything).files)
-    most = there.most_common(5)
+    most = there.most_common(_MOST_KINDS)
     found = ", ".join(f"{suffix or 'no suffix'} x {count}" for suffix, count in most)
     passed = ", ".join(f"{count} {reason}" for reason, count in inside.skipped.items())
     wanted = "text files (.txt, .md, .py, ...)"

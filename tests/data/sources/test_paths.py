@@ -41,7 +41,9 @@ def test_a_directory_is_read_in_order_without_hidden_vendored_or_foreign_files(t
     assert found.skipped == {
         "hidden or vendored directories": 6,
         "hidden or special files": 2,
-        "files of other types": 4,
+        ".png files": 1,
+        ".png.gz files": 1,
+        "suffixless files": 2,
     }
 
 
@@ -129,7 +131,14 @@ def test_the_same_file_twice_counts_once_and_directories_add_up(tmp_path):
     (tmp_path / "a").symlink_to("d/a.txt")
     found = find_files("data.path", f"{tmp_path}/a,{tmp_path}/e,{tmp_path}/d", TEXT)
     assert [name for name, _ in found.files] == ["a", "b.txt"]
-    assert found.skipped == {"files of other types": 3}
+    assert found.skipped == {".png files": 3}
+
+
+def test_the_most_frequent_other_suffixes_are_listed_and_the_rest_counted(tmp_path):
+    write(tmp_path, "a.txt", *(f"{n}.s{kind}" for kind in range(7) for n in range(8 - kind)))
+    found = find_files("data.path", str(tmp_path), TEXT)
+    listed = {f".s{kind} files": 8 - kind for kind in range(5)}
+    assert found.skipped == {**listed, "files of other types": 5}
 
 
 def test_a_named_file_is_taken_whatever_it_is(tmp_path):
@@ -225,7 +234,7 @@ class TestGitignore:
         (["venv/a.txt"], "**/*.txt", r"expected a pattern that matches a file$"),
         (["a.txt"], "a.txt, {}/b.txt", r"b\.txt'; expected an existing"),
         ([], "", r"files found: none; skipped: none\)'.*text files \(\.txt"),
-        (["a.weights"], "", r"files found: \.weights x 1; skipped: 1 files of other.*\*\.weig"),
+        (["a.weights"], "", r"files found: \.weights x 1; skipped: 1 \.weights files\).*\*\.weig"),
         (["a", "b", "c.x"], "", r"files found: no suffix x 2, \.x x 1; .*\*\*/\*'$"),
         (["a.txt"], "a.txt/b", r"a\.txt/b \(Not a directory\)'; expected a readable"),
         ([], "x" * 300, r"xxx \(File name too long\)"),

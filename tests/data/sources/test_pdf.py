@@ -123,7 +123,7 @@ def test_a_directory_gives_its_pdfs_in_order_and_none_is_lost_by_a_bad_one(tmp_p
     assert "empty.pdf (" in warnings[1] and "empty file" in warnings[1]
     assert "secret" not in caplog.text
     corpus = open_pdfs("data.path", str(tmp_path), PDFS)
-    assert corpus.skipped == {"files of other types": 1, "compressed PDFs": 1}
+    assert corpus.skipped == {".txt files": 1, "compressed PDFs": 1}
     assert (corpus.field, corpus.value) == ("data.path", str(tmp_path))
     assert [d.is_val for d in corpus] == [False] * 8
 

@@ -138,7 +138,7 @@ def test_directories_globs_and_lists(tmp_path, kind):
     (tmp_path / "a, b").mkdir()
     assert texts_of(kind, WRITERS[kind](tmp_path / "a, b" / f"c.{suffix}")) == TEXTS
     table = open_table(kind, "data.path", str(tmp_path), "text", join_rows=False)
-    assert table.skipped == {"files of other types": 1}
+    assert table.skipped == {".dat files": 1}
     assert "larger than" in refusal(kind, tmp_path, max_file_bytes=1)
     assert "existing file" in refusal(kind, tmp_path / "none")
 
