@@ -1,5 +1,27 @@
 """The exceptions for invalid input and failed runs; the command line prints each on one line."""
 
+import re
+
+_SECRET_NAME = (
+    r"[^=&\s]*(?:token|passw|secret|signature|credential|auth|api[-_]?key|access[-_]?key)[^=&\s]*"
+    r"|key|sig|pwd|pass|jwt"
+)
+# The second pattern is for passwords that are not quoted as a URL requires.
+_USER_AND_PASSWORD = re.compile(
+    r"(?<=://)(?:[^\s/?#:@]*:[^\s/?#]*@|[^\s/?#:@]*:(?!\d+(?:[/?#,\s'\")]|$))\S*@)"
+)
+_USER_OF_THE_WEB = re.compile(r"(https?://)[^\s/?#@]+@", re.IGNORECASE)  # often a token
+_SECRET_PARAMETER = re.compile(rf"([?&#;](?:{_SECRET_NAME})=)[^&#\s'\"]+", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Replaces passwords and tokens in the URLs of `text` by "…", for messages and saved files."""
+    if "://" not in text:
+        return text
+    text = _USER_AND_PASSWORD.sub("…@", text)
+    text = _USER_OF_THE_WEB.sub(r"\1…@", text)
+    return _SECRET_PARAMETER.sub(r"\1…", text)
+
 
 class InputError(ValueError):
     """Invalid input: a configuration field, a flag, a path or a file.
@@ -9,7 +31,7 @@ class InputError(ValueError):
 
     Attributes:
         field: dotted name of a configuration field, a flag, or a path.
-        got: the invalid value.
+        got: the invalid value; secrets in URLs are masked.
         expected: the rule, in words.
         hint: a suggestion, or "". In `expected` and `hint`, names of Python arguments and
             configuration fields are in backticks; the command line prints them as flags.
@@ -17,13 +39,15 @@ class InputError(ValueError):
 
     def __init__(self, field: str, got: object, expected: str, hint: str = ""):
         self.field, self.got, self.expected, self.hint = field, got, expected, hint
+        if isinstance(got, str):
+            self.got = masked(got)
         super().__init__(self.sentence(field, got, expected, hint))
 
     @staticmethod
     def sentence(field: str, got: object, expected: str, hint: str = "") -> str:
-        """Formats the message on one line."""
+        """Formats the message on one line, without the secrets of URLs."""
         text = f"{field}: got {got!r}; expected {expected}" + (f"; try {hint}" if hint else "")
-        return " ".join(text.split())
+        return " ".join(masked(text).split())
 
     @classmethod
     def from_message(cls, message: str) -> "InputError":

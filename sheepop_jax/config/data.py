@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sheepop_jax.config.validation import Section
 from sheepop_jax.errors import InputError
+from sheepop_jax.files import cache_directory
 
 # Fields that each part of a mixture may set; all other fields apply to the whole mixture.
 SOURCE_FIELDS = (
@@ -26,6 +27,21 @@ SOURCE_FIELDS = (
     "max_file_bytes",
     "max_bytes",
 )
+# For each source: the fields that have an effect on it; `source` and `max_bytes` always have one.
+_WALK = ("path", "val_path", "gitignore", "max_file_bytes")
+_TABLE = (*_WALK, "text_column", "join_rows", "encoding_errors")
+FIELDS_OF: dict[str, tuple[str, ...]] = {
+    "files": (*_WALK, "encoding_errors"),
+    "json": _TABLE,
+    "csv": _TABLE,
+    "quoted_tsv": _TABLE,
+    "parquet": _TABLE,
+    "hub": ("name", "subset", "text_column", "join_rows", "encoding_errors"),
+    "pdf": _WALK,
+    "sql": ("path", "query", "text_column", "encoding_errors"),
+    "stdlib": (),
+}
+SOURCES = tuple(FIELDS_OF)
 TABLE_SUFFIXES = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -34,7 +50,8 @@ TABLE_SUFFIXES = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-FILE_SUFFIXES = TABLE_SUFFIXES | {".pdf": "pdf", ".db": "sql", ".sqlite": "sql", ".sqlite3": "sql"}
+FILE_SUFFIXES = TABLE_SUFFIXES | {".pdf": "pdf"}
+FILE_SUFFIXES |= dict.fromkeys((".db", ".db3", ".sqlite", ".sqlite3"), "sql")
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 
@@ -86,8 +103,7 @@ class DataConfig(Section):
     prefix = "data."
 
     def __post_init__(self) -> None:
-        kinds = ("auto", "files", "json", "csv", "parquet", "hub", "pdf", "sql", "stdlib")
-        self.one_of("source", *kinds)
+        self.one_of("source", "auto", *SOURCES)
         self.one_of("encoding_errors", "strict", "replace", "skip")
         self.one_of("val_split", "auto", "source", "document", "tail")
         self.one_of("packing", "stream", "one_per_window")
@@ -111,7 +127,7 @@ class DataConfig(Section):
             self.require(self.name != "", "name", "the name of a Hugging Face dataset")
         elif source != "stdlib":
             self.require(self.path != "", "path", "a file, a directory or a glob")
-        if source in ("json", "csv", "parquet", "hub", "sql"):
+        if "text_column" in FIELDS_OF[source]:
             self.require(self.text_column != "", "text_column", "the name of the text column")
         if source == "sql":
             self.require(self.query != "", "query", "a SELECT that returns the text column")
@@ -150,6 +166,13 @@ class DataConfig(Section):
             if part.config.resolved_source == "stdlib" and part.config.source == "auto":
                 expected = "a path, a name or source=stdlib"
                 raise InputError(f"data.mixture.{part.name}", "no source", expected)
+
+    @property
+    def cache_path(self) -> Path:
+        """The directory of token shards and downloads."""
+        if self.cache_dir:
+            return Path(os.path.expanduser(self.cache_dir)).resolve()
+        return cache_directory()
 
     @property
     def parts(self) -> list[Part]:

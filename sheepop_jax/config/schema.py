@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, cast, get_origin, get_type_hints
 
 from sheepop_jax.config.data import DataConfig
 from sheepop_jax.config.validation import Section
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, masked
 
 _T = TypeVar("_T")
 
@@ -216,8 +216,9 @@ class Config(Section):
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested plain values, as saved in `config.json`."""
-        return dataclasses.asdict(self)
+        """Returns nested plain values, as saved in `config.json`: secrets in URLs are masked."""
+        values = dataclasses.asdict(self)
+        return {**values, "data": _masked(values["data"])}
 
 
 def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
@@ -248,6 +249,12 @@ def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
             raise InputError(path, value, f"a value of type {kind.__name__}")
         built[name] = value
     return cls(**built)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _masked(inner) for name, inner in value.items()}
+    return masked(value) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

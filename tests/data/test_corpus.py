@@ -98,11 +98,17 @@ class TestReaders:
     @pytest.mark.parametrize(
         "fields, arguments, options",
         [
-            ({"name": "n"}, ("n", "", "text"), {"join_rows": False}),
+            ({"name": "n"}, ("n", "", "text"), {"join_rows": False, "encoding_errors": "strict"}),
             (
-                {"name": "n", "subset": "s", "text_column": "c", "join_rows": True},
+                {
+                    "name": "n",
+                    "subset": "s",
+                    "text_column": "c",
+                    "join_rows": True,
+                    "encoding_errors": "skip",
+                },
                 ("n", "s", "c"),
-                {"join_rows": True},
+                {"join_rows": True, "encoding_errors": "skip"},
             ),
         ],
     )

@@ -23,7 +23,7 @@ from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.data.sources.documents import Corpus
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
 from sheepop_jax.errors import InputError
-from sheepop_jax.files import cache_directory, write_atomic
+from sheepop_jax.files import write_atomic
 from sheepop_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> Pre
     signatures = [corpus.signature() for _, corpus in sources]
     fields = [asdict(part.config) for part, _ in sources]
     state = [FORMAT, signatures, [{name: f[name] for name in SOURCE_FIELDS} for f in fields]]
-    cache = Cache(cache_dir(config), state, known=all(signatures))
+    cache = Cache(config.cache_path, state, known=all(signatures))
     work = _Preparation(config, sources, given, cache, check)
     with cache.writable():
         data = work.run()
@@ -99,13 +99,6 @@ def _require_windows(config: DataConfig, data: PreparedData) -> None:
             expected = f"training text{of}, not only validation text"
         hint = "a smaller `data.seq_len`, or more text"
         raise InputError("data.seq_len", config.seq_len, expected, hint)
-
-
-def cache_dir(config: DataConfig) -> Path:
-    """The cache directory for token shards."""
-    if config.cache_dir:
-        return Path(os.path.expanduser(config.cache_dir)).resolve()
-    return cache_directory()
 
 
 class _Preparation:

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from sheepop_jax.config.data import FILE_SUFFIXES, DataConfig, inner_suffix
 from sheepop_jax.data.sources.documents import Corpus, Document
-from sheepop_jax.data.sources.files import TEXT_SUFFIXES, TextFiles, standard_library
+from sheepop_jax.data.sources.files import TEXT_SUFFIXES, open_texts, standard_library
 from sheepop_jax.data.sources.hub import open_hub
-from sheepop_jax.data.sources.paths import Walk, find_files
+from sheepop_jax.data.sources.paths import Walk
 from sheepop_jax.data.sources.pdf import open_pdfs
 from sheepop_jax.data.sources.sql import open_sql
-from sheepop_jax.data.sources.tables import open_table
+from sheepop_jax.data.sources.tables import Kind, open_table
+from sheepop_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,14 @@ def open_corpus(config: DataConfig) -> Corpus:
             return standard_library()
         case "hub":
             return open_hub(
-                config.name, config.subset, config.text_column, join_rows=config.join_rows
+                config.name,
+                config.subset,
+                config.text_column,
+                join_rows=config.join_rows,
+                encoding_errors=config.encoding_errors,
             )
         case "sql":
-            return open_sql(config.path, config.query, config.text_column)
+            return open_sql(config.path, config.query, config.text_column, config.encoding_errors)
     training = _open_path(config, "data.path", config.path)
     if not config.val_path:
         return training
@@ -48,23 +52,42 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
 
     match config.resolved_source:
         case "files":
-            found = find_files(field, spec, walk(TEXT_SUFFIXES))
-            named = (os.path.expanduser(item.strip()) for item in spec.split(","))
+            named = [os.path.expanduser(item.strip()) for item in spec.split(",")]
+            if config.source == "auto":
+                _refuse_pages(field, named)
+            texts = open_texts(
+                field,
+                spec,
+                config.encoding_errors,
+                walk(TEXT_SUFFIXES),
+                config.cache_path / "downloads",
+                as_they_are=config.source == "files",
+            )
             if config.source == "auto" and not any(map(os.path.isdir, named)):
-                _warn_of_tables(found.files)
-            return TextFiles(field, spec, found, config.encoding_errors)
+                _warn_of_tables(texts.paths)
+            return texts
         case "pdf":
             return open_pdfs(field, spec, walk(frozenset({".pdf"})))
-        case "json" | "csv" | "parquet" as kind:
-            table: Literal["json", "csv", "parquet"] = kind
-            return open_table(table, field, spec, config.text_column, config.join_rows, walk)
+        case "json" | "csv" | "quoted_tsv" | "parquet" as kind:
+            table: Kind = kind
+            column, join_rows, errors = config.text_column, config.join_rows, config.encoding_errors
+            return open_table(table, field, spec, column, join_rows, walk, errors)
         case other:
             raise ValueError(f"no such source: {other!r}")
 
 
-def _warn_of_tables(files: list[tuple[str, Path]]) -> None:
+def _refuse_pages(field: str, named: list[str]) -> None:
+    """Refuses HTML files that are named, or meant by a glob: their tags are hardly wanted."""
+    for item in named:
+        path = item.partition("?")[0] if "://" in item else item
+        if inner_suffix(Path(path)) in (".html", ".htm") and not os.path.isdir(item):
+            hint = f"pandoc --to=plain {item}, or `data.source=files` to keep the tags"
+            raise InputError(field, item, "text without tags", hint)
+
+
+def _warn_of_tables(paths: list[Path]) -> None:
     """Warns about tables and PDFs matched by a glob or mixed with text: they are read as text."""
-    kinds = Counter(FILE_SUFFIXES.get(inner_suffix(path)) for _, path in files)
+    kinds = Counter(FILE_SUFFIXES.get(inner_suffix(path)) for path in paths)
     for kind in ("json", "csv", "parquet", "pdf"):
         if kinds[kind]:
             log.warning(

@@ -1,7 +1,8 @@
 """Text files, plain or compressed, one document each, read in blocks.
 
 Text is UTF-8 and kept exactly, including line endings and white space; only a byte order mark at
-the start of a file is dropped.
+the start of a file is dropped. Files that are not text are refused. Notebooks give the sources of
+their cells, and zip archives the text files in them.
 """
 
 import bz2
@@ -10,26 +11,31 @@ import gzip
 import io
 import logging
 import lzma
-import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 import zstandard
 
-from sheepop_jax.config.data import COMPRESSED
+from sheepop_jax.config.data import COMPRESSED, inner_suffix
+from sheepop_jax.data.sources.binary import CONTROL, BinaryCheck, kind_of
 from sheepop_jax.data.sources.documents import Document, SkipDocument
+from sheepop_jax.data.sources.notebooks import notebook_text
 from sheepop_jax.data.sources.paths import (
     VENDORED,
     Found,
     Walk,
+    find_files,
     signature_of,
     size_of,
+    split_urls,
     walk_files,
 )
-from sheepop_jax.errors import InputError
+from sheepop_jax.data.sources.web import cached_text
+from sheepop_jax.data.sources.zips import members
+from sheepop_jax.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -46,50 +52,96 @@ _MEMBER_BYTES = 2**10  # compressed bytes per decompress call
 # Decompression-bomb limit; no real text compresses this well.
 _MAX_EXPANSION = 250
 _FREE_EXPANSION_BYTES = 2**24  # allowed for any file, however small
-# Control bytes that text does not use: all except tab, line and page breaks, and escape.
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+_SKIP_BINARY = "removing it, or `data.encoding_errors=skip`"
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 class TextFiles:
     """A list of text files; see `documents.Corpus`."""
 
-    def __init__(self, field: str, value: str, found: Found, encoding_errors: str):
-        """`encoding_errors`: "strict", "replace" or "skip", for bytes that are not valid UTF-8."""
-        self.field, self.value, self.skipped = field, value, found.skipped
+    def __init__(
+        self,
+        field: str,
+        value: str,
+        found: Found,
+        encoding_errors: str,
+        urls: Sequence[str] = (),
+        downloads: Path = Path(),
+        walk: Walk | None = None,
+    ):
+        """Args:
+        field, value: the configuration field and its value, for messages.
+        found: the files.
+        encoding_errors: "strict", "replace" or "skip", for bytes that are not valid UTF-8.
+        urls: of texts, read after the files.
+        downloads: the directory for copies of the texts at URLs.
+        walk: the rules for the members of zip archives; None reads notebooks and archives as they
+            are.
+        """
+        self.field, self.value, self.skipped = field, masked(value), found.skipped
         self._files, self._errors = found.files, encoding_errors
+        self._urls, self._downloads, self._walk = urls, downloads, walk
         self._replaced = 0
-        packed = any(path.suffix.lower() in COMPRESSED for _, path in found.files)
-        self.num_bytes = 0 if packed else sum(size_of(path) for _, path in found.files)
+        self.paths = [path for _, path in found.files]
+        unknown = urls or any(path.suffix.lower() in {*COMPRESSED, ".zip"} for path in self.paths)
+        self.num_bytes = 0 if unknown else sum(size_of(path) for path in self.paths)
 
     def signature(self) -> str:
-        return signature_of((path for _, path in self._files), ("text", 1, self._errors))
+        if self._urls:
+            return ""
+        # Version 2 converts notebooks and reads archives.
+        converted = self._walk and any(inner_suffix(p) in (".ipynb", ".zip") for p in self.paths)
+        return signature_of(self.paths, ("text", 2 if converted else 1, self._errors))
 
     def __iter__(self) -> Iterator[Document]:
         self._replaced = 0
         try:
             for name, path in self._files:
-                yield Document(name, self._text(path))
+                yield from self._documents(name, path)
+            for url in self._urls:
+                path = cached_text(self.field, url, self._downloads)
+                yield from self._documents(masked(url), path)
         finally:  # also when data.max_bytes stops reading early
             if self._replaced:
                 logger.warning("%d invalid UTF-8 sequences replaced by U+FFFD", self._replaced)
 
-    def _text(self, path: Path) -> Iterator[str]:
+    def _documents(self, name: str, path: Path) -> Iterator[Document]:
+        """Yields the text of a file, or the texts in a zip archive."""
+        if self._walk is None or path.suffix.lower() != ".zip":
+            yield Document(name, self._text(path, _blocks(self.field, path)))
+            return
+        bound = size_of(path) * _MAX_EXPANSION + _FREE_EXPANSION_BYTES
+        for member, blocks in members(self.field, path, self._walk, bound):
+            yield Document(f"{name}/{member}", self._text(path / member, blocks()))
+
+    def _text(self, path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
+        if self._walk is None or inner_suffix(path) != ".ipynb":
+            yield from self._decoded(path, blocks)
+            return
+        content = "".join(self._decoded(path, blocks))
+        try:
+            yield notebook_text(content)
+        except ValueError:
+            raise SkipDocument("damaged notebooks") from None
+
+    def _decoded(self, path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
         errors = "replace" if self._errors == "replace" else "strict"
         decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        blocks = _blocks(self.field, path)
-        head = edge = b""
+        check = BinaryCheck()
+        edge = b""
         fed, at_start = 0, True
         for block in blocks:
-            head = head or block[:4]
             fed += len(block)
+            binary = check.is_binary(block)
             try:
-                text = decoder.decode(block, final=not block)
+                text = "" if binary else decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 if self._errors == "skip":
                     raise SkipDocument("not UTF-8") from None
                 offset = fed - len(error.object) + error.start
-                raise self._not_utf8(path, head, error, offset) from None
+                raise self._not_utf8(path, check.head, error, offset) from None
+            if binary:
+                raise self._binary(path, check)
             if errors == "replace":
                 # U+FFFD that the file itself contains does not count, even across blocks.
                 self._replaced += text.count("\ufffd") - (edge + block).count(b"\xef\xbf\xbd")
@@ -98,20 +150,60 @@ class TextFiles:
                 text, at_start = text.removeprefix("\ufeff"), False
             yield text
 
+    def _binary(self, path: Path, check: BinaryCheck) -> Exception:
+        if self._errors == "skip":
+            return SkipDocument("binary files")
+        kind, hint = kind_of(check.head, path)
+        what = kind or f"{check.share:.0%} of its bytes are control characters"
+        hint = f"{hint}, or {_SKIP_BINARY}" if hint else _SKIP_BINARY
+        return InputError(self.field, f"binary file {path} ({what})", "UTF-8 text", hint)
+
     def _not_utf8(
         self, path: Path, head: bytes, error: UnicodeDecodeError, offset: int
     ) -> InputError:
-        where = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+        where = f"byte 0x{error.object[error.start]:02x} at offset {offset} is not UTF-8"
+        kind, hint = kind_of(head, path)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            kind, hint = "UTF-16 file", f"iconv -f UTF-16 -t UTF-8 {path}"
-        elif _CONTROL.search(error.object):
-            kind, hint = "binary file", "removing it, or `data.encoding_errors=skip`"
+            name, hint = "UTF-16 file", f"iconv -f UTF-16 -t UTF-8 {path}"
+        elif kind or CONTROL.search(error.object):
+            name = "binary file"
+            hint = f"{hint}, or {_SKIP_BINARY}" if hint else _SKIP_BINARY
+            where = f"{kind}; {where}" if kind else where
         else:
-            kind, hint = (
-                "file",
-                "converting it, or `data.encoding_errors=replace` or `data.encoding_errors=skip`",
+            name = "file"
+            hint = (
+                f"iconv -f WINDOWS-1252 -t UTF-8 {path} (or its other encoding), or "
+                "`data.encoding_errors=replace` or `data.encoding_errors=skip`"
             )
-        return InputError(self.field, f"{kind} {path} ({where} is not UTF-8)", "UTF-8 text", hint)
+        return InputError(self.field, f"{name} {path} ({where})", "UTF-8 text", hint)
+
+
+def open_texts(
+    field: str,
+    spec: str,
+    encoding_errors: str,
+    walk: Walk,
+    downloads: Path,
+    *,
+    as_they_are: bool = False,
+) -> TextFiles:
+    """Finds text files; reads and downloads none.
+
+    Args:
+        field: the configuration field that holds `spec`, for messages.
+        spec: as in `paths.find_files`; an item that begins with http:// or https:// is a URL.
+        encoding_errors: as in `TextFiles`.
+        walk: the rules for directories and archives.
+        downloads: the directory for copies of the texts at URLs.
+        as_they_are: whether to read notebooks as JSON, and no zip archives.
+
+    Raises:
+        InputError: a file does not exist or cannot be read.
+    """
+    local, urls = split_urls(spec, ("http", "https"))
+    found = find_files(field, local, walk) if local or not urls else Found()
+    inside = None if as_they_are else walk
+    return TextFiles(field, spec, found, encoding_errors, urls, downloads, inside)
 
 
 def standard_library() -> TextFiles:

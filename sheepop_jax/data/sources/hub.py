@@ -14,11 +14,14 @@ from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.sources.paths import Walk, signature_of, walk_files
 from sheepop_jax.data.sources.rows import (
     BATCH_ROWS,
+    Decoder,
+    has_column,
     missing_column,
     reason_of,
     rows_to_documents,
+    value_at,
 )
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +34,9 @@ class Hub:
 
     field = "data.name"
 
-    def __init__(self, name: str, subset: str, text_column: str, join_rows: bool):
+    def __init__(self, name: str, subset: str, text_column: str, join_rows: bool, errors: str):
         self.value = name
+        self._errors = errors
         self.skipped = Counter[str]()
         self.num_bytes = 0
         self._subset, self._column, self._join = subset, text_column, join_rows
@@ -51,7 +55,7 @@ class Hub:
 
     def __iter__(self) -> Iterator[Document]:
         if self._copy is None:
-            logger.info("data: opening %s on the Hugging Face Hub", self.value)
+            logger.info("data: opening %s on the Hugging Face Hub", masked(self.value))
             self._ask()  # fail fast: the library retries for 30 s
         place = self.value if self._copy is None else os.path.abspath(self._copy)
         with self._refusals():
@@ -65,7 +69,8 @@ class Hub:
             name = self.value if split == "train" else f"{self.value}:{split}"
             rows = self._rows(name, splits[split])
             joined = name if self._join else ""
-            yield from rows_to_documents(rows, self._column, joined, split != "train")
+            decoder = Decoder(self.field, self._errors)
+            yield from rows_to_documents(rows, self._column, decoder, joined, split != "train")
 
     def _rows(self, name: str, dataset: Any) -> Iterator[tuple[str, object]]:
         with self._refusals():
@@ -133,7 +138,9 @@ class Hub:
         return InputError(self.field, self.value, expected, hint)
 
 
-def open_hub(name: str, subset: str, text_column: str, *, join_rows: bool) -> Hub:
+def open_hub(
+    name: str, subset: str, text_column: str, *, join_rows: bool, encoding_errors: str = "strict"
+) -> Hub:
     """Opens a dataset; uses the network only for `signature` and iteration.
 
     Args:
@@ -141,8 +148,9 @@ def open_hub(name: str, subset: str, text_column: str, *, join_rows: bool) -> Hu
         subset: one of the dataset's configurations; "" if it has only one.
         text_column: the column to read.
         join_rows: whether to join the rows of a split as the lines of one document.
+        encoding_errors: "strict", "replace" or "skip", for text that is not valid UTF-8.
     """
-    return Hub(name, subset, text_column, join_rows)
+    return Hub(name, subset, text_column, join_rows, encoding_errors)
 
 
 def _commit(name: str, seconds: float) -> str:
@@ -184,17 +192,31 @@ def import_datasets() -> Any:
 
 
 def values_of(dataset: Any, column: str) -> Iterator[object]:
-    """Yields the values of a column of a streamed dataset.
+    """Yields the values of a column, or of a dotted path, of a streamed dataset.
+
+    Text may be bytes that are yet to be decoded.
 
     Raises:
         InputError: the column does not exist.
     """
-    if dataset.features is not None:
-        if column not in dataset.features:
-            raise missing_column(column, dataset.features)
+    features = dataset.features
+    if features is not None:
+        if not has_column(features, column):
+            raise missing_column(column, features)
+        top = column if column in features else column.partition(".")[0]
         # Other columns may hold images, which would be decoded.
-        dataset = dataset.select_columns([column])
+        dataset = dataset.select_columns([top])
+        if getattr(features[top], "dtype", "") in ("string", "large_string"):
+            import pyarrow
+
+            # Parquet does not check that its text is UTF-8.
+            for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+                yield from table.column(top).cast(pyarrow.large_binary()).to_pylist()
+            return
+    found = False
     for batch in dataset.iter(batch_size=BATCH_ROWS):
-        if column not in batch:
-            raise missing_column(column, batch)
-        yield from batch[column]
+        rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        found = found or any(has_column(row, column) for row in rows)
+        if not found:
+            raise missing_column(column, batch, "", rows)
+        yield from (value_at(row, column) for row in rows)

@@ -23,6 +23,15 @@ VENDORED = frozenset(
 )
 # A file may change twice within one tick of the file system clock: newer files are read again.
 _SETTLED_SECONDS = 2.0
+# Databases that are not read, and what exports their rows.
+_MYSQL = "mysql --batch -e 'SELECT text FROM documents' DATABASE > rows.tsv"
+_EXPORTS = {
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+    "mongodb": "mongoexport --collection=NAME --out=rows.jsonl DATABASE",
+    "mssql": "exporting the rows to CSV",
+    "oracle": "exporting the rows to CSV",
+}
 _MOST_KINDS = 5  # other suffixes that are listed
 
 
@@ -70,10 +79,12 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
     found = Found()
     for item in [spec] if whole else filter(None, map(str.strip, spec.split(","))):
         if "://" in item and not whole:
-            scheme, _, rest = item.partition("://")
-            shown = f"{scheme}://…" if "@" in rest else item  # it may hold a password
+            expected = "a path (text is read from http and https URLs, tables from any)"
             hint = "downloading it and passing its path"
-            raise InputError(name, shown, "a path (only tables can be read by URL)", hint)
+            if export := export_of(item.partition("://")[0]):
+                expected = "a path, or a URL sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+                hint = export
+            raise InputError(name, item, expected, hint)
         path = Path(os.path.expanduser(item))
         if glob.has_magic(item) and not os.path.lexists(path):
             found.files += _expand_glob(name, item, found.skipped)
@@ -97,6 +108,24 @@ def find_files(name: str, spec: str, walk: Walk) -> Found:
         first.setdefault(os.path.realpath(id_and_path[1]), id_and_path)
     found.files = list(first.values())
     return found
+
+
+def export_of(scheme: str) -> str:
+    """What exports the rows of a database that is not read, by the scheme of its URL; else ""."""
+    return _EXPORTS.get(scheme.partition("+")[0].lower(), "")
+
+
+def split_urls(spec: str, schemes: Collection[str] | None = None) -> tuple[str, list[str]]:
+    """Splits a comma-separated list into its local part and its URLs (of `schemes`, if given)."""
+    if "://" not in spec or os.path.lexists(os.path.expanduser(spec)):
+        return spec, []
+    items = list(filter(None, map(str.strip, spec.split(","))))
+    urls = [
+        item
+        for item in items
+        if "://" in item and (schemes is None or item.partition("://")[0].lower() in schemes)
+    ]
+    return ",".join(item for item in items if item not in urls), urls
 
 
 def walk_files(name: str, root: Path, walk: Walk) -> Found:

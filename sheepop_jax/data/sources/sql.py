@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sheepop_jax.data.sources.documents import Document, SkipDocument
-from sheepop_jax.data.sources.paths import signature_of
-from sheepop_jax.errors import InputError
+from sheepop_jax.data.sources.paths import export_of, signature_of
+from sheepop_jax.data.sources.rows import REPAIR, Decoder, missing_column
+from sheepop_jax.errors import InputError, masked
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL, Engine
+    from sqlalchemy import URL, Connection, Engine
     from sqlalchemy.exc import DBAPIError
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,15 @@ class Sql:
     `InputError` if it is not text.
     """
 
-    def __init__(self, value: str, database: "Path | URL", query: str, text_column: str):
+    def __init__(
+        self, value: str, database: "Path | URL", query: str, text_column: str, errors: str
+    ):
+        """`errors`: "strict", "replace" or "skip", for text that is not valid UTF-8."""
         self.field, self.value, self.skipped = _FIELD, value, Counter[str]()
         self.num_bytes = 0
         self._database, self._query, self._column = database, query, text_column
+        self._decoder = Decoder(_FIELD, errors)
+        self._raw = False  # whether the server sends text as bytes
 
     def signature(self) -> str:
         """See `documents.Corpus`; "" for a server, whose rows may change unnoticed.
@@ -87,6 +93,8 @@ class Sql:
         try:
             with _engine(self._database).connect() as connection, contextlib.ExitStack() as stack:
                 connected = True
+                stack.callback(self._decoder.report)
+                self._accept_any_bytes(connection)
                 result = connection.execution_options(**options).exec_driver_sql(self._query)
                 stack.callback(result.close)
                 if not result.returns_rows:
@@ -98,7 +106,17 @@ class Sql:
         except DBAPIError as error:
             raise self._explain(error, connected) from error
 
+    def _accept_any_bytes(self, connection: "Connection") -> None:
+        """Lets PostgreSQL send text that is not UTF-8; only SQL_ASCII databases can hold it."""
+        if self._decoder.errors == "strict" or isinstance(self._database, Path):
+            return
+        self._raw = connection.exec_driver_sql("SHOW server_encoding").scalar() == "SQL_ASCII"
+        if self._raw:
+            connection.exec_driver_sql("SET client_encoding TO 'SQL_ASCII'")
+
     def _index(self, columns: list[str]) -> int:
+        if self._column not in columns:
+            raise missing_column(self._column, columns)
         if columns.count(self._column) != 1:
             expected = f"one of the query's columns: {', '.join(columns)}"
             raise InputError("data.text_column", self._column, expected)
@@ -107,6 +125,8 @@ class Sql:
     def _text(self, number: int, value: object) -> Iterator[str]:
         if value is None:
             raise SkipDocument("rows without text")
+        if isinstance(value, bytearray) or (self._raw and isinstance(value, bytes)):
+            value = self._decoder.text(f"row {number}", bytes(value))
         if not isinstance(value, str):
             got = f"{self._column} (row {number} holds {type(value).__name__})"
             cast = f"CAST({self._column} AS TEXT) AS {self._column} in the query"
@@ -133,17 +153,20 @@ class Sql:
             hint = "checking the address; a password goes into PGPASSWORD or ~/.pgpass"
         if about_query:
             expected = f"a SELECT that the database can run ({reason})"
-            return InputError("data.query", self._query, expected)
+            # SQLSTATE 22021: text that is not UTF-8.
+            hint = REPAIR if getattr(cause, "sqlstate", "") == "22021" else ""
+            return InputError("data.query", self._query, expected, hint)
         return InputError(_FIELD, f"{self.value} ({reason})", expected, hint)
 
 
-def open_sql(path: str, query: str, text_column: str) -> Sql:
+def open_sql(path: str, query: str, text_column: str, encoding_errors: str = "strict") -> Sql:
     """Opens a query; reads nothing and does not connect.
 
     Args:
         path: a SQLite file, or a SQLite or PostgreSQL URL.
         query: a SELECT statement.
         text_column: the column with the text.
+        encoding_errors: "strict", "replace" or "skip", for text that is not valid UTF-8.
 
     Raises:
         InputError: a package is not installed, the file does not exist, the database is of another
@@ -167,7 +190,7 @@ def open_sql(path: str, query: str, text_column: str) -> Sql:
             "data.query has no ORDER BY: the row order, and with it the data, may differ between "
             "runs"
         )
-    return Sql(path, database, query, text_column)
+    return Sql(path, database, query, text_column, encoding_errors)
 
 
 def _parse(path: str) -> "Path | URL":
@@ -180,12 +203,12 @@ def _parse(path: str) -> "Path | URL":
         return _existing(path)
     # Print only the scheme until the rest is known to hold no password.
     if scheme.lower() not in _DRIVERS:
-        raise InputError(_FIELD, f"{scheme}://", _EXPECTED)
+        raise InputError(_FIELD, f"{scheme}://", _EXPECTED, export_of(scheme))
     try:
         url = make_url(path).set(drivername=_DRIVERS[scheme.lower()])
     except (ArgumentError, ValueError):
         raise InputError(_FIELD, f"{scheme}://... (not a valid URL)", _EXPECTED) from None
-    if url.password is not None or any("password" in name.lower() for name in url.query):
+    if url.password is not None or masked(path) != path:
         expected = "a URL without a password (the configuration is saved with the run)"
         hint = "the environment variable PGPASSWORD, or ~/.pgpass"
         raise InputError(_FIELD, f"a {scheme}:// URL with a password", expected, hint)
@@ -213,7 +236,7 @@ def _engine(database: "Path | URL") -> "Engine":
         uri = f"{database.absolute().as_uri()}?mode=ro"
         return sqlalchemy.create_engine(
             "sqlite://",
-            creator=lambda: _read_only(sqlite3.connect(uri, uri=True)),
+            creator=lambda: _prepared(sqlite3.connect(uri, uri=True)),
             poolclass=sqlalchemy.NullPool,
         )
     # Override the user's PGCLIENTENCODING, which may lack characters of the text.
@@ -228,8 +251,16 @@ def _engine(database: "Path | URL") -> "Engine":
     )
 
 
-def _read_only(connection: sqlite3.Connection) -> sqlite3.Connection:
-    """Denies ATTACH: mode=ro covers only the main file, not ATTACH and VACUUM INTO."""
+def _prepared(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """Denies ATTACH, since mode=ro covers only the main file; text may be invalid UTF-8."""
+
+    def text(content: bytes) -> str | bytearray:  # a BLOB is bytes
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return bytearray(content)
+
+    connection.text_factory = text
 
     def allow(action: int, *about: str | None) -> int:
         return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK

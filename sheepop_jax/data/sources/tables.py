@@ -3,21 +3,16 @@
 Text is kept exactly; CSV cells are always strings, never parsed as numbers or missing values.
 """
 
-import contextlib
+import csv
 import itertools
 import json
 import logging
 import os
-import shutil
-import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import Any, Literal
 
 from sheepop_jax.config.data import TABLE_SUFFIXES, inner_suffix
 from sheepop_jax.data.sources.documents import Document
@@ -25,26 +20,34 @@ from sheepop_jax.data.sources.files import open_file
 from sheepop_jax.data.sources.paths import Walk, find_files, signature_of
 from sheepop_jax.data.sources.rows import (
     BATCH_ROWS,
+    SAMPLE_ROWS,
+    Decoder,
+    has_column,
     missing_column,
     reason_of,
     rows_to_documents,
+    undecoded,
+    value_at,
 )
-from sheepop_jax.errors import InputError
+from sheepop_jax.data.sources.web import on_disk
+from sheepop_jax.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["json", "csv", "parquet"]
+Kind = Literal["json", "csv", "quoted_tsv", "parquet"]
 SUFFIXES: Mapping[Kind, frozenset[str]] = {
-    kind: frozenset(suffix for suffix, of in TABLE_SUFFIXES.items() if of == kind)
-    for kind in ("json", "csv", "parquet")
+    "json": frozenset({suffix for suffix, kind in TABLE_SUFFIXES.items() if kind == "json"}),
+    "csv": frozenset({".csv", ".tsv"}),
+    "quoted_tsv": frozenset({".tsv"}),
+    "parquet": frozenset({".parquet"}),
 }
 _EXPECTED = {
     "json": "JSON with one object per line",
     "csv": "CSV with a header line and as many cells in each row",
+    "quoted_tsv": "TSV with a header line and as many cells in each row",
     "parquet": "a parquet file",
 }
 _CSV_ROWS = 1000  # rows per chunk; small chunks are slow
-_NETWORK_SECONDS = 10  # socket timeout
 _AS_TEXT = "`data.source=files` to read the file as plain text"
 
 
@@ -58,6 +61,7 @@ class Table:
         items: (name in messages, path or URL) in reading order.
         column: the column to read.
         join_rows: whether the rows are the lines of one document.
+        encoding_errors: "strict", "replace" or "skip", for text that is not valid UTF-8.
         skipped: files that were left out, by reason.
     """
 
@@ -67,20 +71,25 @@ class Table:
     items: list[tuple[str, str]]
     column: str
     join_rows: bool
+    encoding_errors: str
     skipped: Counter[str]
     num_bytes: int = 0  # unknown before the rows are read
 
     def signature(self) -> str:
-        options = ("table", 1, self.kind, self.column, self.join_rows)
+        # Version 2 reads quotation marks in TSV as text.
+        tabs = self.kind == "csv" and any(_is_tsv(place) for _, place in self.items)
+        options = ("table", 2 if tabs else 1, self.kind, self.column, self.join_rows)
         # A URL is not an existing path, so any URL makes the signature "".
         return signature_of((Path(place) for _, place in self.items), options)
 
     def __iter__(self) -> Iterator[Document]:
-        return rows_to_documents(self._rows(), self.column, self.value if self.join_rows else "")
+        decoder = Decoder(self.field, self.encoding_errors)
+        joined = self.value if self.join_rows else ""
+        return rows_to_documents(self._rows(), self.column, decoder, joined)
 
     def _rows(self) -> Iterator[tuple[str, object]]:
         for name, place in self.items:
-            with _on_disk(self.field, place) as path:
+            with on_disk(self.field, place) as path:
                 try:
                     for index, text in enumerate(self._texts(path)):
                         yield f"{name}#{index}", text
@@ -88,20 +97,24 @@ class Table:
                     raise
                 except _BadLine as error:
                     got = f"{place} (line {error.line}: {error})"
-                    hint = f"correcting that line, or {_AS_TEXT}"
+                    hint = f"correcting that line, {error.hint}or {_AS_TEXT}"
                     raise InputError(self.field, got, _EXPECTED["json"], hint) from None
                 # The libraries raise many types; all mean an unreadable file.
                 except Exception as error:
                     hint = "" if self.kind == "parquet" else _AS_TEXT
+                    if self.kind == "csv" and _is_tsv(path):
+                        hint = (
+                            f"`data.source=quoted_tsv` if cells are in quotation marks, or {hint}"
+                        )
                     got = f"{place} ({reason_of(error)})"
                     raise InputError(self.field, got, _EXPECTED[self.kind], hint) from error
 
     def _texts(self, path: str) -> Iterator[object]:
         match self.kind:
             case "json":
-                return _json_texts(path, self.column)
-            case "csv":
-                return _csv_texts(path, self.column)
+                return _json_texts(path, self.column, self.encoding_errors)
+            case "csv" | "quoted_tsv":
+                return _csv_texts(path, self.column, self.kind == "quoted_tsv")
         return _parquet_texts(path, self.column)
 
 
@@ -112,6 +125,7 @@ def open_table(
     text_column: str,
     join_rows: bool,
     walk: Callable[[frozenset[str]], Walk] = Walk,
+    encoding_errors: str = "strict",
 ) -> Table:
     """Finds the files of a table source; reads none.
 
@@ -122,6 +136,7 @@ def open_table(
         text_column: the column to read.
         join_rows: whether to join the rows as the lines of one document.
         walk: makes the `paths.Walk` for the suffixes of `kind`.
+        encoding_errors: as in `Table`.
 
     Raises:
         InputError: a file does not exist or cannot be read.
@@ -131,37 +146,42 @@ def open_table(
     parts = [part.strip() for part in spec.split(",")] if "://" in spec else [spec]
     for remote, group in itertools.groupby(filter(None, parts), lambda part: "://" in part):
         if remote:
-            items += ((url, url) for url in group)
+            items += ((masked(url), url) for url in group)
             continue
         found = find_files(field, ",".join(group), walk(SUFFIXES[kind]))
         items += ((name, os.path.abspath(path)) for name, path in found.files)
         skipped += found.skipped
     if not items:
         raise InputError(field, spec, "a file, a directory, a glob or a URL")
-    return Table(kind, field, spec, items, text_column, join_rows, skipped)
+    value = masked(spec)
+    return Table(kind, field, value, items, text_column, join_rows, encoding_errors, skipped)
 
 
 class _BadLine(Exception):
-    def __init__(self, line: int, message: str):
+    def __init__(self, line: int, message: str, hint: str = ""):
         super().__init__(message)
-        self.line = line
+        self.line, self.hint = line, hint
 
 
 # Not `datasets`: it infers column types (dates become timestamps, and one number far into a text
 # column turns the strings beside it into quoted JSON), leaves files open, and does not report the
 # invalid line.
-def _json_texts(path: str, column: str) -> Iterator[object]:
-    rows = _json_rows(path)
+def _json_texts(path: str, column: str, errors: str) -> Iterator[object]:
+    rows = _json_rows(path, errors)
     seen: set[str] = set()
+    found = False
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        if column not in seen:  # single rows may lack it, but not a whole first batch
+        # Single rows may lack the column, but not a whole first batch.
+        found = found or any(has_column(row, column) for row in batch)
+        if not found:
             seen.update(*batch)
-            if column not in seen:
-                raise missing_column(column, seen, _AS_TEXT)
-        yield from (row.get(column) for row in batch)
+            raise missing_column(column, seen, _AS_TEXT, batch)
+        for row in batch:
+            value = value_at(row, column)
+            yield undecoded(value) if isinstance(value, str) and errors != "strict" else value
 
 
-def _json_rows(path: str) -> Iterator[dict[str, object]]:
+def _json_rows(path: str, errors: str) -> Iterator[dict[str, object]]:
     """Yields the objects of JSON lines, or of one array or multi-line object."""
     first = True
     with open_file(Path(path)) as file:
@@ -171,23 +191,24 @@ def _json_rows(path: str) -> Iterator[dict[str, object]]:
             if not text:
                 continue
             if first and (text.startswith(b"[") or text == b"{"):
-                document = _parse(number, line + file.read())
+                document = _parse(number, line + file.read(), errors)
                 for row in document if isinstance(document, list) else [document]:
                     yield _object(number, row)
                 return
             first = False
-            yield _object(number, _parse(number, text))
+            yield _object(number, _parse(number, text, errors))
 
 
-def _parse(line: int, data: bytes) -> object:
+def _parse(line: int, data: bytes, errors: str) -> object:
     try:
-        return json.loads(data.decode())
+        return json.loads(data.decode(errors="strict" if errors == "strict" else "surrogateescape"))
     except json.JSONDecodeError as error:
         message = f"{error.msg} at column {error.colno}"
         raise _BadLine(line + error.lineno - 1, message) from None
     except UnicodeDecodeError as error:
         where = f"byte 0x{data[error.start]:02x} is not UTF-8"
-        raise _BadLine(line + data.count(b"\n", 0, error.start), where) from None
+        hint = "`data.encoding_errors=replace` or `data.encoding_errors=skip`, "
+        raise _BadLine(line + data.count(b"\n", 0, error.start), where, hint) from None
     except (RecursionError, ValueError) as error:  # nested too deeply, a number too long
         raise _BadLine(line, reason_of(error)) from None
 
@@ -198,73 +219,116 @@ def _object(line: int, value: object) -> dict[str, object]:
     raise _BadLine(line, f"{type(value).__name__}, not an object")
 
 
-def _csv_texts(path: str, column: str) -> Iterator[object]:
+def _is_tsv(path: str) -> bool:
+    return inner_suffix(Path(path)) == ".tsv"
+
+
+def _csv_texts(path: str, column: str, quoted_tsv: bool) -> Iterator[object]:
+    """Yields the cells of a column.
+
+    Quotation marks have a meaning in CSV and in a quoted TSV. In other TSV they are text: a cell
+    cannot hold a tab or a line break there.
+    """
     import pandas  # lazy: slow to import; a dependency of `datasets`
 
-    options = {
-        "sep": "\t" if inner_suffix(Path(path)) == ".tsv" else ",",
-        "dtype": str,
+    tabs = quoted_tsv or _is_tsv(path)
+    options: dict[str, Any] = {
+        "sep": "\t" if tabs else ",",
+        "quoting": csv.QUOTE_NONE if tabs and not quoted_tsv else csv.QUOTE_MINIMAL,
+        "dtype": object,  # `str` cannot hold the bytes that are not UTF-8
         "na_filter": False,
-        "chunksize": _CSV_ROWS,
+        "encoding_errors": "surrogateescape",
     }
-    with open_file(Path(path)) as file, pandas.read_csv(file, **options) as chunks:
-        for chunk in chunks:
+    # Read apart, since pandas renames the second column of a name.
+    with open_file(Path(path)) as file:
+        header = pandas.read_csv(file, header=None, nrows=1, **options).iloc[0].tolist()
+    at: int | None = None
+    with open_file(Path(path)) as file, pandas.read_csv(file, chunksize=_CSV_ROWS, **options) as t:
+        for chunk in t:
             # pandas turns unnamed extra cells into the index.
             if not isinstance(chunk.index, pandas.RangeIndex):
                 raise ValueError("rows have more cells than the header")
-            if column not in chunk:
-                raise missing_column(column, chunk, _AS_TEXT)
-            yield from chunk[column].tolist()
+            if at is None:
+                at = _position(header, column, chunk.head(SAMPLE_ROWS).values.tolist())
+                if tabs and not quoted_tsv:
+                    _warn_of_quotes(path, chunk.iloc[:, at].tolist())
+            yield from map(undecoded, chunk.iloc[:, at].tolist())
+
+
+def _position(header: list[str], column: str, rows: list[list[str]]) -> int:
+    """The index of a column in the header; blanks around a name are ignored."""
+    if column not in header:
+        stripped = [name.strip() for name in header]
+        if column not in stripped:
+            sample = [dict(zip(header, row, strict=False)) for row in rows]
+            raise missing_column(column, header, _AS_TEXT, sample)
+        header = stripped
+    if header.count(column) > 1:
+        raise _ambiguous(column, header)
+    return header.index(column)
+
+
+def _ambiguous(column: str, columns: list[str]) -> InputError:
+    expected = f"a column name that occurs once, not {columns.count(column)} times"
+    return InputError("data.text_column", column, expected)
+
+
+def _warn_of_quotes(path: str, cells: list[str]) -> None:
+    quoted = sum(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells)
+    if 2 * quoted > len(cells):
+        said = (
+            "data: %s: most cells are in quotation marks, which are kept; "
+            "--config.data.source=quoted_tsv removes them"
+        )
+        logger.warning(said, path)
 
 
 def _parquet_texts(path: str, column: str) -> Iterator[object]:
-    from pyarrow import parquet
+    import pyarrow
+    from pyarrow import compute, parquet
 
     with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-        if column not in file.schema_arrow.names:
-            raise missing_column(column, file.schema_arrow.names)
-        for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
-            yield from batch.column(0).to_pylist()
+        names = file.schema_arrow.names
+        top, *inner = [column] if column in names else column.split(".")
+        if top not in names or (inner and not _has_field(file.schema_arrow.field(top).type, inner)):
+            raise missing_column(column, names, "", _text_sample(file))
+        if names.count(top) > 1:
+            raise _ambiguous(top, names)
+        for batch in file.iter_batches(BATCH_ROWS, columns=[".".join([top, *inner])]):
+            values = batch.column(0)
+            for name in inner:
+                values = compute.struct_field(values, name)
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
+                values = values.cast(pyarrow.large_binary())  # Parquet does not check UTF-8
+            yield from values.to_pylist()
 
 
-@contextlib.contextmanager
-def _on_disk(field: str, place: str) -> Iterator[str]:
-    """Yields a local path for `place`; a URL is downloaded to a temporary file.
+def _has_field(kind: Any, path: list[str]) -> bool:
+    import pyarrow
 
-    Streaming would need an optional package and a server that supports range requests.
-    """
-    if "://" not in place:
-        yield place
-        return
-    name = Path(urllib.parse.urlsplit(place).path).name or "table"
-    with tempfile.TemporaryDirectory(prefix="sheepop-") as directory:
-        path = os.path.join(directory, name)
-        logger.info("data: downloading %s", place)
-        try:
-            with _open_url(place) as answer, open(path, "wb") as file:
-                shutil.copyfileobj(answer, file, 2**20)
-                # Bytes still missing, if the server sent a length.
-                missing = getattr(answer, "length", None)
-            if missing:
-                raise OSError(f"the connection closed {missing} bytes before the end")
-        except Exception as error:  # each URL scheme raises its own types
-            hint = "checking the spelling and the network, or downloading it and passing its path"
-            got = f"{place} ({_network_reason(error)})"
-            raise InputError(field, got, "a file that can be downloaded", hint) from error
-        yield path
+    for name in path:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            return False
+        kind = kind.field(name).type
+    return True
 
 
-def _open_url(url: str) -> IO[bytes]:
-    if url.startswith(("http://", "https://")):
-        return cast(IO[bytes], urllib.request.urlopen(url, timeout=_NETWORK_SECONDS))
-    import fsspec  # a dependency of `datasets`; handles hf:// and more
+def _text_sample(file: Any) -> list[dict[str, object]]:
+    """Some rows with their text columns alone; others may hold images."""
+    import pyarrow
 
-    return cast(IO[bytes], fsspec.open(url, "rb").open())
+    def names(fields: Any, prefix: str) -> Iterator[str]:
+        for field in fields:
+            if pyarrow.types.is_string(field.type):
+                yield prefix + field.name
+            elif pyarrow.types.is_struct(field.type):
+                yield from names(field.type, f"{prefix}{field.name}.")
 
-
-def _network_reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        error.close()  # the exception is also the open response
-        return f"HTTP {error.code}: {error.reason}"
-    reason = getattr(error, "reason", error)
-    return reason_of(reason) if isinstance(reason, Exception) else str(reason)
+    texts = list(names(file.schema_arrow, ""))
+    try:
+        batch = next(iter(file.iter_batches(SAMPLE_ROWS, columns=texts)), None)
+        return batch.to_pylist() if batch is not None else []
+    except (OSError, UnicodeError, ValueError):  # damaged: only the hint is lost
+        return []

@@ -84,7 +84,7 @@ def test_a_directory_that_is_a_link_is_read(tmp_path):
 def test_what_looks_like_a_url_is_a_path_where_it_is_there(tmp_path):
     write(tmp_path, "a:/b.txt")
     assert ids(f"{tmp_path}/a://b.txt") == ["b.txt"]
-    with pytest.raises(InputError, match="only tables can be read by URL"):
+    with pytest.raises(InputError, match="text is read from http and https URLs"):
         ids(f"{tmp_path}/a://c.txt")
 
 

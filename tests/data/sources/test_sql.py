@@ -32,10 +32,12 @@ READ = [
 ]
 
 
-def read(path, query: str = QUERY, column: str = "body") -> list[tuple[str, str]]:
+def read(
+    path, query: str = QUERY, column: str = "body", errors: str = "strict"
+) -> list[tuple[str, str]]:
     """Ids and texts, or the reason to skip in brackets."""
     found = []
-    for document in open_sql(str(path), query, column):
+    for document in open_sql(str(path), query, column, errors):
         try:
             found.append((document.id, "".join(document.pieces)))
         except SkipDocument as skip:
@@ -130,21 +132,34 @@ def test_the_query_goes_to_the_database_as_it_stands(database):
         ("SELECT boddy FROM notes", "body", "no such column: boddy"),
         (" \n", "body", r"data.query: got ' \n'; expected a SELECT statement; try `data"),
         ("BEGIN", "body", "expected a query that returns rows"),
-        (QUERY, "text", "data.text_column: got 'text'; expected one of the query's "
-         "columns: id, body"),
+        (QUERY, "text", "data.text_column: got 'text'; expected one of the columns "
+         "body, id"),
         ("SELECT body FROM notes", "", "data.text_column: got ''; expected one of the"),
         ("SELECT body, body FROM notes", "body", "columns: body, body"),
         (QUERY, "id", "got 'id (row 1 holds int)'; expected a text column; "
          "try CAST(id AS TEXT)"),
         ("SELECT CAST(body AS BLOB) b FROM notes", "b", "got 'b (row 1 holds bytes)'"),
         ("SELECT 1.5 AS f", "f", "row 1 holds float"),
-        ("SELECT CAST(x'61ff' AS TEXT) AS t", "t", "data.path: "),
-        ("SELECT CAST(x'61ff' AS TEXT) AS t", "t", "Could not decode to UTF-8"),
-        ("SELECT CAST(x'eda080' AS TEXT) AS t", "t", "Could not decode to UTF-8"),
+        ("SELECT 'x' AS b", "text", "; try `data.text_column=b`"),
+        ("SELECT CAST(x'61ff' AS TEXT) AS t", "t", "data.path: got 'row 1 (byte 0xff at offset 1 "
+         "is not UTF-8)'; expected UTF-8 text; try `data.encoding_errors=replace` or"),
+        ("SELECT CAST(x'eda080' AS TEXT) AS t", "t", "byte 0xed at offset 0"),
     ],
 )  # fmt: skip  # a case a row
 def test_bad_queries_and_columns(database, query, column, message):
     assert message in refusal(database, query, column)
+
+
+def test_bad_bytes_are_replaced_or_skipped_by_choice(database, caplog):
+    query = "SELECT CAST(x'61ff' AS TEXT) AS t UNION ALL SELECT 'ok' UNION ALL SELECT x'62'"
+    rows = open_sql(str(database), f"{query} ORDER BY 1", "t", "replace")
+    assert ["".join(d.pieces) for d, _ in zip(rows, range(2), strict=False)] == ["a\ufffd", "ok"]
+    with pytest.raises(InputError, match=r"row 3 holds bytes"):  # a BLOB is no text
+        read(database, f"{query} ORDER BY 1", "t", "replace")
+    assert "1 invalid UTF-8 sequences replaced by U+FFFD" in caplog.text
+    query = query.rpartition(" UNION")[0] + " ORDER BY 1"
+    skipped = [("row 1", "[rows that are not UTF-8]"), ("row 2", "ok")]
+    assert read(database, query, "t", "skip") == skipped
 
 
 def test_bad_files(tmp_path, database):
@@ -237,6 +252,7 @@ def test_rows_without_an_order_are_warned_of_once(database, caplog, query, warne
         "postgresql://me:Secr3t@localhost:port/db",
         "postgresql://localhost/db?password=Secr3t",
         "postgresql://localhost/db?sslpassword=Secr3t",
+        "postgresql://localhost/db?oauth_client_secret=Secr3t",
         "sqlite://me:Secr3t@/a.db",
         "mysql://me:Secr3t@localhost/db",
         "postgres ql://me:Secr3t@localhost/db",
@@ -371,8 +387,8 @@ def test_a_server_is_read_and_never_written(server):
     [
         ("SELEC body", "body", "data.query: got 'SELEC body'"),
         ("SELECT body FROM nots", "body", 'relation "nots" does not exist'),
-        (QUERY, "text", "data.text_column: got 'text'; expected one of the query's "
-         "columns: id, body"),
+        (QUERY, "text", "data.text_column: got 'text'; expected one of the columns "
+         "body, id"),
         (QUERY, "id", "row 1 holds int"),
         ("SELECT body::bytea AS b FROM notes", "b", "row 1 holds bytes)'; expected a "
          "text column; try convert_from(b, 'UTF8') AS b"),
@@ -440,6 +456,12 @@ def test_text_is_asked_for_as_utf8_and_checked(server, monkeypatch):
     assert read(url, "SELECT 'é' AS t", "t") == [("row 1", "é")]
     message = refusal(url, "SELECT convert_from('\\xff', 'SQL_ASCII') AS t", "t")
     assert 'invalid byte sequence for encoding "UTF8"' in message
+    assert message.endswith("try `data.encoding_errors=replace` or `data.encoding_errors=skip`")
+    query = "SELECT convert_from('a\\xff', 'SQL_ASCII') AS t UNION ALL SELECT 'é'"
+    assert read(url, query, "t", "replace") == [("row 1", "a\ufffd"), ("row 2", "é")]
+    skipped = [("row 1", "[rows that are not UTF-8]"), ("row 2", "é")]
+    assert read(url, query, "t", "skip") == skipped
+    assert read(server, QUERY, "body", "replace") == READ
 
 
 def test_a_server_that_cannot_be_reached(server, monkeypatch):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from sheepop_jax.data.sources import files, paths, tables
+from sheepop_jax.data.sources import files, paths, tables, web
 from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.paths import Walk
 from sheepop_jax.data.sources.tables import open_table
@@ -54,12 +54,11 @@ class Server(http.server.ThreadingHTTPServer):
 KINDS = pytest.mark.parametrize("kind", WRITERS)
 
 
-def read(kind, spec, column="text", join_rows=False, **options):
+def read(kind, spec, column="text", join_rows=False, encoding_errors="strict", **options):
     """The documents as (id, text); None where a row has no text."""
     found = []
-    table = open_table(
-        kind, "data.path", str(spec), column, join_rows, functools.partial(Walk, **options)
-    )
+    walk = functools.partial(Walk, **options)
+    table = open_table(kind, "data.path", str(spec), column, join_rows, walk, encoding_errors)
     for document in table:
         try:
             found.append((document.id, "".join(document.pieces)))
@@ -126,15 +125,14 @@ def test_all_frames_of_a_compressed_file_are_read(tmp_path, kind):
 
 @KINDS
 def test_directories_globs_and_lists(tmp_path, kind):
-    suffix = {"json": "ndjson", "csv": "tsv", "parquet": "parquet"}[kind]
+    suffix = {"json": "ndjson"}.get(kind, kind)
     WRITERS[kind](tmp_path / f"b.{suffix}", ["b"])
     (tmp_path / "deep").mkdir()
     WRITERS[kind](tmp_path / "deep" / f"a [1]*.{suffix}", ["a"])  # no pattern, but a name
     WRITERS[kind](tmp_path / "other.dat", ["other"])
     assert read(kind, tmp_path) == [(f"b.{suffix}#0", "b"), (f"deep/a [1]*.{suffix}#0", "a")]
     assert texts_of(kind, f"{tmp_path}/**/*.{suffix}") == ["b", "a"]
-    if kind != "csv":  # whose delimiter is told by the suffix
-        assert texts_of(kind, f"{tmp_path}/other.dat, {tmp_path}/deep") == ["other", "a"]
+    assert texts_of(kind, f"{tmp_path}/other.dat, {tmp_path}/deep") == ["other", "a"]
     (tmp_path / "a, b").mkdir()
     assert texts_of(kind, WRITERS[kind](tmp_path / "a, b" / f"c.{suffix}")) == TEXTS
     table = open_table(kind, "data.path", str(tmp_path), "text", join_rows=False)
@@ -145,8 +143,192 @@ def test_directories_globs_and_lists(tmp_path, kind):
 
 def test_comma_and_tab_separated_files_mix(tmp_path):
     write_csv(tmp_path / "a.csv", ["one, two\tthree"])
-    write_csv(tmp_path / "b.tsv", ["four, five\tsix"])
-    assert texts_of("csv", tmp_path) == ["one, two\tthree", "four, five\tsix"]
+    write_csv(tmp_path / "b.tsv", ["four, five"])
+    assert texts_of("csv", tmp_path) == ["one, two\tthree", "four, five"]
+
+
+class TestQuotationMarks:
+    """They have a meaning in CSV, and in TSV only by choice."""
+
+    ROWS = 'id\ttext\n1\t"Hello\n2\tsecond row\n3\t"World"\n4\t""\n5\tsaid "x"\n'
+
+    def test_in_tsv_they_are_text(self, tmp_path, caplog):
+        for name, pack in (("a.tsv", bytes), ("b.TSV.gz", gzip.compress)):
+            (tmp_path / name).write_bytes(pack(self.ROWS.encode()))
+            expected = ['"Hello', "second row", '"World"', '""', 'said "x"']
+            assert texts_of("csv", tmp_path / name) == expected
+        assert not caplog.records
+
+    def test_by_choice_they_quote_as_in_csv(self, tmp_path, caplog):
+        path = write_csv(tmp_path / "a.tsv", [*TEXTS, "tab\tand\nline"])
+        assert texts_of("quoted_tsv", path) == [*TEXTS, "tab\tand\nline"]
+        assert texts_of("quoted_tsv", tmp_path) == [*TEXTS, "tab\tand\nline"]
+        assert not caplog.records
+
+    def test_the_choice_is_pointed_to(self, tmp_path, caplog):
+        path = tmp_path / "a.tsv"
+        path.write_text('id\ttext\n1\t"one"\n2\t"two"\n3\tthree\n')
+        assert texts_of("csv", path) == ['"one"', '"two"', "three"]
+        assert "--config.data.source=quoted_tsv" in caplog.text
+        path.write_text('"id"\t"text"\n1\tone\n')
+        assert "try `data.source=quoted_tsv`" in refusal("csv", path)
+        path.write_text('id\ttext\n1\t"one\ttwo"\t\n')
+        assert "try `data.source=quoted_tsv` if cells" in refusal("csv", path)
+
+    def test_other_signatures_are_kept(self, tmp_path, monkeypatch):
+        """What the cache knows of a TSV was read with quotes; all else is read as before."""
+        monkeypatch.setattr(paths, "_SETTLED_SECONDS", -60)
+        for name, version in (("a.csv", 1), ("a.tsv", 2), ("a.tsv.gz", 2)):
+            path = tmp_path / name
+            path.write_text("text\nx\n")
+            table = open_table("csv", "data.path", str(path), "text", join_rows=False)
+            options = ("table", version, "csv", "text", False)
+            assert table.signature() == paths.signature_of([path], options) != ""
+
+
+def write_bytes(kind, path, cells):
+    """A table of texts given as bytes, which may not be UTF-8."""
+    if kind == "parquet":
+        offsets = pa.array(cells, pa.binary()).buffers()
+        column = pa.Array.from_buffers(pa.string(), len(cells), offsets)
+        pq.write_table(pa.table({"text": column}), path)
+    elif kind == "json":
+        path.write_bytes(b"".join(b'{"text": "%s", "n": 1}\n' % cell for cell in cells))
+    else:
+        path.write_bytes(b"text\n" + b"".join(cell + b"\n" for cell in cells))
+    return path
+
+
+class TestBadBytes:
+    CELLS = [b"one", b"caf\xe9 \xef\xbf\xbd\xe2\x82 x", "\u20ac \U0001f411".encode()]
+
+    @KINDS
+    def test_strict_names_the_row_and_the_choice(self, tmp_path, kind):
+        path = write_bytes(kind, tmp_path / f"a.{kind}", self.CELLS)
+        for joined in (False, True):
+            message = refusal(kind, path, join_rows=joined)
+            where = "line 2: byte 0xe9" if kind == "json" else f"a.{kind}#1 (byte 0xe9 at offset 3"
+            assert message.startswith("data.path: ") and where in message
+            assert "`data.encoding_errors=replace` or `data.encoding_errors=skip`" in message
+
+    @KINDS
+    def test_replaced_and_counted(self, tmp_path, kind, caplog):
+        path = write_bytes(kind, tmp_path / f"a.{kind}", self.CELLS)
+        expected = [cell.decode(errors="replace") for cell in self.CELLS]
+        for joined in (False, True):
+            caplog.clear()
+            texts = texts_of(kind, path, join_rows=joined, encoding_errors="replace")
+            assert texts == (["\n".join(expected) + "\n"] if joined else expected)
+            (record,) = caplog.records
+            assert record.message == "2 invalid UTF-8 sequences replaced by U+FFFD"
+
+    @KINDS
+    def test_skipped_and_counted(self, tmp_path, kind, caplog):
+        path = write_bytes(kind, tmp_path / f"a.{kind}", self.CELLS)
+        documents = open_table(kind, "data.path", str(path), "text", False, encoding_errors="skip")
+        reasons = []
+        for document in documents:
+            try:
+                "".join(document.pieces)
+            except SkipDocument as reason:
+                reasons.append((document.id, str(reason)))
+        assert reasons == [(f"a.{kind}#1", "rows that are not UTF-8")]
+        caplog.clear()
+        (text,) = texts_of(kind, path, join_rows=True, encoding_errors="skip")
+        assert text == "one\n\u20ac \U0001f411\n"
+        assert [record.message for record in caplog.records] == [
+            "1 rows skipped that are not UTF-8"
+        ]
+
+    @KINDS
+    def test_good_text_is_the_same_by_any_choice(self, tmp_path, kind, caplog):
+        path = WRITERS[kind](tmp_path / f"a.{kind}", [*TEXTS, "\ufffd"])
+        for errors in ("strict", "replace", "skip"):
+            assert texts_of(kind, path, encoding_errors=errors) == [*TEXTS, "\ufffd"]
+        assert not caplog.records
+
+    def test_half_characters_are_left_to_the_corpus_store(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(rb'{"text": "a\ud83d"}' + b"\n" + b'{"text": "\xff\\ud83d"}\n')
+        assert texts_of("json", path, encoding_errors="replace") == ["a\ud83d", "\udcff\ud83d"]
+
+
+class TestColumns:
+    def test_binary_columns_of_parquet_hold_text(self, tmp_path):
+        """As Spark and Impala write it."""
+        path = tmp_path / "a.parquet"
+        for kind in (pa.binary(), pa.large_binary(), pa.large_string(), pa.string()):
+            pq.write_table(
+                pa.table({"text": pa.array(["\u20ac", None, ""], pa.string()).cast(kind)}), path
+            )
+            assert texts_of("parquet", path) == ["\u20ac", None, ""]
+        categories = pa.array(["x", "y", "x"]).dictionary_encode()
+        pq.write_table(pa.table({"text": categories}), path)
+        assert texts_of("parquet", path) == ["x", "y", "x"]
+
+    def test_two_of_one_name_are_refused(self, tmp_path):
+        said = "data.text_column: got 'text'; expected a column name that occurs once, not 2 times"
+        (tmp_path / "a.csv").write_text("text,id, text,text\n1,2,3,4\n")
+        assert refusal("csv", tmp_path / "a.csv") == said
+        assert texts_of("csv", tmp_path / "a.csv", "id") == ["2"]
+        (tmp_path / "a.csv").write_text("text,text.1\n1,2\n")
+        assert texts_of("csv", tmp_path / "a.csv", "text.1") == ["2"]
+        columns = [pa.array(["a"]), pa.array(["b"])]
+        pq.write_table(pa.Table.from_arrays(columns, ["text", "text"]), tmp_path / "a.parquet")
+        assert refusal("parquet", tmp_path / "a.parquet") == said
+
+    def test_blanks_around_a_name(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text("\ufeffid , text\n1,one\n", encoding="utf-8")
+        assert (texts_of("csv", path), texts_of("csv", path, "id")) == (["one"], ["1"])
+        assert texts_of("csv", path, " text") == ["one"]
+        assert "one of the columns ' text', 'id '" in refusal("csv", path, "body")
+
+    def test_dotted_paths(self, tmp_path):
+        rows = [{"meta": {"text": "one", "x": {"y": "1"}}, "a.b": "dot"}, {"meta": None}]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        for kind, name in (("json", "a.jsonl"), ("parquet", "a.parquet")):
+            assert texts_of(kind, tmp_path / name, "meta.text") == ["one", None]
+            assert texts_of(kind, tmp_path / name, "meta.x.y") == ["1", None]
+            assert texts_of(kind, tmp_path / name, "a.b") == ["dot", None]
+            for wrong in ("meta.body", "meta.x.z", "x.y", "meta.text.x", "a."):
+                assert f"got '{wrong}'; expected one of the columns" in refusal(
+                    kind, tmp_path / name, wrong
+                )
+
+    LONG = "It is a truth universally acknowledged"
+
+    @pytest.mark.parametrize(
+        ("row", "hint"),
+        [
+            ({"id": 7, "title": "Pride", "review": LONG}, "`data.text_column=review`"),
+            ({"id": 7, "The Review": LONG, "x": "y"}, "`data.text_column='The Review'`"),
+            ({"id": 7, "meta": {"body": LONG, "n": 1}}, "`data.text_column=meta.body`"),
+            ({"texts": "a", "body": LONG}, "`data.text_column=texts`"),
+            ({"messages": [{"role": "user", "content": "hi"}]}, "jq -c '{text: ([.messages[]"),
+            ({"data": [{"text": "a"}]}, "jq -c '.data[]' FILE > rows.jsonl"),
+            ({"id": 7, "title": "Pride"}, tables._AS_TEXT),
+        ],
+    )
+    def test_the_column_that_holds_text_is_suggested(self, tmp_path, row, hint):
+        (tmp_path / "a.json").write_text(json.dumps(row))
+        assert f"; try {hint}" in refusal("json", tmp_path / "a.json")
+        if not any(isinstance(value, list) for value in row.values()):
+            pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+            if hint != tables._AS_TEXT:
+                assert f"; try {hint}" in refusal("parquet", tmp_path / "a.parquet")
+        if all(isinstance(value, str | int) for value in row.values()):
+            with (tmp_path / "a.csv").open("w") as file:
+                csv.writer(file).writerows([row.keys(), row.values()])
+            assert f"; try {hint}" in refusal("csv", tmp_path / "a.csv")
+
+    def test_objects_and_lists_are_answered_with_what_is_supported(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": {"n": 1, "en": "two"}}\n')
+        assert refusal("json", path).endswith("a text column; try `data.text_column=text.en`")
+        path.write_text('{"text": [{"role": "user", "content": "x"}]}\n')
+        assert "a text column; try jq -c '{text: ([.text[].content]" in refusal("json", path)
 
 
 def test_csv_with_other_columns_of_any_kind(tmp_path):
@@ -204,7 +386,11 @@ def test_a_broken_line_of_json_is_named(tmp_path, content, said, compress, suffi
     path.write_bytes(compress(content))
     message = refusal("json", path)
     assert re.search(rf"data\.path: got ['\"]{path} \({said}.*one object per line", message)
-    assert "correcting that line, or `data.source=files`" in message
+    hint = "correcting that line, or `data.source=files`"
+    if "UTF-8" in said:
+        choices = "`data.encoding_errors=replace` or `data.encoding_errors=skip`"
+        hint = f"correcting that line, {choices}, or `data.source=files`"
+    assert hint in message
 
 
 @pytest.mark.parametrize(
@@ -213,7 +399,6 @@ def test_a_broken_line_of_json_is_named(tmp_path, content, said, compress, suffi
         ("a.parquet", b"no parquet" * 9, r"magic bytes.*expected a parquet file$"),
         ("a.csv", b"id,text\n1,a\n2,b,c\n", r"Expected 2 fields in line 3, saw 3.*source=files"),
         ("a.csv", b"id,text\n1,hello, all\n2,you, too\n", r"more cells than the header"),
-        ("a.csv", b"id,text\n1,\xff\n", r"0xff"),
         ("a.csv", b'id,text\n1,"a\n', r"EOF inside string"),
         ("a.csv", b"", r"No columns"),
         ("a.json.gz", b"plain", r"a\.json\.gz \(Not a gzipped file"),
@@ -300,7 +485,7 @@ class TestWeb:
     @KINDS
     def test_a_file_of_the_web_is_read_and_not_left_behind(self, tmp_path, url, kind, monkeypatch):
         (tmp_path / "temporary").mkdir()
-        monkeypatch.setattr(tables.tempfile, "tempdir", str(tmp_path / "temporary"))
+        monkeypatch.setattr(web.tempfile, "tempdir", str(tmp_path / "temporary"))
         path = WRITERS[kind](tmp_path / f"a.{kind}")
         local = WRITERS[kind](tmp_path / f"b.{kind}", ["local"])
         assert texts_of(kind, f"{url}/{path.name}?x=1, {local}") == [*TEXTS, "local"]
@@ -319,7 +504,7 @@ class TestWeb:
         ],
     )
     def test_what_is_not_served_is_one_line_and_soon(self, url, name, said, monkeypatch):
-        monkeypatch.setattr(tables, "_NETWORK_SECONDS", 0.2)
+        monkeypatch.setattr(web, "_NETWORK_SECONDS", 0.2)
         message = refusal("json", f"{url}/{name}")
         assert message.startswith(f"data.path: got '{url}/{name} (") and said in message
         assert message.endswith("the network, or downloading it and passing its path")
