@@ -334,6 +334,73 @@ def test_a_preset_is_named_from_any_directory(tmp_path, monkeypatch):
     assert (config.model.d_model, config.train.num_steps) == (128, 3)
 
 
+UNUSED = [
+    ("text_column=body", "a.txt", "files"),
+    ("join_rows=True", "a.txt", "files"),
+    ("subset=s", "a.txt", "files"),
+    ("name=n", "a.txt", "files"),
+    ("query=SELECT 1", "a.jsonl", "json"),
+    ("subset=s", "a.csv", "csv"),
+    ("encoding_errors=skip", "a.pdf", "pdf"),
+    ("text_column=body", "a.pdf", "pdf"),
+    ("join_rows=True", "sqlite:///a.db", "sql"),
+    ("gitignore=False", "sqlite:///a.db", "sql"),
+    ("max_file_bytes=9", "", "hub"),
+    ("query=q", "", "hub"),
+    ("encoding_errors=replace", "", "stdlib"),
+    ("gitignore=False", "", "stdlib"),
+]
+
+
+@pytest.mark.parametrize(("assigned", "path", "source"), UNUSED)
+def test_a_field_without_effect_on_the_source_is_refused(assigned, path, source, tmp_path):
+    words = [f"data.{assigned}", f"data.path={path}"]
+    words += {"hub": ["data.name=n"], "sql": ["data.query='SELECT 1'"]}.get(source, [])
+    field = f"data.{assigned.split('=')[0]}"
+    for name in ("base", "shakespeare_char"):
+        with pytest.raises(InputError) as error:
+            load_config(name, words)
+        assert error.value.field == field
+        assert error.value.expected.endswith(f": it has no effect on data.source={source}")
+    default = getattr(Config.from_dict(base.get_config()).data, field.removeprefix("data."))
+    same = [word for word in words if not word.startswith(field)] + [f"{field}={default}"]
+    load_config("base", same)  # the value that it has anyway
+
+
+def test_fields_of_another_source_than_the_presets(tmp_path):
+    """A preset's own fields may be unused; those of a user's file are meant."""
+    for words in (["data.path=a.txt"], ["data.source=stdlib"], ["data.path=a.jsonl"]):
+        load_config("wikitext103", words)
+    with pytest.raises(InputError, match=r"^data\.subset: .*no effect on data\.source=files"):
+        load_config("wikitext103", ["data.path=a.txt", "data.subset=other"])
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n"
+        "    c.data.path = 'a.txt'\n    c.data.text_column = 'body'\n    return c\n"
+    )
+    with pytest.raises(InputError, match=r"^data\.text_column: got 'body'"):
+        load_config(str(mine))
+    load_config(str(mine), ["data.path=a.csv"])
+
+
+def test_fields_without_effect_in_a_mixture(tmp_path):
+    def load(common, **parts):
+        file = tmp_path / "mix.py"
+        file.write_text(
+            "from configs import base\nfrom ml_collections import ConfigDict\n"
+            f"def get_config():\n    c = base.get_config()\n    c.data.update({common!r})\n"
+            f"    c.data.mixture = ConfigDict({parts!r})\n    return c\n"
+        )
+        return load_config(str(file))
+
+    text, rows = {"weight": 1.0, "path": "a.txt"}, {"weight": 1.0, "path": "a.csv"}
+    load({"text_column": "body"}, a=text, b=rows)  # of use to one of them
+    with pytest.raises(InputError, match=r"^data\.text_column: .*=files"):
+        load({"text_column": "body"}, a=text)
+    with pytest.raises(InputError, match=r"^data\.mixture\.a\.join_rows: got True; .*=files"):
+        load({}, a={**text, "join_rows": True}, b=rows)
+
+
 @pytest.mark.parametrize(
     ("path", "assigned", "refused"),
     [

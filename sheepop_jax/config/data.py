@@ -42,6 +42,7 @@ FIELDS_OF: dict[str, tuple[str, ...]] = {
     "stdlib": (),
 }
 SOURCES = tuple(FIELDS_OF)
+UNUSED_BY_SOME = frozenset(SOURCE_FIELDS) - {"source", "max_bytes"}
 TABLE_SUFFIXES = {
     ".jsonl": "json",
     ".ndjson": "json",

@@ -9,7 +9,13 @@ from typing import Any
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from sheepop_jax.config.data import TABLE_SUFFIXES, DataConfig, inner_suffix
+from sheepop_jax.config.data import (
+    FIELDS_OF,
+    TABLE_SUFFIXES,
+    UNUSED_BY_SOME,
+    DataConfig,
+    inner_suffix,
+)
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 
@@ -47,6 +53,7 @@ def load_config(name: str, assignments: Sequence[str] = ()) -> Config:
         raise
     if "data.source" not in assigned:
         _check_tables(config.data)
+    _check_unused(config.data, set(assigned))
     return config
 
 
@@ -106,6 +113,33 @@ def _check_tables(config: DataConfig) -> None:
                 expected = "only text files (the rows of a table would be read as text)"
                 hint = "only tables to read their rows, or `data.source=files` to read plain text"
                 raise InputError(where, name.strip(), expected, hint)
+
+
+def _check_unused(config: DataConfig, assigned: set[str]) -> None:
+    """Rejects source fields that are set but have no effect on the chosen source.
+
+    If an override chooses another source than the file, the file's fields may be unused.
+    """
+    defaults = _run(f"{PRESETS}/base.py").data
+    chosen = not assigned.isdisjoint(("data.source", "data.path", "data.name", "data.mixture"))
+    sources = {part.name: part.config.resolved_source for part in config.parts}
+    used = {field for source in sources.values() for field in FIELDS_OF[source]}
+    values = {
+        f"data.{field}": getattr(config, field)
+        for field in UNUSED_BY_SOME - used
+        if f"data.{field}" in assigned or not chosen
+    }
+    for name, fields in config.mixture.items():
+        unused = UNUSED_BY_SOME.intersection(fields).difference(FIELDS_OF[sources[name]])
+        values |= {f"data.mixture.{name}.{field}": fields[field] for field in unused}
+    for where, value in sorted(values.items()):
+        default = defaults[where.rpartition(".")[2]]
+        if value != default:
+            part = where.removeprefix("data.mixture.").partition(".")[0]
+            source = sources.get(part) or " and ".join(sorted(set(sources.values())))
+            expected = f"{default!r}: it has no effect on data.source={source}"
+            hint = "`data.path=''` to read the dataset" if where == "data.name" else ""
+            raise InputError(where, value, expected, hint)
 
 
 def _flatten(config: Any, prefix: str = "") -> list[tuple[str, object]]:

@@ -112,7 +112,7 @@ class TextFiles:
             return
         bound = size_of(path) * _MAX_EXPANSION + _FREE_EXPANSION_BYTES
         for member, blocks in members(self.field, path, self._walk, bound):
-            yield Document(f"{name}/{member}", self._text(path / member, blocks()))
+            yield Document(f"{name}/{member}", self._text(path / member, blocks))
 
     def _text(self, path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
         if self._walk is None or inner_suffix(path) != ".ipynb":

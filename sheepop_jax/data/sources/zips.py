@@ -1,9 +1,8 @@
 """Zip archives: the text files in them, read without unpacking."""
 
-import functools
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sheepop_jax.data.sources.documents import SkipDocument
@@ -15,8 +14,8 @@ _BLOCK_BYTES = 2**20
 
 def members(
     field: str, path: Path, walk: Walk, max_bytes: int
-) -> Iterator[tuple[str, Callable[[], Iterator[bytes]]]]:
-    """Yields the members of an archive by name, each with a function that reads its blocks.
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yields the name and the blocks of each member of an archive.
 
     Reading the blocks of a member that is not text raises `SkipDocument`. Nothing is written to
     disk, so a member's name cannot name a place outside the archive.
@@ -39,9 +38,9 @@ def members(
                 raise OSError(f"its text has {text} bytes; unpack it first")
             for name in sorted(inside):
                 if reason := reasons[name]:
-                    yield name, functools.partial(_skip, reason)
+                    yield name, map(_skip, (reason,))
                 else:
-                    yield name, functools.partial(_blocks, field, path, archive, inside[name])
+                    yield name, _blocks(field, path, archive, inside[name])
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -62,7 +61,7 @@ def _reason(info: zipfile.ZipInfo, walk: Walk) -> str:
     return "encrypted files" if info.flag_bits & 1 else ""
 
 
-def _skip(reason: str) -> Iterator[bytes]:
+def _skip(reason: str) -> bytes:
     raise SkipDocument(reason)
 
 
