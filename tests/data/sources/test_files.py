@@ -1,11 +1,19 @@
 """The text of files, plain and compressed: kept byte for byte, or refused."""
 
+import base64
 import bz2
 import gzip
+import http.server
+import io
+import json
 import lzma
 import os
 import sysconfig
+import tarfile
+import threading
+import traceback
 import tracemalloc
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +23,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sheepop_jax.data.sources import files as module
-from sheepop_jax.data.sources import paths
+from sheepop_jax.data.sources import paths, web
 from sheepop_jax.data.sources.documents import SkipDocument
 from sheepop_jax.data.sources.files import (
     TEXT_SUFFIXES,
     TextFiles,
     open_file,
+    open_texts,
     standard_library,
 )
 from sheepop_jax.data.sources.paths import Found, Walk, find_files
@@ -153,12 +162,18 @@ class TestBadBytes:
 
     @pytest.mark.parametrize("byte", [b"\x00", b"\x08", b"\x0e", b"\x1a", b"\x1c", b"\x1f"])
     def test_binary_is_named(self, a, byte):
-        with pytest.raises(InputError, match=r"got 'binary file .*try removing it, or `data\.enc"):
+        with pytest.raises(InputError, match=r"got 'binary file .*removing it, or `data\.enc"):
             read(a(b"PN" + byte + b"G\x89"))
 
     def test_control_characters_of_text_are_not_binary(self, a):
         with pytest.raises(InputError, match="got 'file "):
             read(a(b"\t\n\v\f\r\x1b[0m \x7f \xe9 "))
+
+    def test_text_of_windows_comes_with_the_command_that_converts_it(self, a):
+        path = a("\u201cquoted\u201d".encode("cp1252"))
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert caught.value.hint.startswith(f"iconv -f WINDOWS-1252 -t UTF-8 {path} ")
 
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
     def test_utf_16_comes_with_the_command_that_converts_it(self, a, encoding):
@@ -205,6 +220,302 @@ class TestBadBytes:
     def test_skipped_by_choice(self, a, block_bytes):
         texts = read(a(b"ab\xe9"), a("two", "b"), a(b"\xe2", "c"), errors="skip")
         assert [str(text) for text in texts] == ["not UTF-8", "two", "not UTF-8"]
+
+
+def tar(name="a.txt", content=b"text\n" * 9000):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def zipped(**files):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+class TestBinary:
+    """Valid UTF-8 that is no text. What is invalid as well is tested above."""
+
+    @pytest.mark.parametrize(
+        ("name", "content", "kind", "hint"),
+        [
+            ("a.tar", tar(), "a tar archive", "unpacking it"),
+            ("a.tar.gz", gzip.compress(tar()), "a tar archive", "unpacking it"),
+            ("a", zipped(a="x"), "a zip archive", "renaming it to {0}.zip"),
+            ("a.docx", zipped(**{"word/document.xml": "x"}), "a Word document", "pandoc"),
+            ("a", b"SQLite format 3\0" + b"\0" * 99, "an SQLite database", "`data.source=sql`"),
+            ("a", b"PAR1\x15\x04 text", "a parquet table", "`data.source=parquet`"),
+            ("a", b"%PDF-1.4\n1 0 obj", "a PDF", "`data.source=pdf`"),
+            ("a", b"\x7fELF\x02\x01\x01", "a program", ""),
+            ("a", "sixteen letters.".encode("utf-16-le"), "UTF-16 text", "iconv -f UTF-16LE"),
+            ("a", "sixteen letters.".encode("utf-16-be"), "UTF-16 text", "iconv -f UTF-16BE"),
+            ("a", b"text" * 99 + b"\1" * 45, "10% of its bytes are control characters", ""),
+        ],
+    )
+    def test_it_is_refused_by_its_kind(self, a, name, content, kind, hint):
+        path = a(content, name)
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert caught.value.got == f"binary file {path} ({kind})"
+        assert caught.value.hint.startswith(hint.format(path))
+        assert caught.value.hint.endswith("removing it, or `data.encoding_errors=skip`")
+        assert [str(text) for text in read(path, errors="skip")] == ["binary files"]
+        with pytest.raises(InputError, match="binary file"):
+            read(path, errors="replace")
+
+    def test_it_is_refused_however_late_it_shows(self, a, block_bytes):
+        if block_bytes > 1:  # 100 kB byte by byte take a second
+            with pytest.raises(InputError, match="control characters"):
+                read(a(b"text" * 5000 + b"\0" * 9999))
+
+    def test_the_kind_of_invalid_utf_8_is_named_too(self, a):
+        with pytest.raises(InputError, match=r"\(a PNG image; byte 0x89 at offset 0 is not UTF-8"):
+            read(a(b"\x89PNG\r\n\x1a\n\0"))
+        with pytest.raises(InputError, match=r"\(gzip data; .*try renaming it to .*\.gz, or"):
+            read(a(gzip.compress(b"x")))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "\0",
+            "a\0b" * 10,
+            "\0" * 32,
+            "\1field\2" + "a long row of text, and more" * 99,
+            "B\bBO\bOL\bLD\bD" * 99,  # a manual page
+            "\x1b[1mred\x1b[0m\f\v\r\n" * 9,
+            "PAR1 is how it begins",
+            "PK and %PDF and ustar",
+            "x" * 257 + "ustar",
+            "ID3 GIF89a Rar!",
+        ],
+    )
+    def test_text_with_some_control_characters_is_text(self, a, text):
+        assert read(a(text)) == [text]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """`texts(path)`: the ids and texts of a path or URL, or the reasons to skip them."""
+
+    def read(spec, as_they_are=False, errors="strict", **walk):
+        downloads = tmp_path / "cache" / "downloads"
+        found = []
+        for document in open_texts(
+            "data.path",
+            str(spec),
+            errors,
+            Walk(TEXT_SUFFIXES, **walk),
+            downloads,
+            as_they_are=as_they_are,
+        ):
+            try:
+                found.append((document.id, "".join(document.pieces)))
+            except SkipDocument as reason:
+                found.append((document.id, reason.args[0]))
+        return found
+
+    return read
+
+
+class TestNotebooks:
+    IMAGE = "data:image/png;base64," + "iVBOR" * 99
+    CELLS = [
+        {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+        {"cell_type": "code", "source": "x = 1", "outputs": [{"data": {"image/png": IMAGE}}]},
+        {"cell_type": "code", "source": []},
+        {"cell_type": "markdown", "source": f"![plot]({IMAGE})", "attachments": {"a": IMAGE}},
+    ]
+    TEXT = "# Title\ntext\n\nx = 1\n\n![plot](data:image/png;base64,)"
+
+    def test_cells_without_outputs_and_images(self, a, texts, tmp_path):
+        old = {"worksheets": [{"cells": [{"input": ["y\n", "z"]}]}]}
+        a(json.dumps({"cells": self.CELLS}))
+        a(json.dumps({"cells": self.CELLS}), "b.ipynb")
+        a(gzip.compress(json.dumps(old).encode()), "c.ipynb.gz")
+        a("no notebook", "d.ipynb")
+        a('{"cells": 3}', "e.ipynb")
+        assert texts(tmp_path)[1:] == [
+            ("b.ipynb", self.TEXT),
+            ("c.ipynb.gz", "y\nz"),
+            ("d.ipynb", "damaged notebooks"),
+            ("e.ipynb", "damaged notebooks"),
+        ]
+        assert texts(tmp_path, as_they_are=True)[3] == ("d.ipynb", "no notebook")
+
+    def test_only_their_signature_is_new(self, a, monkeypatch, tmp_path):
+        monkeypatch.setattr(paths, "_SETTLED_SECONDS", -60.0)
+        path = a("one")
+        for version in (1, 2):
+            found = open_texts("", str(tmp_path), "strict", Walk(TEXT_SUFFIXES), Path())
+            expected = paths.signature_of(found.paths, ("text", version, "strict"))
+            assert found.signature() == expected != ""
+            path = a("{}", "b.ipynb")
+        assert path.name == "b.ipynb"
+
+
+class TestZip:
+    FILES = {
+        "b/two.TXT": "two\r\n",
+        "a.py": "\ufeffone",
+        "n.ipynb": json.dumps({"cells": [{"source": "cell"}]}),
+        "x.png": "\x89",
+        ".hidden.txt": "",
+        "__MACOSX/a.py": "",
+        "node_modules/a.js": "",
+        "README": "no suffix",
+        "big.txt": "x" * 200,
+        "../../out.txt": "never written",
+        "/absolute.txt": "here",
+    }
+
+    def test_its_texts_are_documents(self, a, texts, tmp_path):
+        path = a(zipped(**self.FILES), "a.zip")
+        before = sorted(tmp_path.rglob("*"))
+        hidden = "hidden or vendored files"
+        assert texts(path, max_file_bytes=100) == [
+            ("a.zip/../../out.txt", hidden),
+            ("a.zip/.hidden.txt", hidden),
+            ("a.zip//absolute.txt", "here"),
+            ("a.zip/README", "suffixless files"),
+            ("a.zip/__MACOSX/a.py", hidden),
+            ("a.zip/a.py", "one"),
+            ("a.zip/b/two.TXT", "two\r\n"),
+            ("a.zip/big.txt", "files larger than data.max_file_bytes"),
+            ("a.zip/n.ipynb", "cell"),
+            ("a.zip/node_modules/a.js", hidden),
+            ("a.zip/x.png", ".png files"),
+        ]
+        assert sorted(tmp_path.rglob("*")) == before
+        with pytest.raises(InputError, match="a zip archive"):
+            texts(path, as_they_are=True)
+
+    def test_links_and_encrypted_members_are_skipped(self, a, texts):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            link = zipfile.ZipInfo("l.txt")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, "/etc/passwd")
+            archive.writestr("s.txt", "x")
+        content = bytearray(packed.getvalue())
+        entry = content.rindex(b"PK\x01\x02")
+        content[entry + 8] |= 1  # the flag of the last member
+        path = a(bytes(content), "a.zip")
+        assert texts(path) == [("a.zip/l.txt", "links"), ("a.zip/s.txt", "encrypted files")]
+
+    def test_bad_text_in_it_is_named(self, a, texts):
+        path = a(zipped(**{"d/a.txt": b"caf\xe9"}), "a.zip")
+        with pytest.raises(InputError, match=r"a\.zip/d/a\.txt \(byte 0xe9 at offset 3"):
+            texts(path)
+        assert texts(path, errors="skip") == [("a.zip/d/a.txt", "not UTF-8")]
+
+    def test_a_bomb_is_refused_before_it_is_read(self, a, texts, monkeypatch):
+        monkeypatch.setattr(module, "_FREE_EXPANSION_BYTES", 2**10)
+        path = a(zipped(**{"a.txt": "x" * 2**20, "x.png": "y" * 2**20}), "a.zip")
+        with pytest.raises(InputError, match=r"a\.zip \(its text has 1048576 bytes; unpack it"):
+            texts(path)
+
+    def test_what_is_damaged_is_refused(self, a, texts):
+        good = zipped(**{"a.txt": "text of some length" * 9})
+        cut, flipped = good[:-9], bytearray(good)
+        flipped[40] ^= 0xFF
+        for content in (cut, bytes(flipped), b"PK no", b""):
+            with pytest.raises(InputError, match="expected a readable zip archive"):
+                texts(a(content, "a.zip"))
+
+
+class TestWeb:
+    @pytest.fixture
+    def served(self):
+        """Serves `answers[path]`, (headers, content) or a status; notes what was asked."""
+        answers, asked = {}, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append((self.path, dict(self.headers)))
+                answer = answers.get(self.path, 404)
+                if not isinstance(answer, int):
+                    headers, content = answer
+                    same = self.headers.get("If-None-Match") == headers.get("ETag", "none")
+                    answer = 304 if same else 200
+                self.send_response(answer)
+                if answer == 200:
+                    for header in headers.items():
+                        self.send_header(*header)
+                self.end_headers()
+                if answer == 200:
+                    self.wfile.write(content)
+
+            def log_message(self, *arguments):
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}", answers, asked
+            server.shutdown()
+
+    def test_text_is_read_and_cached(self, served, texts, a, tmp_path, caplog):
+        url, answers, asked = served
+        answers["/in.txt"] = {"ETag": '"1"'}, "\ufeffone\r\n".encode()
+        for _ in range(2):
+            assert texts(f"{url}/in.txt") == [(f"{url}/in.txt", "one\r\n")]
+        assert [headers.get("If-None-Match") for _, headers in asked] == [None, '"1"']
+        answers["/in.txt"] = {"ETag": '"2"'}, b"two"
+        assert texts(f"{a('local')}, {url}/in.txt") == [
+            ("a.txt", "local"),
+            (f"{url}/in.txt", "two"),
+        ]
+        answers["/in.txt"] = 500
+        assert texts(f"{url}/in.txt") == [(f"{url}/in.txt", "two")]
+        assert "HTTP 500" in caplog.text and "using the copy of an earlier run" in caplog.text
+        assert len(list((tmp_path / "cache" / "downloads").iterdir())) == 2
+
+    def test_suffixes_count(self, served, texts):
+        url, answers, _ = served
+        answers["/a.txt.gz?x=1"] = {}, gzip.compress(b"one")
+        answers["/a.zip"] = {}, zipped(**{"b.txt": "two"})
+        assert texts(f"{url}/a.txt.gz?x=1")[0][1] == "one"
+        assert texts(f"{url}/a.zip") == [(f"{url}/a.zip/b.txt", "two")]
+
+    def test_what_is_refused_leaves_nothing(self, served, texts, tmp_path, monkeypatch):
+        url, answers, _ = served
+        monkeypatch.setattr(web, "_MAX_TEXT_BYTES", 9)
+        monkeypatch.setattr(web, "_NETWORK_SECONDS", 0.2)
+        answers["/large.txt"] = {}, b"x" * 10
+        answers["/cut.txt"] = {"Content-Length": "9"}, b"x"
+        answers["/page"] = {"Content-Type": "text/html; charset=utf-8"}, b"<html>"
+        for name, said in (
+            ("none.txt", "HTTP 404"),
+            ("large.txt", "larger than 9 bytes"),
+            ("cut.txt", "8 bytes before the end"),
+            ("page", "an HTML page, not a text file"),
+        ):
+            with pytest.raises(InputError) as caught:
+                texts(f"{url}/{name}")
+            assert caught.value.got.startswith(f"{url}/{name} (") and said in caught.value.got
+            assert not (tmp_path / "cache").exists()
+
+    def test_secrets_are_sent_and_never_shown(self, served, texts, tmp_path, caplog):
+        caplog.set_level("INFO")
+        url, answers, asked = served
+        answers["/a.txt?token=s3cret"] = {}, b"one"
+        secret = url.replace("://", "://me:s3cret@") + "/a.txt?token=s3cret"
+        shown = url.replace("://", "://\u2026@") + "/a.txt?token=\u2026"
+        assert texts(secret) == [(shown, "one")]
+        assert asked[0][1]["Authorization"] == "Basic " + base64.b64encode(b"me:s3cret").decode()
+        assert shown in caplog.text and "s3cret" not in caplog.text
+        for url in (secret.replace("a.txt", "b.txt"), "http://me:s3cret/x@h/a.txt"):
+            with pytest.raises(InputError) as caught:
+                texts(url)
+            said = "".join(traceback.format_exception(caught.value, chain=False))
+            assert "s3cret" not in said.replace(repr(url), "")
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not any("s3cret" in str(p) or b"s3cret" in p.read_bytes() for p in files)
 
 
 class TestCompressed:
