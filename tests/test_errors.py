@@ -14,7 +14,7 @@ import pytest
 
 from configs import base
 from sheepop_jax.config.schema import Config
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, masked
 from tests.test_config import flat, with_value
 from tests.tiny import SAYS, overrides, tiny
 
@@ -146,6 +146,34 @@ def test_any_value_is_shown_in_one_line(got: object, hint: str) -> None:
     assert (str(sent), sent.field) == (message, "section.field")
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:s3cret@h:9/x.csv?a=1", "http://\u2026@h:9/x.csv?a=1"),
+        ("got 'postgresql://me:s3/cr3t@h/d'", "got 'postgresql://\u2026@h/d'"),
+        ("https://s3cret@host/x", "https://\u2026@host/x"),
+        (
+            "s3://k:s@b/x,https://h/y?X-Amz-Signature=s&X-Amz-Date=1&sig=t (HTTP 403)",
+            "s3://\u2026@b/x,https://h/y?X-Amz-Signature=\u2026&X-Amz-Date=1&sig=\u2026 (HTTP 403)",
+        ),
+        *(
+            (text, text)
+            for text in (
+                "postgresql://me@h:5432/d",
+                "https://h:8080/a@v1/x.csv?page=2",
+                "hf://datasets/a/b@~parquet/x",
+                "a:b@c?token=d",  # no URL
+                "sqlite:///C:/x@y",
+            )
+        ),
+    ],
+)
+def test_secrets_in_urls_are_masked(text: str, shown: str) -> None:
+    error = InputError("data.path", text, "a rule", f"not {text}")
+    assert (masked(text), error.got) == (shown, shown)
+    assert str(error) == f"data.path: got {shown!r}; expected a rule; try not {shown}"
+
+
 BASE = "from configs import base\ndef get_config():\n    c = base.get_config()\n"
 CONFIGS = {
     "empty.py": "",
@@ -251,6 +279,8 @@ CONFIGURATION = [
     set_("model.num_heads=8", "model.num_heads", 8, "even head width"),
     set_("train.num_steps=0", "train.num_steps", 0, "exactly one"),
     set_("train.num_epochs=2", "train.num_steps", 4, "exactly one"),
+    set_("data.join_rows=True", "data.join_rows", True, "no effect on data.source=files"),
+    set_("data.text_column=body", "data.text_column", "body", "no effect on data.source=files"),
     set_("data.seq_len=64", "data.seq_len", 64, "32 (", "--config.model.max_seq_len=64"),
     # What the devices, of which there are 8, rule out.
     set_("train.batch_size=3", "train.batch_size", 3, "8 (", "--config.train.batch_size=8"),

@@ -1,11 +1,13 @@
 """A tiny training run from each kind of source, and what bad data does to one: the whole way."""
 
 import gzip
+import http.server
 import json
 import os
 import re
 import shutil
 import sqlite3
+import threading
 
 import numpy as np
 import pytest
@@ -270,8 +272,22 @@ BAD = [
     (fifo, r"data\.path: .*a pipe, socket or device"),
     (loop, r"data\.path: .*loop \(.*symbolic links"),
     (unseen, r"a\.txt: got .*U\+2603\) at position 400\"; .*data\.tokenizer=bpe"),
-    (lambda root: {"path": "http://me:secret@h/a"}, r"data\.path: got 'http://…'; expected a path"),
-    (lambda root: {"path": "http://h/a.txt"}, r"data\.path: got 'http://h/a\.txt'; .*downloading"),
+    (
+        lambda root: {"path": "http://me:secret@127.0.0.1:9/a.txt?sig=secret"},
+        r"data\.path: got 'http://…@127\.0\.0\.1:9/a\.txt\?sig=… \(.*refused.*downloading",
+    ),
+    (
+        lambda root: {"path": "http://me:secret@127.0.0.1:9/a.jsonl"},
+        r"data\.path: got 'http://…@127\.0\.0\.1:9/a\.jsonl \(.*refused.*downloading",
+    ),
+    (
+        lambda root: {"path": "s3://key:secret@h/a.txt"},
+        r"data\.path: got 's3://…@h/a\.txt'; .*http",
+    ),
+    (
+        lambda root: {"path": root / "a.txt", "text_column": "b"},
+        r"data\.text_column: got 'b'; .*fil",
+    ),
     (lambda root: {"name": "nobody/nothing-of-the-kind"}, r"data\.name: got 'nobody/nothing"),
     (lambda root: {"path": "http://127.0.0.1:9/a.jsonl"}, r"data\.path: .*refused.*network"),
     (lambda root: {"path": "postgresql://me:secret@h/d", "query": "q"}, r"data\.path: .*password"),
@@ -306,6 +322,33 @@ def test_bad_data_is_one_line_and_leaves_nothing(make, said, which, tmp_path, ca
     assert re.match(f"error: {said}", line), line
     assert sorted(tmp_path.iterdir()) == [tmp_path / "source"]
     assert sorted((tmp_path / "source").iterdir()) == before
+
+
+def test_secrets_of_a_url_are_saved_nowhere_and_the_run_resumes(config, tmp_path, monkeypatch):
+    """The text comes from a server; the loop itself does not run."""
+    text = "\n".join(TEXTS).encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *arguments):
+            pass
+
+    monkeypatch.setattr(pipeline, "fit", lambda job, stop: {})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://me:s3cret@127.0.0.1:{web.server_port}/a.txt?token=s3cret"
+        for made in (config({"path": url}), config({"mixture": {"m": {"weight": 1, "path": url}}})):
+            for _ in range(2):  # the second one resumes
+                pipeline.train(made, tmp_path / "run", MACHINE)
+            assert "\u2026@127" in str(open_run(tmp_path / "run").config.data)
+            saved = [path for path in tmp_path.rglob("*") if path.is_file()]
+            assert not [path for path in saved if b"s3cret" in path.read_bytes()]
+            shutil.rmtree(tmp_path / "run")
+        web.shutdown()
 
 
 def test_bad_bytes_are_replaced_or_skipped_by_choice(config, tmp_path, caplog):

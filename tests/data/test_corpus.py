@@ -122,6 +122,26 @@ class TestReaders:
         assert (field, spec) == ("data.path", "x")
         assert (walk.suffixes, walk.max_file_bytes, walk.gitignore) == ({".pdf"}, 3, False)
 
+    def test_named_pages_are_refused_unless_their_tags_are_wanted(self, root, read, corpus_of):
+        page = root / "d" / "page.html"
+        page.write_text("<p>six</p>")
+        assert "<p>six</p>" in [row[1] for row in read(root)]  # of a source tree: text
+        assert read(page, source="files")[0][1] == "<p>six</p>"
+        for named in (page, f"{root}/d/*.html", f"{root}/a.txt,{page}", "http://h/p.HTM?x=1"):
+            with pytest.raises(InputError) as caught:
+                corpus_of(named)
+            assert caught.value.field == "data.path"
+            assert caught.value.expected == "text without tags"
+            assert "pandoc" in caught.value.hint and "`data.source=files`" in caught.value.hint
+
+    def test_other_databases_come_with_what_exports_them(self, corpus_of):
+        for source in ("auto", "sql"):
+            with pytest.raises(InputError) as caught:
+                corpus_of("mysql://me:s3cret@h/d", source=source, query="SELECT 1")
+            assert "mysql --batch" in caught.value.hint and "s3cret" not in str(caught.value)
+        with pytest.raises(InputError, match=r"notes\.db3'; expected an existing file"):
+            corpus_of("notes.db3", query="SELECT 1")
+
 
 class TestFieldsReachTheReader:
     @pytest.mark.parametrize("source, kept", [("files", 2), ("json", 1), ("csv", 1)])

@@ -24,10 +24,11 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = False  # so that closing it waits for them
 
 
-def read(name, subset="", column="text", join_rows=False):
+def read(name, subset="", column="text", join_rows=False, errors="strict"):
     """The documents as (id, text, is_val); text is None where a row has none."""
     found = []
-    for document in open_hub(name, subset, column, join_rows=join_rows):
+    corpus = open_hub(name, subset, column, join_rows=join_rows, encoding_errors=errors)
+    for document in corpus:
         try:
             text = "".join(document.pieces)
         except SkipDocument:
@@ -182,6 +183,27 @@ class TestCopy:
         assert read(name) == [(f"{name}:validation#0", "v", True), *train]
         joined = [(f"{name}:validation", "v\n", True), (name, "one\ntwo\n", False)]
         assert read(name, join_rows=True) == joined
+
+    def test_bytes_that_are_not_utf_8_and_dotted_paths(self, tmp_path, caplog):
+        name = str(tmp_path / "copy")
+        os.mkdir(name)
+        cells = [b"one", b"caf\xe9", "\u20ac".encode()]
+        text = pa.Array.from_buffers(pa.string(), 3, pa.array(cells, pa.binary()).buffers())
+        nested = pa.array([{"body": "x"}, None, {"body": "y"}])
+        columns = {"text": text, "raw": pa.array(cells), "meta": nested}
+        pq.write_table(pa.table(columns), f"{name}/train-0.parquet")
+        for column in ("text", "raw"):
+            where = rf"data\.name: got '{name}#1 \(byte 0xe9 at offset 3"
+            with pytest.raises(InputError, match=where):
+                read(name, column=column)
+            texts = [text for _, text, _ in read(name, column=column, errors="replace")]
+            assert texts == ["one", "caf\ufffd", "\u20ac"]
+            assert "1 invalid UTF-8 sequences replaced by U+FFFD" in caplog.text
+            texts = [text for _, text, _ in read(name, column=column, errors="skip")]
+            assert texts == ["one", None, "\u20ac"]
+        assert [text for _, text, _ in read(name, column="meta.body")] == ["x", None, "y"]
+        with pytest.raises(InputError, match=r"one of the columns meta, raw, text"):
+            read(name, column="meta.text")
 
     def test_a_relative_name(self, copy, tmp_path, monkeypatch):
         copy({"train-0.jsonl": ["one"]})
