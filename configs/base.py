@@ -33,18 +33,18 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"
 
     c.data = ConfigDict()
-    # auto (path by suffix, else name, else stdlib) | files | json | csv | parquet | hub | pdf | sql
-    # | stdlib
+    # auto (path by suffix, else name, else stdlib) | files | json | csv | quoted_tsv | parquet
+    # | hub | pdf | sql | stdlib
     c.data.source = "auto"
-    c.data.path = ""  # file, directory, glob or table URL; or several, comma-separated
+    c.data.path = ""  # file, directory, glob or URL; or several, comma-separated
     c.data.val_path = ""  # validation text, read like path; "" = split off val_fraction
     c.data.name = ""  # Hugging Face dataset, or a directory with a local copy
     c.data.subset = ""  # configuration of the dataset, e.g. "wikitext-103-raw-v1"
-    c.data.text_column = "text"  # json, csv, parquet, hub, sql: the text column
+    c.data.text_column = "text"  # tables, hub, sql: the text column, or a dotted path
     c.data.join_rows = False  # rows are lines of one text instead of documents
     c.data.query = ""  # sql: a SELECT; path is a SQLite file or postgresql://user@host/db
     c.data.mixture = ConfigDict()  # weighted sources; see configs/mixture.py
-    c.data.encoding_errors = "strict"  # invalid UTF-8: strict (error) | replace | skip (the file)
+    c.data.encoding_errors = "strict"  # invalid UTF-8: strict (error) | replace | skip (file, row)
     c.data.gitignore = True  # in directories, skip files listed in .gitignore
     c.data.max_file_bytes = 0  # in directories, skip larger files; 0 = no limit
     c.data.max_bytes = 0  # maximum training text per source; 0 = no limit

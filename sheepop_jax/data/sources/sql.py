@@ -64,7 +64,7 @@ class Sql:
         self.num_bytes = 0
         self._database, self._query, self._column = database, query, text_column
         self._decoder = Decoder(_FIELD, errors)
-        self._raw = False  # whether the server sends text as bytes
+        self._raw = False  # whether the server sends and gets bytes as Latin-1
 
     def signature(self) -> str:
         """See `documents.Corpus`; "" for a server, whose rows may change unnoticed.
@@ -95,24 +95,31 @@ class Sql:
                 connected = True
                 stack.callback(self._decoder.report)
                 self._accept_any_bytes(connection)
-                result = connection.execution_options(**options).exec_driver_sql(self._query)
+                query = self._query.encode().decode("latin-1") if self._raw else self._query
+                result = connection.execution_options(**options).exec_driver_sql(query)
                 stack.callback(result.close)
                 if not result.returns_rows:
                     expected = "a query that returns rows, such as SELECT"
                     raise InputError("data.query", self._query, expected)
-                column = self._index(list(result.keys()))
+                columns = list(result.keys())
+                if self._raw:
+                    columns = [name.encode("latin-1").decode(errors="replace") for name in columns]
+                column = self._index(columns)
                 for number, row in enumerate(result, start=1):
                     yield Document(f"row {number}", self._text(number, row[column]))
         except DBAPIError as error:
             raise self._explain(error, connected) from error
 
     def _accept_any_bytes(self, connection: "Connection") -> None:
-        """Lets PostgreSQL send text that is not UTF-8; only SQL_ASCII databases can hold it."""
+        """Lets PostgreSQL send text that is not UTF-8; only SQL_ASCII databases can hold it.
+
+        Those convert nothing, so that Latin-1, in which a character is a byte, carries any bytes.
+        """
         if self._decoder.errors == "strict" or isinstance(self._database, Path):
             return
         self._raw = connection.exec_driver_sql("SHOW server_encoding").scalar() == "SQL_ASCII"
         if self._raw:
-            connection.exec_driver_sql("SET client_encoding TO 'SQL_ASCII'")
+            connection.exec_driver_sql("SET client_encoding TO 'LATIN1'")
 
     def _index(self, columns: list[str]) -> int:
         if self._column not in columns:
@@ -125,7 +132,9 @@ class Sql:
     def _text(self, number: int, value: object) -> Iterator[str]:
         if value is None:
             raise SkipDocument("rows without text")
-        if isinstance(value, bytearray) or (self._raw and isinstance(value, bytes)):
+        if self._raw and isinstance(value, str):
+            value = bytearray(value, "latin-1")
+        if isinstance(value, bytearray):
             value = self._decoder.text(f"row {number}", bytes(value))
         if not isinstance(value, str):
             got = f"{self._column} (row {number} holds {type(value).__name__})"
