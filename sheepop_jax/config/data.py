@@ -62,10 +62,6 @@ def inner_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
-def _real_path(path: str) -> str:
-    return os.path.realpath(os.path.expanduser(path.strip()))
-
-
 class Part(NamedTuple):
     """One source of a mixture; a corpus without a mixture has one part."""
 
@@ -136,8 +132,6 @@ class DataConfig(Section):
             self.require(self.path != "", "val_path", '"" unless data.path is set')
             ruled_out = source in ("sql", "stdlib", "hub")
             self.require(not ruled_out, "val_path", f'"" with data.source={source}')
-            same = _real_path(self.val_path) == _real_path(self.path)
-            self.require(not same, "val_path", "other files than data.path")
 
     def _check_mixture(self) -> None:
         for name, fields in self.mixture.items():
@@ -159,10 +153,10 @@ class DataConfig(Section):
                 raise InputError(f"{where}.weight", fields["weight"], "a positive finite number")
         weights = {name: float(fields["weight"]) for name, fields in self.mixture.items()}
         total = sum(weights.values())
-        for name, weight in weights.items():
-            if not 0 < weight / total:  # the sum is infinite, or this weight vanishes in it
-                where = f"data.mixture.{name}.weight"
-                raise InputError(where, weight, f"a share of the sum of the weights, {total:g}")
+        if total > sys.float_info.max:
+            largest = max(weights, key=lambda name: weights[name])
+            where = f"data.mixture.{largest}.weight"
+            raise InputError(where, weights[largest], "weights whose sum is finite")
         for part in self.parts:  # building a part validates it
             if part.config.resolved_source == "stdlib" and part.config.source == "auto":
                 expected = "a path, a name or source=stdlib"

@@ -188,6 +188,11 @@ class TestValPath:
         found = read(root / "c.jsonl", val_path=str(root / "v.jsonl"), text_column="body")
         assert [row[1:] for row in found] == [("six", True), ("three", False)]
 
+    def test_the_same_path_is_refused_by_its_name(self, root, corpus_of):
+        for same in (f"{root}/a.txt", f"{root}/d/../a.txt "):
+            with pytest.raises(InputError, match=r"^data\.val_path: .*other files than data\.path"):
+                corpus_of(root / "a.txt", val_path=same)
+
     def test_errors_name_it(self, root, corpus_of, read):
         with pytest.raises(InputError, match=r"^data\.val_path: .*an existing.*data\.val_path=PA"):
             corpus_of(root, val_path="missing")

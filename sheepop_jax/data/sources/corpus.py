@@ -43,6 +43,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     training = _open_path(config, "data.path", config.path)
     if not config.val_path:
         return training
+    if _real_path(config.val_path) == _real_path(config.path):
+        # Each document would count as a copy of a validation document.
+        raise InputError("data.val_path", config.val_path, "other files than data.path")
     return _WithValidation(training, _open_path(config, "data.val_path", config.val_path))
 
 
@@ -74,6 +77,10 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
             return open_table(table, field, spec, column, join_rows, walk, errors)
         case other:
             raise ValueError(f"no such source: {other!r}")
+
+
+def _real_path(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path.strip()))
 
 
 def _refuse_pages(field: str, named: list[str]) -> None:

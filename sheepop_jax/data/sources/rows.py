@@ -21,11 +21,13 @@ REPAIR = "`data.encoding_errors=replace` or `data.encoding_errors=skip`"
 class Decoder:
     """Decodes the texts of rows that may not be valid UTF-8, and counts the changes."""
 
-    def __init__(self, field: str, errors: str):
+    def __init__(self, field: str, errors: str, hint: str = ""):
         """Args:
         field: the configuration field of the source, for messages.
         errors: "strict", "replace" or "skip", as in `data.encoding_errors`.
+        hint: what else to do about invalid text.
         """
+        self._hint = ", or ".join(filter(None, (hint, REPAIR)))
         self.errors = errors
         self._field = field
         self._replaced = self._skipped = 0
@@ -50,7 +52,7 @@ class Decoder:
                 self._skipped += 1
                 raise SkipDocument("rows that are not UTF-8") from None
             where = f"byte 0x{value[error.start]:02x} at offset {error.start} is not UTF-8"
-            raise InputError(self._field, f"{name} ({where})", "UTF-8 text", REPAIR) from None
+            raise InputError(self._field, f"{name} ({where})", "UTF-8 text", self._hint) from None
 
     def report(self) -> None:
         """Logs the changes since the last report."""

@@ -3,6 +3,7 @@
 Text is kept exactly; CSV cells are always strings, never parsed as numbers or missing values.
 """
 
+import codecs
 import csv
 import itertools
 import json
@@ -48,6 +49,7 @@ _EXPECTED = {
     "parquet": "a parquet file",
 }
 _CSV_ROWS = 1000  # rows per chunk; small chunks are slow
+_CONVERT = "iconv -f WINDOWS-1252 -t UTF-8 FILE (or its other encoding)"
 _AS_TEXT = "`data.source=files` to read the file as plain text"
 
 
@@ -83,7 +85,9 @@ class Table:
         return signature_of((Path(place) for _, place in self.items), options)
 
     def __iter__(self) -> Iterator[Document]:
-        decoder = Decoder(self.field, self.encoding_errors)
+        # Spreadsheets write CSV in the encoding of their system.
+        convert = _CONVERT if self.kind in ("csv", "quoted_tsv") else ""
+        decoder = Decoder(self.field, self.encoding_errors, convert)
         joined = self.value if self.join_rows else ""
         return rows_to_documents(self._rows(), self.column, decoder, joined)
 
@@ -241,6 +245,8 @@ def _csv_texts(path: str, column: str, quoted_tsv: bool) -> Iterator[object]:
     }
     # Read apart, since pandas renames the second column of a name.
     with open_file(Path(path)) as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # type: ignore[attr-defined]
+            raise ValueError("UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it")
         header = pandas.read_csv(file, header=None, nrows=1, **options).iloc[0].tolist()
     at: int | None = None
     with open_file(Path(path)) as file, pandas.read_csv(file, chunksize=_CSV_ROWS, **options) as t:

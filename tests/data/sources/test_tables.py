@@ -210,6 +210,7 @@ class TestBadBytes:
             where = "line 2: byte 0xe9" if kind == "json" else f"a.{kind}#1 (byte 0xe9 at offset 3"
             assert message.startswith("data.path: ") and where in message
             assert "`data.encoding_errors=replace` or `data.encoding_errors=skip`" in message
+            assert (kind == "csv") == ("try iconv -f WINDOWS-1252 -t UTF-8 FILE" in message)
 
     @KINDS
     def test_replaced_and_counted(self, tmp_path, kind, caplog):
@@ -401,6 +402,7 @@ def test_a_broken_line_of_json_is_named(tmp_path, content, said, compress, suffi
         ("a.csv", b"id,text\n1,hello, all\n2,you, too\n", r"more cells than the header"),
         ("a.csv", b'id,text\n1,"a\n', r"EOF inside string"),
         ("a.csv", b"", r"No columns"),
+        ("a.csv", "id,text\n1,a\n".encode("utf-16"), r"iconv -f UTF-16 -t UTF-8"),
         ("a.json.gz", b"plain", r"a\.json\.gz \(Not a gzipped file"),
         ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-30], r"a\.json\.gz \("),
     ],
