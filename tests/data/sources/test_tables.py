@@ -511,6 +511,12 @@ class TestWeb:
         assert message.startswith(f"data.path: got '{url}/{name} (") and said in message
         assert message.endswith("the network, or downloading it and passing its path")
 
+    def test_secrets_are_not_part_of_a_name(self, tmp_path, url):
+        write_json(tmp_path / "a.jsonl", ["one"])
+        shown = f"{url}/a.jsonl?token=\u2026"
+        assert read("json", f"{url}/a.jsonl?token=s3cret") == [(f"{shown}#0", "one")]
+        assert read("json", f"{url}/a.jsonl?token=s3cret", join_rows=True) == [(shown, "one\n")]
+
     def test_other_schemes(self, tmp_path):
         assert texts_of("csv", f"file://{write_csv(tmp_path / 'a.csv')}") == TEXTS
         assert re.search(r"got 'no://x \(.*no.*\)'; expected a file", refusal("csv", "no://x"))
