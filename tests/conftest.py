@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -169,7 +168,6 @@ def run_program(
     monkeypatch.setattr(StopSignal, "install", lambda self: self)
 
     def run(program: str, words: list[str]) -> tuple[Any, str, str, BaseException | None]:
-        sys.modules.pop("config_config", None)  # ml_collections': a later file would inherit it
         capsys.readouterr()
         error = None
         try:

@@ -1,16 +1,25 @@
 """Every field: there, typed, bounded. A bad value of each field is in test_errors.py."""
 
 import dataclasses
+import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import base
 from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig
-from sheepop_jax.config.loading import PRESETS, load_config
+from sheepop_jax.config.loading import (
+    PRESETS,
+    default_workdir,
+    load_config,
+    load_saved_config,
+)
 from sheepop_jax.config.schema import Config
+from sheepop_jax.config.suggestions import ALIASES, suggest
 from sheepop_jax.errors import InputError
 
 
@@ -98,12 +107,54 @@ def test_a_missing_field_is_named(name):
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("model.d_modle", "model.d_model"), ("trian", "train"), ("optimizer.lr", "one of name")],
+    [
+        ("model.d_modle", "model.d_model"),
+        ("trian", "train"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("optimizer.foo", "one of name"),
+    ],
 )
 def test_an_unknown_field_is_refused_with_the_nearest_known_one(name, near):
     error = refused(with_value(name, 3))
     assert error.field == name
     assert error.hint.startswith(near)
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        # By another library's name, wherever it was typed.
+        ("train.lr", "`optimizer.learning_rate`"),
+        ("n_layer", "`model.num_layers`"),
+        ("model.num-hidden-layers", "`model.num_layers`"),
+        ("model.block_size", "`data.seq_len` and `model.max_seq_len`"),
+        ("train.per_device_train_batch_size", "`train.batch_size`, over all devices"),
+        ("out_dir", "`workdir`"),
+        ("compile", "leaving it out: every step is compiled"),
+        # In another section, misspelled, or both.
+        ("train.d_model", "`model.d_model`"),
+        ("learning_rate", "`optimizer.learning_rate`"),
+        ("modle.dropuot", "`model.dropout`"),
+        ("optimizer.nam", "`optimizer.name`"),
+        ("model", "one of its fields, such as `model.activation`"),
+        # Nothing is better than a wrong field; `name` is in two sections.
+        ("train.name", ""),
+        ("model.vocab", ""),
+        ("num_workers", ""),
+        ("train.x", ""),
+    ],
+)
+def test_the_suggestion_for_an_unknown_field(typed, hint):
+    assert suggest(typed, flat(base.get_config())) == hint
+
+
+def test_every_alias_names_a_field_and_is_none():
+    fields = flat(base.get_config()).keys()
+    last_parts = {name.rpartition(".")[2] for name in fields}
+    for alias, target in ALIASES.items():
+        named = re.findall("`([^`]+)`", target) or ([] if " " in target else [target])
+        assert set(named) <= {*fields, "workdir"}, alias
+        assert alias not in last_parts and alias == alias.lower()
 
 
 @pytest.mark.parametrize("section", ["model", "data", "train"])
@@ -420,6 +471,57 @@ def test_a_named_table_is_never_read_as_text_unasked(preset, path, assigned, ref
         load_config(preset, words)
     assert (error.value.field, error.value.got) == ("data.path", "rows.csv")
     assert "`data.source=files`" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "directory"),
+    [
+        ("quickstart", [], "quickstart"),
+        ("configs/quickstart.py", ["train.num_steps=9"], "quickstart"),
+        ("quickstart", ["data.path=/x/my_texts/"], "quickstart-my_texts"),
+        ("quickstart", ["data.path=play.txt.gz"], "quickstart-play"),
+        ("quickstart", ["data.path=a.txt, b/c d.txt"], "quickstart-a-c_d"),
+        ("quickstart", ["data.path=texts/*.txt"], "quickstart-texts"),
+        ("quickstart", ["data.path=https://host/x.parquet?a=b"], "quickstart-x"),
+        ("tinystories", ["data.name=./copy/"], "tinystories-copy"),
+        ("shakespeare_char", ["data.path=/x/tinyshakespeare.txt"], "shakespeare_char"),
+        ("shakespeare_char", ["data.path="], "shakespeare_char-stdlib"),
+        ("quickstart", [f"data.path={'x' * 300}"], "quickstart-" + "x" * 40),
+    ],
+)
+def test_the_default_run_directory_is_that_of_the_text(name, words, directory, request):
+    named = str(request.config.rootpath / name) if "/" in name else name
+    assert default_workdir(named, load_config(named, words)) == Path("runs") / directory
+
+
+def test_a_run_on_this_text_in_the_plain_directory_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine, other = (load_config("quickstart", [f"data.path={name}"]) for name in "ab")
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/config.json").write_text(json.dumps({"config": mine.to_dict()}))
+    assert default_workdir("quickstart", mine) == Path("runs/quickstart")
+    assert default_workdir("quickstart", other) == Path("runs/quickstart-b")
+
+
+def test_a_saved_configuration_is_loaded_with_overrides(tmp_path):
+    mixture = {"a": {"weight": 1, "path": "a/"}, "b": {"weight": 3.0, "name": "n"}}
+    values = with_value("data.mixture", mixture)
+    (tmp_path / "config.json").write_text(json.dumps({"config": values}))
+    assert load_saved_config(tmp_path) == Config.from_dict(values)
+    changed = load_saved_config(tmp_path, ["optimizer.b1=0.5", "data.mixture.a.weight=2"])
+    assert (changed.optimizer.b1, changed.data.mixture["a"]["weight"]) == (0.5, 2)
+    assert changed.optimizer.b2 == values["optimizer"]["b2"]
+
+
+def test_a_config_file_may_be_anywhere(tmp_path):
+    """A colon separates a file from its argument in ml_collections."""
+    (tmp_path / "a: b").mkdir()
+    path = tmp_path / "a: b" / "mine.py"
+    path.write_text(
+        "from configs import base\n\n\ndef get_config():\n    return base.get_config()\n"
+    )
+    assert load_config(str(path), ["seed=3"]).seed == 3
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine.py"]
 
 
 @pytest.mark.parametrize("preset", sorted({p.stem for p in PRESETS.glob("*.py")} - {"mixture"}))

@@ -4,12 +4,14 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from sheepop_jax.config.loading import load_config
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.model.transformer import Transformer
@@ -69,14 +71,28 @@ def test_a_train_step_under_eval_shape(name):
     assert metrics.loss.shape == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "vocab_size", "millions"),
-    [("base", 50257, 44.6), ("gpt2_124m", 50257, 123.6), ("tinystories", 8192, 10.2)],
-)
-def test_parameter_counts_in_the_documents(name, vocab_size, millions):
-    config = load(name)
+def counts_in_the_documents():
+    """(preset, overrides, millions as written) of each count in the tables of configuration.md."""
+    page = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
+    shown = [(n, "", m) for n, m in re.findall(r"^\| `(\w+)` \| .*? ([\d.]+)M ", page, re.M)]
+    more = r"^\| `(\w+)` with ([\d.]+)M parameters \| `(.*)` \|"
+    return shown + [(n, words, m) for n, m, words in re.findall(more, page, re.M)]
+
+
+def test_most_presets_and_some_changes_have_a_count():
+    assert {name for name, words, _ in counts_in_the_documents() if not words} == {
+        *("base", "quickstart", "shakespeare_char", "tinystories", "gpt2_124m")
+    }
+    assert len(counts_in_the_documents()) >= 8
+
+
+@pytest.mark.parametrize(("name", "words", "millions"), counts_in_the_documents())
+def test_parameter_counts_in_the_documents(name, words, millions):
+    """As `plan` counts them."""
+    config = load_config(name, [word.removeprefix("--config.") for word in words.split()])
+    vocab_size = config.data.vocab_size if config.data.tokenizer == "bpe" else 65  # of Shakespeare
     model = Transformer(config.model, vocab_size)
     params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    padding = -vocab_size % 128 * config.model.d_model
-    count = sum(leaf.size for leaf in jax.tree.leaves(params)) - padding
-    assert round(count / 1e6, 1) == millions
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    digits = len(millions.partition(".")[2])
+    assert f"{count / 1e6:.{digits}f}" == millions

@@ -259,6 +259,8 @@ CONFIGURATION = [
     unknown("checkpoint.save_evry", "--config.checkpoint.save_every"),
     unknown("mesh.dta", "--config.mesh.data"),
     unknown("modle.d_model", "--config.model.d_model"),
+    unknown("train.lr", "--config.optimizer.learning_rate"),
+    unknown("out_dir", "--workdir"),
     unknown("zzzzzz", "configs/base.py"),
     unknown("model", "--config.model."),
     set_("model.a\nb=3", "--config.model.a\nb", "3"),
@@ -319,6 +321,7 @@ CONFIGURATION = [
     Row("train", "--workdir {root}/text.txt", "--workdir", "text.txt"),
     Row("train", "--workdir {root}/text.txt/x", "--workdir", "text.txt/x"),
     Row("train", ["--workdir", "{root}/w\udce9"], "--workdir", r"\udce9", "UTF-8"),
+    Row("train", ["--workdir", ""], "", "--workdir: got ''"),
     # A workdir that holds another run.
     Row(
         "train",
@@ -326,6 +329,14 @@ CONFIGURATION = [
         "{run}",
         "model.d_ff 40 -> 48",
         hint="--workdir",
+    ),
+    *(
+        Row("train", f"--workdir {{run}} --config.{name}={new}", "{run}", got, hint="--workdir")
+        for name, new, got in [
+            ("data.path", "", "text.txt -> unset"),  # the standard library
+            ("data.val_fraction", "0.2", "data.val_fraction 0.1 -> 0.2"),
+            ("data.tokenizer", "bpe", "data.tokenizer char -> bpe"),
+        ]
     ),
     Row("train", "--workdir {run} --config.seed=1", "{run}", "seed 42 -> 1", hint="--workdir"),
     # What only the tokenizer can tell: the prompt of the samples in the log.
@@ -354,6 +365,8 @@ def opened(damage: Callable[[Path], object], *parts: Any) -> Row:
 CHECKPOINTS, CONFIG = "{run}/checkpoints", "{run}/config.json"
 SAMPLING = [
     # Which run.
+    Row("sample", ["--ckpt", ""], "", "--ckpt: got ''"),
+    asked(["--prompt_file", ""], "", "--prompt_file: got ''"),
     Row("sample", "", "", "--ckpt"),
     Row("sample", "--chkpt x", "", "--ckpt"),
     Row("sample", "--ckpt {root}/rnu", "--ckpt", "rnu", "run directory", "run"),

@@ -68,5 +68,7 @@ def test_every_command_starts(place: Path) -> None:
 
 def test_a_preset_trains_and_samples(place: Path) -> None:
     run(place, "sheepop-jax", "train", "--config", "quickstart", *TINY)
-    sampled = run(place, "sheepop-jax", "sample", "--ckpt", "runs/quickstart", "--prompt", "line")
+    sampled = run(
+        place, "sheepop-jax", "sample", "--ckpt", "runs/quickstart-text", "--prompt", "line"
+    )
     assert sampled.stdout.startswith("line")

@@ -8,13 +8,16 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sheepop_jax.checkpoint import workdir
 from sheepop_jax.cli import sample
+from sheepop_jax.cli import train as train_command
 from sheepop_jax.config import loading
-from sheepop_jax.config.loading import load_config
+from sheepop_jax.config.loading import load_config, load_saved_config
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import platform
@@ -85,10 +88,54 @@ def test_a_command_has_known_flags_and_fields(shown: str, monkeypatch: pytest.Mo
     if isinstance(parsed, tuple):
         flags, fields = parsed
         try:
-            load_config(flags.config, fields)
+            load_config(flags.config or "base", fields)  # without one: that of a run
         except InputError as error:
             shown = any(f"error: {error.field}: got" in path.read_text() for path in documents())
             assert shown or (error.field != "config" and "a field of" not in error.expected), error
+
+
+def recipe() -> list[list[str]]:
+    """The commands of `make train`, as words."""
+    makefile = (ROOT / "Makefile").read_text()
+    found = re.search(r"^train:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert found
+    return [shlex.split(line)[1:] for line in found[1].splitlines()]
+
+
+def test_commands_copied_in_order_into_one_directory_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `make train`: no run is mistaken for that of another command, and each one is there.
+
+    Nothing is trained: a run is its configuration.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    saved = lambda run: SimpleNamespace(config=load_saved_config(run))  # noqa: E731
+    monkeypatch.setattr(workdir, "open_run", saved)
+    shown = [(words[0], words[1:]) for words in recipe()]
+    pages = ("README.md", "docs/getting-started.md", "docs/data.md", "docs/configuration.md")
+    for page in pages:
+        shown += commands((ROOT / page).read_text(encoding="utf-8"))
+    trained = 0
+    for program, words in shown:
+        if program == "train.py":
+            flags, fields = train_command.parse(words)
+            try:
+                config, directory = train_command.choose(flags, fields)
+            except InputError as error:
+                assert "a field of" in error.expected  # the documents show one
+                continue
+            workdir.check_run(directory, config)
+            path = directory / "config.json"
+            if path.exists():
+                assert load_saved_config(directory).data == config.data, words
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"config": config.to_dict()}))
+            trained += 1
+        elif "--ckpt" in words:
+            assert load_saved_config(words[words.index("--ckpt") + 1])
+    assert trained > 8
 
 
 SMALL = {**TINY, "data.tokenizer": "bpe", "data.vocab_size": 280, "model.max_seq_len": 256}
@@ -132,11 +179,8 @@ def test_the_recipe_of_make_train_runs(
     """Small, and on the run that README's programs trained."""
     monkeypatch.chdir(from_python[0])
     [run] = Path("runs").iterdir()
-    recipe = re.search(r"^train:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert recipe
     done = []
-    for line in recipe[1].splitlines():
-        program, *words = shlex.split(line)[1:]
+    for program, *words in recipe():
         words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
         if program == "train.py":
             fields = {**SMALL, "data.path": "text.txt", "data.cache_dir": "cache"}

@@ -24,6 +24,7 @@ from sheepop_jax.runtime import platform
 from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training.signals import StopSignal
 from tests.faults.harness import (
+    CHANGED,
     FINISHED_BEFORE,
     ROOT,
     SAVED,
@@ -158,6 +159,43 @@ def test_a_signal_saves_and_exits_with_75_and_meanwhile_the_run_is_locked(texts,
     [saved] = SAVED.findall(rest)
     assert int(saved) >= 50 and (tmp_path / "checkpoints" / f"{int(saved):08d}").is_dir()
     assert "Traceback" not in rest
+
+
+def test_a_run_resumes_with_its_own_configuration(copy, texts, call):
+    """Flags change it for good; a configuration named again changes it back, and says so."""
+
+    def saved():
+        return json.loads((copy / "config.json").read_text())["config"]
+
+    first = saved()
+    for words in (["--config.train.log_every=3"], []):
+        result = call(train.main, "--workdir", copy, *words)
+        assert result.returncode == 0 and FINISHED_BEFORE.search(result.stderr), result.stderr
+        assert saved() == {**first, "train": {**first["train"], "log_every": 3}}
+        assert CHANGED.findall(result.stderr) == ["train.log_every"] * len(words)
+    result = call(train.main, *train_words(texts, copy))
+    assert CHANGED.findall(result.stderr) == ["train.log_every"]
+    assert result.stderr.index("changed since") < result.stderr.index("data: ")
+    assert saved() == first
+
+
+def test_without_a_configuration_there_must_be_a_run(tmp_path, call):
+    assert "--workdir" in only_error(call(train.main), "--config: ")
+    refused = call(train.main, "--workdir", tmp_path / "new")
+    assert "--config" in only_error(refused, "--workdir: ")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "config.json").write_text("[]")
+    only_error(call(train.main, "--workdir", tmp_path), tmp_path / "config.json")
+
+
+def test_debug_ends_with_the_traceback_and_the_same_exit_code(tmp_path, call):
+    words = ["--config", "base", "--config.model.d_model=3", "--workdir", tmp_path / "new"]
+    result = call(train.main, *words, "--debug")
+    assert (result.returncode, result.stdout) == (2, "")
+    *above, raised, last = result.stderr.splitlines()
+    assert "Traceback (most recent call last):" in above
+    assert raised.startswith("sheepop_jax.errors.InputError: ")
+    assert last.startswith("error: model.num_heads: ")
 
 
 def test_another_run_in_the_same_directory_is_refused(trained, texts, call):

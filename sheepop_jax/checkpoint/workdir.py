@@ -46,10 +46,26 @@ def check_run(directory: Path, config: Config) -> None:
     fixed -= set(SAME_NUMBERS)
     if config.train.sequences_per_update == saved.train.sequences_per_update:
         fixed -= {"train.batch_size", "train.grad_accum_steps"}  # same windows per update
+    fixed |= _certainly_other_data(saved, config) & changes.keys()
     if fixed:
         changed = ", ".join(f"{name} {changes[name]}" for name in sorted(fixed))
         expected = "the configuration of the existing run"
         raise InputError(str(directory), changed, expected, "another `workdir`")
+    for name in sorted(changes):
+        log.info("changed since the run started: %s %s", name, changes[name])
+
+
+def _certainly_other_data(saved: Config, config: Config) -> set[str]:
+    """The fields whose change gives other data, known without reading the text.
+
+    Otherwise `create_run` decides: the same text may have moved to another path.
+    """
+    fields = {"data.val_split", "data.val_fraction"}
+    if (saved.data.resolved_source == "stdlib") != (config.data.resolved_source == "stdlib"):
+        fields |= {"data.source", "data.path", "data.name"}
+    if {saved.data.tokenizer, config.data.tokenizer} == {"bpe", "char"}:
+        fields.add("data.tokenizer")
+    return fields
 
 
 def create_run(directory: Path, config: Config, data: PreparedData) -> None:
@@ -69,8 +85,6 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
             why = ", ".join([*said, difference(run.data_identity, data.identity)])
             expected = "the data of the existing run"
             raise InputError(str(directory), f"other data ({why})", expected, "another `workdir`")
-        for name in sorted(changes):
-            log.info("changed since the run started: %s %s", name, changes[name])
     else:
         (directory / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
         fault_point("config-write")

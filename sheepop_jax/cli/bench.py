@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sheepop_jax.cli.common import Parser, checked_step, command
+from sheepop_jax.cli.common import Parser, checked_step, command, path_argument
 from sheepop_jax.errors import InputError
 
 DESCRIPTION = "Measure tokens/s and time to first token with and without the key/value cache."
@@ -37,7 +37,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--new_tokens", type=int, default=64, metavar="N", help="tokens per prompt (default 64)")
     add("--repeats", type=int, default=3, metavar="N", help="timed runs per median (default 3)")
-    add("--out", metavar="DIR", help="directory for the JSON file and the plot (default RUN/bench)")
+    add(
+        "--out",
+        type=path_argument,
+        metavar="DIR",
+        help="directory for the JSON file and the plot (default RUN/bench)",
+    )
     parser.add_debug()
     return parser.parse_args(argv)
 

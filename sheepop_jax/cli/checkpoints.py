@@ -19,7 +19,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the flags."""
     parser = Parser("checkpoints", DESCRIPTION, EPILOG)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="RUN", help="run directory")
+    parser.add_ckpt()
     add(
         "--verify",
         action="store_true",

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Collection, Iterator
 from typing import NoReturn
 
@@ -38,20 +39,27 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def add_config(self) -> None:
+    def add_config(self, required: bool = True) -> None:
         """Adds `--config`; `parse_with_overrides` collects the field overrides."""
         text = "config file, e.g. configs/base.py, or preset name, e.g. quickstart"
-        self.add_argument("--config", required=True, metavar="FILE", help=text)
+        if not required:
+            text += " (default: the configuration saved in --workdir)"
+        self.add_argument("--config", required=required, metavar="FILE", help=text)
 
     def add_run(self) -> None:
         """Adds the flags that select a run and how its model is loaded."""
         add = self.add_argument
-        add("--ckpt", required=True, metavar="RUN", help="run directory written by train.py")
+        self.add_ckpt()
         add("--step", default="latest", help="checkpoint: latest (default), best or a step number")
         add("--context", type=int, metavar="N", help="default: model.max_seq_len of the run")
         add("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
         add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
         add("--quantize", choices=("int8",), help="quantize the weights (default: off)")
+
+    def add_ckpt(self) -> None:
+        """Adds `--ckpt`."""
+        text = "run directory written by train.py"
+        self.add_argument("--ckpt", required=True, type=path_argument, metavar="RUN", help=text)
 
     def add_debug(self) -> None:
         """Adds `--debug`."""
@@ -72,6 +80,13 @@ class Parser(argparse.ArgumentParser):
         line = " ".join(message.split())  # an argument may contain line breaks
         print(f"error: {line}; try --help", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+
+
+def path_argument(text: str) -> str:
+    """The type of flags that hold a path; rejects an empty one, such as of an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("got ''; expected a path")
+    return text
 
 
 def checked_step(step: str) -> str | int:
@@ -120,8 +135,10 @@ def command(flags: argparse.Namespace) -> Iterator[None]:
         sys.exit(0)
     except Exception as error:
         line = _explained(error, set(vars(flags)))
-        if debug or not line:
+        if not line:
             raise
+        if debug:
+            traceback.print_exc()
         print(f"error: {line}", file=sys.stderr)
         bad_input = isinstance(error, InputError | ModuleNotFoundError)
         sys.exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)

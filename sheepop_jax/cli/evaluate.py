@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from sheepop_jax.cli.common import Parser, checked_step, command
+from sheepop_jax.cli.common import Parser, checked_step, command, path_argument
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import read_text
 
@@ -22,7 +22,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("evaluate", DESCRIPTION, EPILOG)
     parser.add_run()
     add = parser.add_argument
-    add("--data", metavar="FILE", help="text file (default: the validation split of the run)")
+    add(
+        "--data",
+        type=path_argument,
+        metavar="FILE",
+        help="text file (default: the validation split of the run)",
+    )
     add(
         "--overlap",
         type=int,

@@ -11,6 +11,7 @@ from sheepop_jax.cli.common import (
     checked_step,
     command,
     leave_on_interrupt,
+    path_argument,
     print_text,
 )
 from sheepop_jax.errors import InputError
@@ -50,7 +51,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_run()
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="prompt text; repeatable")
-    add("--prompt_file", metavar="FILE", help="read a prompt from a file; - for stdin")
+    add(
+        "--prompt_file",
+        type=path_argument,
+        metavar="FILE",
+        help="read a prompt from a file; - for stdin",
+    )
     add(
         "--max_new_tokens",
         type=int,

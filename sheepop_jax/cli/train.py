@@ -2,20 +2,28 @@
 
 import argparse
 import functools
+import logging
 import sys
 from pathlib import Path
 
-from sheepop_jax.cli.common import Parser, command
+from sheepop_jax.cli.common import Parser, command, path_argument
+from sheepop_jax.config.schema import Config
+from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 EPILOG = """\
 examples:
   python train.py --config configs/quickstart.py
   python train.py --config configs/quickstart.py --config.data.path=my_texts/ --workdir runs/mine
-  python train.py --config configs/base.py --config.train.num_steps=1000 --config.model.dropout=0
+  python train.py --workdir runs/mine
+  python train.py --workdir runs/mine --config.train.num_steps=3000
 
 Every field of configs/base.py can be set as --config.section.field=value. If the workdir contains a
-run, training resumes from its latest checkpoint. Config files are executed: run only trusted ones.
+run, training resumes from its latest checkpoint. Without --config, it uses the configuration saved
+there, changed by the flags; with --config, it uses that configuration and logs each difference.
+Config files are executed: run only trusted ones.
 
 Multi-process training uses one process per host or per GPU. SLURM and Open MPI are detected
 automatically; on Cloud TPU, set --coordinator_address auto; elsewhere, set --coordinator_address,
@@ -29,8 +37,13 @@ again to resume), 130 or 143 stopped immediately by a second signal"""
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses the flags and the configuration overrides."""
     parser = Parser("train.py", "Train a decoder-only language model from raw text.", EPILOG)
-    parser.add_config()
-    parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/NAME)")
+    parser.add_config(required=False)
+    parser.add_argument(
+        "--workdir",
+        type=path_argument,
+        metavar="DIR",
+        help="run directory (default: runs/CONFIG, or runs/CONFIG-TEXT for a text of your own)",
+    )
     parser.add_argument(
         "--coordinator_address",
         metavar="HOST:PORT",
@@ -51,10 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         member = distributed.DistributedConfig(
             flags.coordinator_address, flags.num_processes, flags.process_id
         )
-        from sheepop_jax.config.loading import load_config
-
-        config = load_config(flags.config, overrides)
-        workdir = flags.workdir or Path("runs") / Path(flags.config).stem
+        config, workdir = choose(flags, overrides)
         from sheepop_jax.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 
         stop = StopSignal().install()
@@ -62,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
         connect = functools.partial(distributed.initialize, member)
         machine = platform.prepare(config.train.platform, connect)
+        if flags.config is None:
+            log.info("configuration: the one saved in %s", workdir)
+        if flags.workdir is None:
+            log.info("run directory: %s", workdir)
         from sheepop_jax.pipeline import train
 
         try:
@@ -74,3 +88,16 @@ def main(argv: list[str] | None = None) -> int:
         if distributed.is_main_process():
             print(f"{workdir}: {shown or 'no metrics: the run is past its last step'}")
     return 0
+
+
+def choose(flags: argparse.Namespace, overrides: list[str]) -> tuple[Config, Path]:
+    """Returns the configuration and the run directory."""
+    from sheepop_jax.config.loading import default_workdir, load_config, load_saved_config
+
+    if flags.config is not None:
+        config = load_config(flags.config, overrides)
+        return config, Path(flags.workdir or default_workdir(flags.config, config))
+    if flags.workdir is None:
+        expected = "a config file or a preset, or the `workdir` of a run to resume"
+        raise InputError("config", "nothing", expected, "--config quickstart")
+    return load_saved_config(flags.workdir, overrides), Path(flags.workdir)

@@ -1,9 +1,12 @@
-"""Configuration loading: a config file or preset plus field overrides."""
+"""Configuration loading: a config file, preset or saved run, plus field overrides."""
 
-import difflib
+import json
 import os
+import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from absl import flags as absl_flags
@@ -17,6 +20,7 @@ from sheepop_jax.config.data import (
     inner_suffix,
 )
 from sheepop_jax.config.schema import Config
+from sheepop_jax.config.suggestions import suggest
 from sheepop_jax.errors import InputError
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout and in an installation
@@ -33,19 +37,72 @@ def load_config(name: str, assignments: Sequence[str] = ()) -> Config:
     Raises:
         InputError: the file or a field is invalid.
     """
-    path = _find(name)
-    plain = _run(path)
+    return _with_overrides(_run(_find(name)), assignments)
+
+
+def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Config:
+    """Loads the configuration saved in a run directory, applies overrides, and validates it.
+
+    Raises:
+        InputError: the directory contains no run, or the file or a field is invalid.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        expected = "the directory of an existing run, or `config` for a new run"
+        raise InputError("workdir", str(run), expected, "--config quickstart")
+    try:
+        values = ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise InputError(str(path), got, "a valid run configuration") from None
+    return _with_overrides(values, assignments)
+
+
+def default_workdir(name: str, config: Config) -> Path:
+    """The run directory of a configuration: runs/NAME, or runs/NAME-TEXT for another text.
+
+    A text is another one if its file or dataset is not the one that the config file itself names.
+    An existing run of this text in runs/NAME is kept.
+
+    Args:
+        name: the config file or preset.
+        config: the configuration, with overrides.
+    """
+    directory = Path("runs") / Path(name).stem
+    data, own = config.data, _run(_find(name)).data
+    if Path(data.path or data.name).name == Path(own.path or own.name).name:
+        return directory
+    if (directory / "config.json").is_file():
+        saved = load_saved_config(directory).data
+        if (saved.path, saved.name) == (data.path, data.name):
+            return directory
+    return directory.with_name(f"{directory.name}-{_text_name(data)}")
+
+
+def _text_name(data: DataConfig) -> str:
+    """A short name for a text, from the names of its files or its dataset."""
+    names = []
+    for item in filter(None, map(str.strip, (data.path or data.name).split(","))):
+        path = Path(item.partition("?")[0]).absolute()
+        # The part before the suffix; a glob such as texts/*.txt has none, but its directory does.
+        parts = (re.sub(r"[^\w-]+", "_", p.name.partition(".")[0]) for p in (path, path.parent))
+        names.append(next((part for part in parts if part.strip("_")), ""))
+    return "-".join(filter(None, names))[:40] or "stdlib"
+
+
+def _with_overrides(plain: ConfigDict, assignments: Sequence[str]) -> Config:
     values = dict(_flatten(plain))
     assigned = dict(assignment.split("=", 1) for assignment in assignments)
     for field, value in assigned.items():
         if field not in values:
-            raise InputError(field, value, "a field of the configuration", _hint(field, values))
+            hint = suggest(field, values) or "one of the fields in configs/base.py"
+            raise InputError(field, value, "a field of the configuration", hint)
     try:
-        config = Config.from_dict(_load(path, assignments))
+        config = Config.from_dict(_assign(plain, assignments))
     except (absl_flags.Error, ValueError, TypeError):
         for field, value in assigned.items():  # find the invalid one
             try:
-                _load(path, [f"{field}={value}"])
+                _assign(plain, [f"{field}={value}"])
             except (absl_flags.Error, ValueError, TypeError):
                 kind = type(values[field])
                 expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
@@ -69,37 +126,26 @@ def _find(name: str) -> str:
     return name
 
 
-def _load(path: str, assignments: Sequence[str]) -> ConfigDict:
-    values = absl_flags.FlagValues()
-    argv = ["program", f"--config={path}", *(f"--config.{word}" for word in assignments)]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    values(argv)
+def _assign(plain: ConfigDict, assignments: Sequence[str]) -> ConfigDict:
+    """Returns a copy with overrides, parsed by the type of each field."""
+    flags = absl_flags.FlagValues()
+    argv = ["program", *(f"--config.{word}" for word in assignments)]
+    copy = plain.copy_and_resolve_references()
+    holder = config_flags.DEFINE_config_dict("config", copy, flag_values=flags, sys_argv=argv)
+    flags(argv)
     return holder.value
 
 
 def _run(path: str) -> ConfigDict:
     """Executes a config file. It is a program, so any exception becomes an InputError."""
     try:
-        plain = _load(path, [])
+        plain = SimpleNamespace(**runpy.run_path(path, run_name="config")).get_config()
         if not isinstance(plain, ConfigDict):
             raise TypeError(f"get_config() returned {plain!r}, not a ConfigDict")
     except (Exception, SystemExit) as error:
-        cause: BaseException | None = error
-        if isinstance(error, absl_flags.Error):  # absl wraps it, with a traceback as text
-            while cause and (cause is error or "Traceback (most" in str(cause)):
-                cause = cause.__context__
-        got = f"{type(cause).__name__}: {cause}" if cause else "it failed"
+        got = f"{type(error).__name__}: {error}"
         raise InputError("config", path, f"a file with a working get_config() ({got})") from error
     return plain
-
-
-def _hint(field: str, values: dict[str, object]) -> str:
-    """Suggests a replacement for an unknown field."""
-    inside = [name for name in values if name.startswith(f"{field}.")]
-    if inside:
-        return f"one of its fields, such as `{inside[0]}`"
-    near = difflib.get_close_matches(field, values, n=1)
-    return f"`{near[0]}`" if near else "one of the fields in configs/base.py"
 
 
 def _check_tables(config: DataConfig) -> None:

@@ -5,7 +5,6 @@ returns a complete, valid configuration.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, cast, get_origin, get_type_hints
@@ -227,8 +226,10 @@ def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"{prefix}{near[0]}" if near else "one of " + ", ".join(names)
+            from sheepop_jax.config.suggestions import suggest  # lazy: only for errors
+
+            near = suggest(f"{prefix}{key}", _names(Config, "")).replace("`", "")  # not a flag
+            hint = near or "one of " + ", ".join(names)
             raise InputError(f"{prefix}{key}", "an unknown field", "a known field", hint)
     built: dict[str, Any] = {}
     for name in names:
@@ -255,6 +256,16 @@ def _masked(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _masked(inner) for name, inner in value.items()}
     return masked(value) if isinstance(value, str) else value
+
+
+def _names(cls: type, prefix: str) -> list[str]:
+    """The dotted names of all fields and sections."""
+    found = []
+    for field in dataclasses.fields(cls):
+        found.append(f"{prefix}{field.name}")
+        if dataclasses.is_dataclass(kind := get_type_hints(cls)[field.name]):
+            found += _names(cast(type, kind), f"{prefix}{field.name}.")
+    return found
 
 
 def _plain(value: Any) -> Any:
