@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.transformer import Transformer, init_params
 from sheepop_jax.runtime import devices, platform, xla_flags
 
 FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
@@ -46,11 +49,23 @@ print(json.dumps({
     "errors": errors,
     "checks": checks,
     "machine": [machine.platform, machine.device_count, machine.peak_flops, machine.device_memory],
-    "threefry": jax.config.jax_threefry_partitionable,
+    "settings": {name: getattr(jax.config, name, value) for name, value in platform.PINNED.items()},
     "cache": jax.config.jax_compilation_cache_dir,
     "off": float(np.abs(found - (rows.astype(np.float64) ** 2).sum(-1)).max()),
 }))
 """
+
+
+PINNED = {  # of another value than `platform.PINNED`
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "3",
+    "JAX_ENABLE_CUSTOM_PRNG": "1",
+    "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +77,8 @@ def fresh(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "XDG_CACHE_HOME": str(cache),
         "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+        **PINNED,
     }
     result = subprocess.run(
         [sys.executable, "-c", FRESH],
@@ -71,7 +88,8 @@ def fresh(tmp_path_factory):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout) | {"wanted_cache": cache / "sheepop_jax" / "xla"}
+    more = {"wanted_cache": cache / "sheepop_jax" / "xla", "stderr": result.stderr}
+    return json.loads(result.stdout) | more
 
 
 def test_the_known_wrong_case_comes_out_right_in_a_fresh_process(fresh):
@@ -114,9 +132,32 @@ def test_the_users_flags_are_kept_and_win(monkeypatch):
 def test_what_prepare_settles_in_a_fresh_process(fresh):
     assert fresh["checks"] == ["checked"]
     assert fresh["machine"] == ["cpu", 2, 6.0, 5.0]
-    assert fresh["threefry"] is True
     assert fresh["cache"] == str(fresh["wanted_cache"])
     assert fresh["wanted_cache"].is_dir()
+
+
+def test_the_environment_changes_no_types_and_no_random_numbers(fresh):
+    assert fresh["settings"] == platform.PINNED
+    warned = re.findall(r"^(JAX_\w+)=(\S+)", fresh["stderr"], re.MULTILINE)
+    assert {name for name, _ in warned} == {*PINNED, "JAX_DEFAULT_MATMUL_PRECISION"}
+
+
+def test_parameters_are_fp32_with_x64(small_config):
+    with jax.enable_x64(True):
+        model = Transformer(small_config.model, 11)
+        params = jax.eval_shape(lambda: init_params(model, 0))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_an_unavailable_platform_of_the_environment_is_named(prepare, monkeypatch):
+    def missing():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", missing)
+    with pytest.raises(InputError) as caught:
+        prepare()
+    assert (caught.value.field, caught.value.got) == ("JAX_PLATFORMS", "cpu")
+    assert "no cpu backend" in caught.value.expected and "JAX_PLATFORMS" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda"])

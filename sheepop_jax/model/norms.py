@@ -30,8 +30,8 @@ class LayerNorm(nn.Module):
             nn.with_logical_partitioning(init, ("embed",))
             for init in (nn.initializers.ones, nn.initializers.zeros)
         )
-        scale_D = self.param("scale", ones, x.shape[-1:])
-        bias_D = self.param("bias", zeros, x.shape[-1:])
+        scale_D = self.param("scale", ones, x.shape[-1:], jnp.float32)
+        bias_D = self.param("bias", zeros, x.shape[-1:], jnp.float32)
         return layer_norm(x, scale_D, bias_D, self.epsilon, self.dtype)
 
 

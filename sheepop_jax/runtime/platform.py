@@ -20,6 +20,27 @@ log = logging.getLogger(__name__)
 
 USER_ENVIRONMENT = dict(os.environ)  # before `prepare` adds XLA flags
 
+# Settings of JAX that would change types, random numbers or which programs are valid. A run has its
+# own, so that it can be resumed and sampled in any environment.
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,  # random numbers independent of sharding
+    "jax_random_seed_offset": 0,
+    "jax_enable_custom_prng": False,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+# Settings left to the user, with their effect.
+REPORTED = {
+    "jax_default_matmul_precision": "matrix products have another precision",
+    "jax_debug_nans": "a non-finite value ends the run instead of skipping the update",
+    "jax_debug_infs": "a non-finite value ends the run instead of skipping the update",
+    "jax_disable_jit": "nothing is compiled",
+    "jax_disable_most_optimizations": "compiled programs are slow",
+}
+
 
 def prepare(platform: str = "auto", connect: Callable[[], None] = lambda: None) -> Runtime:
     """Configures and starts JAX, and on a CPU checks that it computes correct numbers.
@@ -43,7 +64,7 @@ def prepare(platform: str = "auto", connect: Callable[[], None] = lambda: None) 
 
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
-    jax.config.update("jax_threefry_partitionable", True)  # random numbers independent of sharding
+    _settle(jax.config)
     _use_compile_cache(jax)
     connect()
     try:
@@ -51,7 +72,12 @@ def prepare(platform: str = "auto", connect: Callable[[], None] = lambda: None) 
     # An installed backend that fails raises RuntimeError; a missing backend raises a bare
     # AssertionError in jax 0.12.
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0] or f"no {platform} backend is installed"
+        chosen = jax.config.jax_platforms or jax.config.jax_platform_name
+        reason = str(error).partition("\n")[0] or f"no {chosen} backend is installed"
+        if platform == "auto" and chosen:
+            variable = "JAX_PLATFORMS" if jax.config.jax_platforms else "JAX_PLATFORM_NAME"
+            expected = f"a platform available to JAX ({reason})"
+            raise InputError(variable, chosen, expected, f"unsetting {variable}") from None
         hint = "auto or ./setup.sh --accelerator" + (" cuda12" if platform == "cuda" else "")
         raise InputError(
             "platform", platform, f"a platform available to JAX ({reason})", hint
@@ -72,6 +98,18 @@ def prepare(platform: str = "auto", connect: Callable[[], None] = lambda: None) 
     of = f", process {jax.process_index()} of {processes}" if processes > 1 else ""
     log.info("jax %s on %d x %s (%s%s)", jax.__version__, count, device.device_kind, found, of)
     return runtime
+
+
+def _settle(config: Any) -> None:
+    """Pins the settings in `PINNED` and reports those in `REPORTED`; versions of JAX lack some."""
+    for name, value in PINNED.items():
+        if getattr(config, name, value) != value:
+            shown = f"{name.upper()}={getattr(config, name)}"
+            log.warning("%s is ignored: runs use %s", shown, value)
+            config.update(name, value)
+    for name, effect in REPORTED.items():
+        if value := getattr(config, name, None):
+            log.warning("%s=%s: %s", name.upper(), value, effect)
 
 
 def check_numbers() -> None:
