@@ -1,20 +1,47 @@
 """File utilities: atomic writes, exclusive locks and SHA-256 checksums."""
 
-import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
 from sheepop_jax.errors import InputError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
 
 def cache_directory() -> Path:
-    """The user's cache directory for this program; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sheepop_jax"
+    """The user's cache directory for this program; it need not exist.
+
+    A user without a home directory, as in a container, has one in the temporary directory.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "sheepop_jax"
+    try:
+        return Path.home() / ".cache" / "sheepop_jax"
+    except RuntimeError:
+        return _temporary_cache()
+
+
+@functools.cache  # logs once
+def _temporary_cache() -> Path:
+    """A cache directory in the temporary directory that only this user can write to."""
+    directory = Path(tempfile.gettempdir()) / f"sheepop_jax-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():
+        directory = Path(tempfile.mkdtemp(prefix="sheepop_jax-"))  # the name is somebody else's
+    log.warning("no home directory: cache in %s; set XDG_CACHE_HOME to keep it", directory)
+    return directory
 
 
 def pending_name(path: Path) -> Path:
@@ -38,11 +65,13 @@ def write_atomic(path: Path, content: str) -> None:
 def try_lock(file: IO[Any]) -> bool:
     """Acquires the exclusive lock of an open file; returns False if another process holds it.
 
-    The kernel releases the lock when the process ends.
+    The kernel releases the lock when the process ends. Without `fcntl`, nothing is locked.
 
     Raises:
         OSError: the file system does not support locks.
     """
+    if fcntl is None:
+        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

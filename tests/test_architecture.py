@@ -222,6 +222,32 @@ print(json.dumps([sorted(name.removeprefix("sheepop_jax.") for name in code), so
     assert not heavy & set(libraries)
 
 
+def test_every_module_imports_without_what_only_linux_has() -> None:
+    """In a new process: our imports of these modules fail, and Linux's functions are gone."""
+    program = """
+import builtins, importlib, os, pkgutil, sys
+missing = {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
+real = builtins.__import__
+def guarded(name, globals=None, *rest):
+    if name in missing and (globals or {}).get("__name__", "").startswith("sheepop_jax"):
+        raise ModuleNotFoundError(name=name)
+    return real(name, globals, *rest)
+import jax, numpy, ctypes, sheepop_jax
+builtins.__import__ = guarded
+for name in ("sched_getaffinity", "getuid", "posix_fadvise"):
+    delattr(os, name)
+for module in pkgutil.walk_packages(sheepop_jax.__path__, "sheepop_jax."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from sheepop_jax.files import try_lock
+print(try_lock(sys.stdin))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
+
+
 @pytest.mark.parametrize("package", sorted((ROOT / PACKAGE).rglob("__init__.py")), ids=str)
 def test_packages_hold_no_code(package: Path) -> None:
     """So that importing one module loads no other."""

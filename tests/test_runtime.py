@@ -2,16 +2,19 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from sheepop_jax import files
 from sheepop_jax.errors import InputError
 from sheepop_jax.model.transformer import Transformer, init_params
 from sheepop_jax.runtime import devices, platform, xla_flags
@@ -27,6 +30,7 @@ ALL_VERSIONS = [
 FRESH = """
 import json
 from sheepop_jax.runtime import devices, platform
+from sheepop_jax import files
 from sheepop_jax.errors import InputError
 from jax.extend import backend
 
@@ -175,6 +179,30 @@ def prepare(monkeypatch):
     monkeypatch.setattr(platform.allocator, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(platform, "check_numbers", lambda: None)
     return platform.prepare
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_user_without_a_home_has_a_temporary_cache(taken, tmp_path, monkeypatch, caplog):
+    """A user id without a passwd entry; `taken`: the name is another user's."""
+
+    def no_entry(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = tmp_path / f"sheepop_jax-{os.getuid()}"
+    if taken:
+        own.symlink_to(tmp_path)
+    files._temporary_cache.cache_clear()
+    directory = files.cache_directory()
+    assert files.cache_directory() == directory and directory.parent == tmp_path
+    assert (directory == own) is not taken
+    assert directory.stat().st_mode & 0o777 == 0o700
+    [message] = caplog.messages
+    assert str(directory) in message and "XDG_CACHE_HOME" in message
+    files._temporary_cache.cache_clear()
 
 
 def test_dtypes_by_platform(caplog):

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +157,10 @@ def _path(directory: Path, entry: dict[str, Any]) -> Path:
 
 def _allow_open_files(count: int) -> None:
     """Raises the open-file limit: 1024 in most shells, which a 40 GB corpus would reach."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 256  # for the rest of the program
     if hard != resource.RLIM_INFINITY:
