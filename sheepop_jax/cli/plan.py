@@ -18,6 +18,8 @@ plan is for the devices of this machine. docs/scaling.md explains the estimates.
 examples:
   python -m sheepop_jax plan --config configs/base.py
   python -m sheepop_jax plan --config configs/gpt2_124m.py --devices 32 --device "TPU v5p"
+  python -m sheepop_jax plan --config base --device "RTX 2060" --device_memory 6e9
+  python -m sheepop_jax plan --config base --device mine --device_memory 12e9 --device_flops 100e12
   python -m sheepop_jax plan --config configs/base.py --device H100 --json"""
 
 _CHARACTERS = 256  # vocabulary assumed for a `char` tokenizer, which depends on the text
@@ -30,6 +32,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--devices", type=int, metavar="N", help="default: all of this machine; 1 with --device")
     add("--device", metavar="KIND", help="H100, TPU v5p, cpu, … (default: of this machine)")
+    add("--device_memory", type=float, metavar="BYTES", help="of one device, for any --device")
+    add("--device_flops", type=float, metavar="X", help="peak FLOP/s of one device, dense bf16")
     add("--vocab_size", type=int, metavar="V", help="vocabulary size (default: data.vocab_size)")
     add(
         "--mfu",
@@ -61,6 +65,12 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
         value = getattr(flags, name)
         if value is not None and not 1 <= value < 2**31:
             raise InputError(f"{name}", value, "at least 1 and below 2**31")
+    for name in ("device_memory", "device_flops"):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < 1e30:
+            raise InputError(name, value, "a positive finite number", "12e9 for 12 GB")
+        if value is not None and not flags.device:
+            raise InputError(name, value, "nothing without `device`", "--device NAME, any name")
     if not 0 < flags.mfu <= 1:
         raise InputError("mfu", flags.mfu, "a number in (0, 1]")
     from sheepop_jax.config.loading import load_config
@@ -69,7 +79,9 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
     from sheepop_jax.runtime import devices, platform
 
     if flags.device:
-        machine = devices.hypothetical(flags.device, flags.devices or 1)
+        machine = devices.hypothetical(
+            flags.device, flags.devices or 1, flags.device_memory, flags.device_flops
+        )
     else:
         machine = platform.prepare(config.train.platform)
         if flags.devices:

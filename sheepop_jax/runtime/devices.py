@@ -30,8 +30,34 @@ DEVICES = (
     ("V100S-PCIE-32GB", 16.4e12, 32e9),
     ("V100", 15.7e12, 16e9),
     ("T4", 8.1e12, 16e9),
+    # GeForce: the peak with fp32 accumulation, half of that with fp16. NVIDIA's whitepapers on GA102,
+    # Ada and RTX Blackwell list it for the large cards. It is twice the fp32 peak, that is 4 FLOPs
+    # per CUDA core and boost clock, which gives it for the others. Of two memory sizes, the smaller.
+    ("RTX 5090", 210e12, 32e9),
+    ("RTX 5080", 113e12, 16e9),
+    ("RTX 5070 Ti", 88e12, 16e9),
+    ("RTX 5070", 62e12, 12e9),
+    ("RTX 5060 Ti", 47.4e12, 8e9),
+    ("RTX 5060", 38.4e12, 8e9),
+    ("RTX 4090 D", 147e12, 24e9),
     ("RTX 4090", 165e12, 24e9),
+    ("RTX 4080 SUPER", 104e12, 16e9),
+    ("RTX 4080", 97e12, 16e9),
+    ("RTX 4070 Ti SUPER", 88e12, 16e9),
+    ("RTX 4070 Ti", 80e12, 12e9),
+    ("RTX 4070 SUPER", 71e12, 12e9),
+    ("RTX 4070", 58.3e12, 12e9),
+    ("RTX 4060 Ti", 44.1e12, 8e9),
+    ("RTX 4060", 30.2e12, 8e9),
+    ("RTX 3090 Ti", 80e12, 24e9),
     ("RTX 3090", 71e12, 24e9),
+    ("RTX 3080 Ti", 68e12, 12e9),
+    ("RTX 3080", 59.5e12, 10e9),
+    ("RTX 3070 Ti", 43.5e12, 8e9),
+    ("RTX 3070", 40.6e12, 8e9),
+    ("RTX 3060 Ti", 32.4e12, 8e9),
+    ("RTX 3060", 25.5e12, 12e9),
+    ("RTX 3050", 18.2e12, 8e9),
     ("TPU v6", 918e12, 32e9),
     ("TPU v5p", 459e12, 95e9),
     ("TPU v5 lite", 197e12, 16e9),
@@ -44,11 +70,14 @@ DEVICES = (
 
 # NVIDIA GPUs older than Ampere: XLA computes bf16 in fp32, and cuDNN has no flash attention.
 AMPERE = 8.0  # compute capability
-BEFORE_AMPERE = ("V100", "V100S-PCIE-32GB", "T4")
+BEFORE_AMPERE = ("V100", "V100S-PCIE-32GB", "T4", "P100", "TITAN RTX", "RTX 2060", "RTX 2070")
+BEFORE_AMPERE += ("RTX 2080", "GTX 1660", "GTX 1650", "GTX 1080", "GTX 1070", "GTX 1060")
 
 
 def known_figures(device_kind: str) -> tuple[float, float]:
     """Returns peak FLOP/s and memory in bytes of one device; zeros if unknown."""
+    if "Laptop" in device_kind:  # a smaller chip by the name of the desktop card
+        return 0.0, 0.0
     found = ((peak, memory) for name, peak, memory in DEVICES if _is_in(name, device_kind))
     return next(found, (0.0, 0.0))
 
@@ -107,18 +136,29 @@ class Runtime:
         return jnp.dtype(name)
 
 
-def hypothetical(device_kind: str, count: int) -> Runtime:
-    """Describes a machine with `count` devices of a kind in `DEVICES`, without accessing it.
+def hypothetical(
+    device_kind: str, count: int, memory: float | None = None, flops: float | None = None
+) -> Runtime:
+    """Describes a machine with `count` devices, without accessing it.
+
+    Args:
+        device_kind: "cpu", a kind in `DEVICES`, or with `memory` any other.
+        count: number of devices.
+        memory: bytes of memory of one device; None takes the value in `DEVICES`.
+        flops: peak matmul FLOP/s of one device; None takes the value in `DEVICES`, or 0.
 
     Raises:
-        InputError: the kind is neither in `DEVICES` nor "cpu".
+        InputError: the kind is neither in `DEVICES` nor "cpu", and its memory is not given.
     """
     known = {name.lower(): name for name, _, _ in DEVICES} | {"cpu": "cpu"}
     device_kind = known.get(device_kind.lower(), device_kind)
-    peak, memory = known_figures(device_kind)
-    if not peak and device_kind != "cpu":
+    known_peak, known_memory = known_figures(device_kind)
+    peak = known_peak if flops is None else flops
+    memory = known_memory if memory is None else memory
+    if not memory and device_kind != "cpu":
         names = ", ".join(name for name, _, _ in DEVICES)
-        raise InputError("device", device_kind, f"cpu or one of {names}")
-    platform = "cpu" if not peak else "tpu" if "TPU" in device_kind else "cuda"
+        hint = "`device_memory` and `device_flops` for another one"
+        raise InputError("device", device_kind, f"cpu or one of {names}", hint)
+    platform = "cpu" if device_kind == "cpu" else "tpu" if "TPU" in device_kind else "cuda"
     ampere = not any(_is_in(name, device_kind) for name in BEFORE_AMPERE)
     return Runtime(platform, device_kind, count, peak * count, memory, ampere)

@@ -64,6 +64,15 @@ def test_the_vocabulary_is_the_configurations_unless_given(capsys, tmp_path):
     assert found["parameters"] == COUNT - (50304 - 128) * 768
 
 
+def test_a_device_of_any_name(capsys):
+    words = ("--device", "my card", "--devices", "2", "--device_memory", "12e9")
+    found = planned(capsys, *words, "--device_flops", "100e12")
+    assert (found["device_memory"], found["peak_flops"]) == (12e9, 200e12)
+    assert found["seconds"] == pytest.approx(found["flops"] / (0.4 * 200e12), rel=1e-12)
+    assert planned(capsys, *words)["seconds"] is None  # its memory alone
+    assert planned(capsys, "--device", "H100", "--device_memory", "96e9")["peak_flops"] == 989e12
+
+
 def test_a_device_may_be_written_small(capsys):
     large, small = (planned(capsys, "--device", kind) for kind in ("TPU v5p", "tpu V5P"))
     assert small == large
@@ -111,6 +120,16 @@ def test_as_a_person_reads_it(capsys):
     ("words", "said"),
     [
         (["--device", "X100"], "--device: got 'X100'; expected cpu or one of GH200, H200"),
+        (
+            ["--device", "my card", "--device_flops", "1e12"],
+            "try --device_memory and --device_flops",
+        ),
+        (["--device", "x", "--device_memory", "-1"], "--device_memory: got -1.0"),
+        (["--device", "x", "--device_memory", "nan"], "--device_memory: got nan"),
+        (
+            ["--device_memory", "12e9"],
+            "--device_memory: got 12000000000.0; expected nothing without",
+        ),
         (["--device", "H100", "--devices", "0"], "--devices: got 0"),
         (["--device", "H100", "--devices", "5"], "train.batch_size: got 32"),
         (["--device", "H100", "--config.mesh.data=3"], "mesh: got"),
@@ -135,6 +154,10 @@ def test_known_devices():
         peak, memory = devices.known_figures(f"NVIDIA {name} 80GB HBM3")
         assert (peak, memory) == devices.DEVICES[i][1:]
         assert 8e12 < peak < 1e16 and 8e9 <= memory < 400e9
+    assert devices.known_figures("NVIDIA GeForce RTX 4070 Ti SUPER") == (88e12, 16e9)
+    assert devices.known_figures("NVIDIA GeForce RTX 4090 Laptop GPU") == (0, 0)
+    assert not devices.hypothetical("RTX 2060", 1, 6e9).ampere
+    assert devices.hypothetical("RTX 3060", 1).ampere
     machine = devices.hypothetical("TPU v5p", 4)
     assert (machine.platform, machine.peak_flops) == ("tpu", 4 * 459e12)
     assert machine.with_devices(6).peak_flops == 6 * 459e12
