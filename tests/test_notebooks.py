@@ -1,7 +1,12 @@
 """Both notebooks, run from the first cell to the last on a CPU, small, in an empty directory."""
 
+import importlib.metadata
 import os
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nbformat
 import pytest
@@ -37,6 +42,61 @@ def test_outputs_are_cleared(path: Path) -> None:
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             assert (cell.outputs, cell.execution_count) == ([], None)
+
+
+def setup_functions(path: Path) -> dict[str, Any]:
+    """The functions of the setup cell; nothing is cloned or installed."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    [setup] = [source for source in cells if "def find_checkout" in source]
+    names: dict[str, Any] = {"Path": Path}
+    exec(setup.partition("\ncheckout = find_checkout()")[0], names)
+    return names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_an_installation_is_no_checkout(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """site-packages holds the package and the configurations."""
+    for folder in ("site/sheepop_jax", "site/configs", "code/sheepop_jax", "code/configs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "site/sheepop_jax/pipeline.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), str(tmp_path / "code")])
+    find = setup_functions(path)["find_checkout"]
+    assert find() is None
+    (tmp_path / "code/requirements").mkdir()
+    assert find() == tmp_path / "code"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_only_what_is_missing_or_too_old_for_the_code_is_installed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = setup_functions(path)["missing"]
+    versions = {"numpy": "2.0.2", "pandas": "2.2.2", "jax": "0.7.2", "flax": "99"}
+
+    def version(name: str) -> str:
+        if name == "zstandard":
+            raise importlib.metadata.PackageNotFoundError
+        return versions.get(name, "99")
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    names = [re.split("[<>=]", text)[0] for text in missing(ROOT)]
+    assert sorted(names) == ["jax", "zstandard"]
+
+
+def test_one_variable_keeps_the_run_on_a_drive(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = nbformat.read(ROOT / "notebooks/train_and_sample.ipynb", as_version=4).cells
+    [settings] = [cell.source for cell in cells if "\nDRIVE = " in cell.source]
+    mounted: list[str] = []
+    colab = SimpleNamespace(drive=SimpleNamespace(mount=mounted.append))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    for typed, runs in (("", Path("work").absolute()), ("a", Path("/content/drive/MyDrive/a"))):
+        names: dict[str, Any] = {}
+        exec(settings.replace('DRIVE = ""', f'DRIVE = "{typed}"'), names)
+        assert names["RUNS"] == runs
+    assert mounted == ["/content/drive"]
 
 
 def small_checkout(folder: Path) -> None:

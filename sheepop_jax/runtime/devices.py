@@ -30,9 +30,10 @@ DEVICES = (
     ("V100S-PCIE-32GB", 16.4e12, 32e9),
     ("V100", 15.7e12, 16e9),
     ("T4", 8.1e12, 16e9),
-    # GeForce: the peak with fp32 accumulation, half of that with fp16. NVIDIA's whitepapers on GA102,
-    # Ada and RTX Blackwell list it for the large cards. It is twice the fp32 peak, that is 4 FLOPs
-    # per CUDA core and boost clock, which gives it for the others. Of two memory sizes, the smaller.
+    # GeForce: the peak with fp32 accumulation, half of that with fp16. NVIDIA's whitepapers on
+    # GA102, Ada and RTX Blackwell list it for the large cards. It is twice the fp32 peak: 4 FLOPs
+    # per CUDA core and cycle of the boost clock. The others follow from this and NVIDIA's product
+    # pages. Of two memory sizes, the smaller.
     ("RTX 5090", 210e12, 32e9),
     ("RTX 5080", 113e12, 16e9),
     ("RTX 5070 Ti", 88e12, 16e9),
