@@ -18,6 +18,7 @@ from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.step import init_state, make_train_step
 
+DOCS = Path(__file__).parent.parent / "docs"
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
@@ -72,9 +73,11 @@ def test_a_train_step_under_eval_shape(name):
 
 
 def counts_in_the_documents():
-    """(preset, overrides, millions as written) of each count in the tables of configuration.md."""
-    page = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
+    """(preset, overrides, millions as written) of each count in the tables of the documents."""
+    page = (DOCS / "configuration.md").read_text()
     shown = [(n, "", m) for n, m in re.findall(r"^\| `(\w+)` \| .*? ([\d.]+)M ", page, re.M)]
+    started = (DOCS / "getting-started.md").read_text()
+    shown += [(n, "", m) for n, m in re.findall(r"^\| `(\w+)` \| ([\d.]+)M \|", started, re.M)]
     more = r"^\| `(\w+)` with ([\d.]+)M parameters \| `(.*)` \|"
     return shown + [(n, words, m) for n, m, words in re.findall(more, page, re.M)]
 
@@ -83,7 +86,7 @@ def test_most_presets_and_some_changes_have_a_count():
     assert {name for name, words, _ in counts_in_the_documents() if not words} == {
         *("base", "quickstart", "shakespeare_char", "tinystories", "gpt2_124m")
     }
-    assert len(counts_in_the_documents()) >= 8
+    assert len(counts_in_the_documents()) >= 11
 
 
 @pytest.mark.parametrize(("name", "words", "millions"), counts_in_the_documents())
