@@ -367,6 +367,9 @@ SAMPLING = [
     # Which run.
     Row("sample", ["--ckpt", ""], "", "--ckpt: got ''"),
     asked(["--prompt_file", ""], "", "--prompt_file: got ''"),
+    Row("tools", ["checkpoints", "--ckpt", ""], "", "--ckpt: got ''"),
+    Row("tools", ["evaluate", "--ckpt", "{run}", "--data", ""], "", "--data: got ''"),
+    Row("tools", ["bench", "--ckpt", "{run}", "--out", ""], "", "--out: got ''"),
     Row("sample", "", "", "--ckpt"),
     Row("sample", "--chkpt x", "", "--ckpt"),
     Row("sample", "--ckpt {root}/rnu", "--ckpt", "rnu", "run directory", "run"),
