@@ -14,8 +14,10 @@ from sheepop_jax.errors import InputError
 
 try:
     import fcntl
+
+    HAS_LOCKS = True
 except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    HAS_LOCKS = False
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def try_lock(file: IO[Any]) -> bool:
     Raises:
         OSError: the file system does not support locks.
     """
-    if fcntl is None:
+    if not HAS_LOCKS:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

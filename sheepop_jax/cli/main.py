@@ -22,6 +22,7 @@ commands:
 
 examples:
   sheepop-jax train --config quickstart
+  sheepop-jax train --workdir runs/quickstart --config.train.num_steps=3000
   sheepop-jax sample --ckpt runs/quickstart --prompt "def main"
   sheepop-jax plan --config gpt2_124m --devices 8 --device H100
 

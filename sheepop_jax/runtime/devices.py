@@ -71,8 +71,10 @@ DEVICES = (
 
 # NVIDIA GPUs older than Ampere: XLA computes bf16 in fp32, and cuDNN has no flash attention.
 AMPERE = 8.0  # compute capability
-BEFORE_AMPERE = ("V100", "V100S-PCIE-32GB", "T4", "P100", "TITAN RTX", "RTX 2060", "RTX 2070")
-BEFORE_AMPERE += ("RTX 2080", "GTX 1660", "GTX 1650", "GTX 1080", "GTX 1070", "GTX 1060")
+BEFORE_AMPERE = (
+    *("V100", "V100S-PCIE-32GB", "P100", "T4", "TITAN RTX", "RTX 2060", "RTX 2070", "RTX 2080"),
+    *("GTX 1060", "GTX 1070", "GTX 1080", "GTX 1650", "GTX 1660"),
+)
 
 
 def known_figures(device_kind: str) -> tuple[float, float]:
