@@ -10,11 +10,12 @@ import jax
 from jax.sharding import Mesh
 
 from sheepop_jax.checkpoint.storage import wait_for_all
+from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.checkpoint.workdir import WorkdirLock, check_run, create_run
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.preprocess.prepare import prepare
-from sheepop_jax.data.shards import PreparedData, open_shards
+from sheepop_jax.data.shards import FORMAT, PreparedData, format_of, open_shards
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import Evaluator
 from sheepop_jax.generation.preview import Preview
@@ -114,7 +115,7 @@ def _locked(directory: Path, config: Config) -> Iterator[None]:
 
 def _prepare_data(config: Config, directory: Path, stop: StopSignal) -> PreparedData:
     """Prepares the token shards, checks the sample prompt and creates the run directory."""
-    data = _shards(config, stop)
+    data = _shards(config, directory, stop)
     stop.check()
     if config.train.sample_tokens:
         Preview.check(config, data.tokenizer)
@@ -122,18 +123,21 @@ def _prepare_data(config: Config, directory: Path, stop: StopSignal) -> Prepared
     return data
 
 
-def _shards(config: Config, stop: StopSignal) -> PreparedData:
+def _shards(config: Config, directory: Path, stop: StopSignal) -> PreparedData:
     """Prepares the shards in process 0; the other processes wait, and open them.
 
     They wait at a barrier, since a collective operation would time out after half an hour.
     """
+    format = FORMAT
+    if (directory / "config.json").exists():
+        format = format_of(open_run(directory).data_identity)
     if distributed.count() == 1:
-        return prepare(config.data, stop.check)
+        return prepare(config.data, stop.check, format)
     data: PreparedData | None = None
     failure: InputError | None = None
     if distributed.is_main_process():
         try:
-            data = prepare(config.data, stop.check)
+            data = prepare(config.data, stop.check, format)
         except InputError as error:
             failure = error
     try:

@@ -89,7 +89,7 @@ class Run:
         """
         # Lazy: sampling needs no data, and these imports load every source.
         from sheepop_jax.data.preprocess.prepare import prepare
-        from sheepop_jax.data.shards import open_shards
+        from sheepop_jax.data.shards import format_of, open_shards
 
         hint = "'evaluate --data FILE' on a text file"
         with contextlib.suppress(InputError):
@@ -97,7 +97,7 @@ class Run:
             if _text_of(data.identity) == _text_of(self.data_identity):
                 return data
         try:
-            data = prepare(self.config.data)
+            data = prepare(self.config.data, format=format_of(self.data_identity))
         except InputError as error:
             raise InputError(
                 f"{self.directory}: validation text",

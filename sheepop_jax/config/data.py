@@ -102,7 +102,7 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         self.one_of("source", "auto", *SOURCES)
         self.one_of("encoding_errors", "strict", "replace", "skip")
-        self.one_of("val_split", "auto", "source", "document", "tail")
+        self.one_of("val_split", "auto", "source", "document", "tail", "tails")
         self.one_of("packing", "stream", "one_per_window")
         self.at_least(1, "seq_len", "tokenizer_sample_bytes")
         self.at_least(0, "max_file_bytes", "max_bytes", "vocab_size")

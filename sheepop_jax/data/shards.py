@@ -15,7 +15,9 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.files import read_sealed, sealed, sha256_of_file
 
 SIDES = ("train", "validation")
-FORMAT = 2  # incremented when the same text would produce different files
+# Incremented when the same text would produce different files. An existing run keeps its own format:
+# up to 2, "auto" splits a few documents by "tail" instead of "tails".
+FORMAT = 3
 _HASH_BYTES = 2**30  # shards up to this size are hashed on every open: 1 s at most
 
 
@@ -49,9 +51,19 @@ class PreparedData:
         return sum(len(stream) for stream in self.train)
 
     @property
+    def restores_training_text(self) -> bool:
+        """Whether decoding restores the training text."""
+        return all(unit.get("train", {}).get("lossless", True) for unit in self.manifest["units"])
+
+    @property
     def lossless(self) -> bool:
-        """Whether decoding restores the text; otherwise bits per byte are not comparable."""
+        """Whether decoding restores the validation text; otherwise bits per byte mean nothing."""
         return bool(self.manifest.get("lossless", True))  # absent in older manifests
+
+
+def format_of(identity: dict[str, Any]) -> int:
+    """The format of the shards with an identity; formats before 3 are not part of it."""
+    return int(identity.get("format", 2))
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
@@ -92,6 +104,7 @@ def open_shards(directory: Path) -> PreparedData:
         hashes = "".join(entry["sha256"] for _, _, entry in entries)
         identity = {
             "source": manifest["source"],
+            **({"format": manifest["format"]} if manifest["format"] > 2 else {}),
             "split": manifest["split"],
             "weights": weights,
             "tokenizer": manifest["tokenizer"],

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sheepop_jax.data.tokenizer import Tokenizer, split_text
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 
 _BATCH_CHARS = 2**20  # characters encoded at a time
@@ -105,28 +105,37 @@ class Piece(NamedTuple):
     text: str
     is_val: bool
     begins: bool  # whether it starts a document
+    context: str = ""  # the text before it that affects its ids (`Tokenizer.pieces`)
 
 
-def encode_pieces(
-    tokenizer: Tokenizer, pieces: Iterable[Piece]
-) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
-    """Yields batches of pieces with their [training, validation] tokens [n] int32, in order.
+class EncodedBatch(NamedTuple):
+    """Pieces in order, and their tokens."""
+
+    pieces: list[Piece]
+    sides: list[np.ndarray]  # training and validation tokens [n] int32
+    restored: list[bool]  # of each side: whether decoding restores its text
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[EncodedBatch]:
+    """Encodes pieces, in batches.
 
     Each document is preceded by end-of-text; the caller appends the final one of a stream. Encoding
     a batch on all cores overlaps with the post-processing of the previous one.
     """
 
-    def encode(batch: list[Piece]) -> tuple[list[Piece], list[np.ndarray]]:
+    def encode(batch: list[Piece]) -> EncodedBatch:
         sides: tuple[list[np.ndarray], list[np.ndarray]] = ([nothing], [nothing])
-        encoded = tokenizer.encode_batch([piece.text for piece in batch])
+        restored = [True, True]
+        encoded = tokenizer.encode_pieces([(piece.context, piece.text) for piece in batch])
         for piece, ids in zip(batch, encoded, strict=True):
             if piece.begins:
                 sides[piece.is_val].append(end_of_text)
             sides[piece.is_val].append(np.fromiter(ids, np.int32, len(ids)))
-        return batch, [np.concatenate(side) for side in sides]
+            restored[piece.is_val] = restored[piece.is_val] and tokenizer.restores(piece.text, ids)
+        return EncodedBatch(batch, [np.concatenate(side) for side in sides], restored)
 
     nothing, end_of_text = np.zeros(0, np.int32), np.array([tokenizer.end_of_text], np.int32)
-    queue: list[Future[tuple[list[Piece], list[np.ndarray]]]] = []
+    queue: list[Future[EncodedBatch]] = []
     with ThreadPoolExecutor(2) as threads:
         for batch in _batches(pieces):
             queue.append(threads.submit(encode, batch))
@@ -152,11 +161,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def encode_text(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """Encodes texts, one document each, into a stream [N] int32."""
     pieces = (
-        Piece(piece, False, index == 0)
+        Piece(piece, False, index == 0, context)
         for text in texts
-        for index, piece in enumerate(split_text([text]))
+        for index, (context, piece) in enumerate(tokenizer.pieces([text]))
     )
-    parts = [tokens for _, (tokens, _) in encode_pieces(tokenizer, pieces)]
+    parts = [batch.sides[0] for batch in encode_pieces(tokenizer, pieces)]
     return np.concatenate([*parts, np.array([tokenizer.end_of_text], np.int32)])
 
 

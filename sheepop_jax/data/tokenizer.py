@@ -1,16 +1,20 @@
 """Tokenization with Hugging Face `tokenizers`.
 
 Every tokenizer is a standard `tokenizer.json` that other programs can load. Special tokens that
-occur in text are encoded as text; only the program inserts end-of-text into a stream.
+occur in text are encoded as text; only the program inserts end-of-text into a stream. A long text
+is encoded in pieces, to the ids of the whole text.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -27,7 +31,17 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>"
 
 # Longest string passed to the library, which uses over 50 bytes per character while encoding.
 _PIECE_CHARS = 2**18
-CUT = re.compile(r"\S(?=[ \n])")  # splitting here does not change the ids
+# A place to split a text: GPT-2's pre-tokenizer always splits there, other tokenizers often do.
+CUT = re.compile(r"\S(?=[ \n])")
+CONTEXT_CHARS = 2**10  # text on each side of a split that decides about the ids near it
+_CUTS_TRIED = 64
+# Longest word to train a BPE on: its time grows with the square of the length. Ordinary text has no
+# run of that many letters, digits, symbols or white space, which are the words of GPT-2.
+_WORD_CHARS = 2**12
+_LONG_WORD = re.compile(
+    "|".join(rf"{kind}{{{_WORD_CHARS},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+_PLAIN_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 class Tokenizer:
@@ -60,12 +74,21 @@ class Tokenizer:
         self._inner = inner
         self.vocab_size = max(ids.values()) + 1
         self.end_of_text = ids[ends[0]]
-        self._characters = _characters_of(inner)
+        content = json.loads(inner.to_str())
+        self._encoder = _without_special(inner, content, ends[0], name)
+        self._characters = _characters_of(content)
+        self._is_byte_level = _is_byte_level(content)
+        self._cuts_at_spaces = self._is_byte_level or self._characters is not None
 
     @property
     def has_fixed_characters(self) -> bool:
         """Whether the vocabulary holds only the characters of the training text."""
         return self._characters is not None
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether decoding restores every text that `encode` accepts, for any text."""
+        return self._cuts_at_spaces
 
     def encode(self, text: str) -> list[int]:
         """Encodes `text` without end-of-text.
@@ -78,11 +101,27 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes each text as `encode` does, on all cores."""
+        return [encoding.ids for encoding in self._encode(texts)]
+
+    def encode_pieces(self, pieces: list[tuple[str, str]]) -> list[list[int]]:
+        """Encodes the (context, text) of `pieces`: the ids of each text after its context."""
+        ids = self.encode_batch([context + text for context, text in pieces])
+        contexts = [context for context, _ in pieces if context]
+        if not contexts:
+            return ids
+        sizes = iter(map(len, self.encode_batch(contexts)))
+        return [
+            whole[next(sizes) :] if context else whole
+            for (context, _), whole in zip(pieces, ids, strict=True)
+        ]
+
+    def _encode(self, texts: list[str], offsets: bool = False) -> list[tokenizers.Encoding]:
         if self._characters is not None:
             for text in texts:
                 self.check(text)
+        encode = self._encoder.encode_batch if offsets else self._encoder.encode_batch_fast
         try:
-            encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+            return encode(texts, add_special_tokens=False)
         except MemoryError:
             raise
         except Exception as error:  # the library's plain Exception, or a lone surrogate: locate it
@@ -90,7 +129,48 @@ class Tokenizer:
                 self.check(text)
             got = f"a tokenizer that cannot encode the text ({error})"
             raise InputError("data.tokenizer", got, "a tokenizer that encodes any text") from error
-        return [encoding.ids for encoding in encoded]
+
+    def pieces(self, texts: Iterable[str], context: str = "") -> Iterator[tuple[str, str]]:
+        """Splits a text into bounded pieces whose ids, in order, are those of the whole text.
+
+        Args:
+            texts: one text, in any pieces.
+            context: the text before it, at most `CONTEXT_CHARS` of it, for `needs_context`.
+
+        Yields:
+            (context, text) for `encode_pieces`.
+        """
+        for text in split_text(texts, self):
+            yield context, text
+            context = (context + text)[-CONTEXT_CHARS:] if self.needs_context else ""
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether a piece of a text is encoded differently from a text of its own."""
+        return not self._cuts_at_spaces
+
+    def find_cut(self, text: str, places: Iterable[int], place: int, after: bool = False) -> int:
+        """The first of `places` where splitting `text` leaves the ids as they are.
+
+        If there is none, as within one long word, the border of two tokens next to `place`: before
+        it, or `after` it. Only text near a place decides, `CONTEXT_CHARS` on each side.
+        """
+        for at in itertools.islice(places, _CUTS_TRIED):
+            if self._cuts_at_spaces:
+                return at
+            left, right = text[max(0, at - CONTEXT_CHARS) : at], text[at : at + CONTEXT_CHARS]
+            before, both = self.encode_batch([left, left + right])
+            if both[: len(before)] == before:
+                return at
+        if self._characters is not None:
+            return place
+        start = max(0, place - CONTEXT_CHARS) if after else 0
+        [encoding] = self._encode([text[start : place + CONTEXT_CHARS]], offsets=True)
+        spans = [(start + first, start + last) for first, last in encoding.offsets]
+        borders = (a for (_, a), (b, _) in itertools.pairwise(spans) if a <= b)
+        if after:
+            return next((border for border in borders if border >= place), len(text))
+        return max((border for border in borders if border <= place), default=place)
 
     def check(self, text: str, name: str = "text", offset: int = 0) -> None:
         """Checks that a text can be encoded.
@@ -135,10 +215,9 @@ class Tokenizer:
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
-    def is_lossless(self, texts: Iterable[str]) -> bool:
-        """Whether encode and decode restore each text, ignoring white space at its ends."""
-        back = ((self.decode(self.encode(text), skip_special=False), text) for text in texts)
-        return all(decoded.strip() == text.strip() for decoded, text in back)
+    def restores(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether decoding `ids` restores `text`, ignoring white space at its ends."""
+        return self.is_lossless or self.decode(ids, skip_special=False).strip() == text.strip()
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`."""
@@ -203,7 +282,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     pieces = (piece for text in texts for piece in split_text([text]))
-    inner.train_from_iterator(pieces, trainer)
+    inner.train_from_iterator(itertools.chain.from_iterable(map(_bounded_words, pieces)), trainer)
     return Tokenizer(inner)
 
 
@@ -225,12 +304,12 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def split_text(texts: Iterable[str]) -> Iterator[str]:
+def split_text(texts: Iterable[str], tokenizer: Tokenizer | None = None) -> Iterator[str]:
     """Re-splits one text, given in any pieces, into bounded pieces that depend on the text alone.
 
-    A cut falls before a space or line break that follows another character. GPT-2's pre-tokenizer
-    always splits there, so the ids equal those of the whole text. If no such place is near (a word
-    of 100,000 characters) the cut falls anywhere; decoding is still exact.
+    A cut falls before a space or line break that follows another character; for a tokenizer, only
+    where its ids stay those of the whole text (`Tokenizer.find_cut`). If no such place is near (a
+    word of 100,000 characters), the cut falls between two tokens, or anywhere without a tokenizer.
     """
     text = ""
     for more in texts:
@@ -238,19 +317,114 @@ def split_text(texts: Iterable[str]) -> Iterator[str]:
         start = 0
         while len(text) - start > _PIECE_CHARS:
             end = start + _PIECE_CHARS
-            for near in CUT.finditer(text, end - _PIECE_CHARS // 4, end):
-                end = near.end()
-            yield text[start:end]
-            start = end
+            first = end - _PIECE_CHARS // 4
+            places = [near.end() - start for near in CUT.finditer(text, first, end)][::-1]
+            if tokenizer is None or (places and not tokenizer.needs_context):
+                size = places[0] if places else _PIECE_CHARS
+            elif len(text) - end > CONTEXT_CHARS:  # else wait for the text that decides
+                around = text[start : end + CONTEXT_CHARS]
+                size = tokenizer.find_cut(around, places, _PIECE_CHARS)
+            else:
+                break
+            yield text[start : start + size]
+            start += size
         text = text[start:]
     yield text
 
 
-def _characters_of(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
+def _bounded_words(text: str) -> Iterator[str]:
+    """Splits a text within words longer than `_WORD_CHARS`."""
+    start = 0
+    longest = max(map(len, text.split()), default=0)
+    if longest > _WORD_CHARS or any(white * _WORD_CHARS in text for white in " \n\t"):
+        for word in _LONG_WORD.finditer(text):
+            for cut in range(word.start() + _WORD_CHARS, word.end(), _WORD_CHARS):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
+
+
+def _without_special(
+    inner: tokenizers.Tokenizer, content: dict[str, Any], end_of_text: str, name: str
+) -> tokenizers.Tokenizer:
+    """A tokenizer with the same ids that no text can make produce a special one.
+
+    A model finds a special token in text if it is an entry of its vocabulary (Unigram, WordLevel,
+    WordPiece) or the result of a merge (BPE). The copy has these entries under names that no text
+    contains: they are random and never stored. Text that says `</s>` becomes other pieces. An
+    unknown word may still become the unknown token, unless that is end-of-text: then it is an error
+    to encode one.
+
+    Raises:
+        InputError: the library does not accept the copy.
+    """
+    model = content["model"]
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    special.add(end_of_text)
+    is_unigram = model["type"] == "Unigram"
+    known = {piece for piece, _ in model["vocab"]} if is_unigram else set(model["vocab"])
+    prefix = model.get("continuing_subword_prefix") or ""
+    if model["type"] == "BPE":
+        made = {left + right.removeprefix(prefix) for left, right in model["merges"]}
+        if model["ignore_merges"]:
+            made = known
+        known &= made | {piece for piece in known if len(piece) == 1}
+        known |= {model["unk_token"]} & {end_of_text}
+    if not special & known:
+        return inner
+    mark = secrets.token_hex(16)
+    names = {token: token + mark for token in special}
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if is_unigram:
+        if model["unk_id"] is not None and model["vocab"][model["unk_id"]][0] == end_of_text:
+            model["unk_id"] = None
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+        if model["unk_token"] != end_of_text:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if model["type"] == "BPE":
+        model["merges"] = [
+            (left, right)
+            for left, right in model["merges"]
+            if not special & {left, right, left + right.removeprefix(prefix)}
+        ]
+    content["post_processor"] = None  # it may name a special token, and is not used
+    try:
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises plain Exception
+        encoder, reason = None, str(error).splitlines()[0][:200]
+    else:
+        reason = "other ids"
+    expected_ids = {names.get(t, t): i for t, i in inner.get_vocab(with_added_tokens=True).items()}
+    if encoder is None or encoder.get_vocab(with_added_tokens=True) != expected_ids:
+        got = f"a tokenizer that finds {', '.join(sorted(special & known))} in text ({reason})"
+        raise InputError(name, got, "a tokenizer that encodes the text of special tokens as text")
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer is GPT-2's kind: byte-level BPE with every byte, splitting at spaces."""
+    pre_tokenizer, model = content["pre_tokenizer"] or {}, content["model"]
+    return (
+        model["type"] == "BPE"
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
+        and _PLAIN_PRE_TOKENIZER.items() <= pre_tokenizer.items()
+        and (content["decoder"] or {}).get("type") == "ByteLevel"
+        and content["normalizer"] is None
+        and all(token["special"] for token in content["added_tokens"])
+        and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    )
+
+
+def _characters_of(content: dict[str, Any]) -> frozenset[str] | None:
     """The vocabulary of a `train_char` tokenizer, which drops unknown characters; else None."""
-    if inner.pre_tokenizer is not None or not isinstance(inner.model, models.BPE):
+    model = content["model"]
+    if content["pre_tokenizer"] is not None or model["type"] != "BPE":
         return None
-    model = json.loads(inner.to_str())["model"]
     if model["merges"] or model["unk_token"] is not None or model["byte_fallback"]:
         return None
     return frozenset(token for token in model["vocab"] if len(token) == 1)

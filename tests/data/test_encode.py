@@ -72,8 +72,8 @@ def test_units_are_the_spool_in_order(sources, size, spool_of):
     spool = spool_of(*sources)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "_UNIT_BYTES", size)
-        found = units(spool)
-        assert found == units(spool)
+        found = units(spool, BPE)
+        assert found == units(spool, BPE)
     assert [unit.number for unit in found] == list(range(len(found)))
     assert [found[0].start, *(unit.stop for unit in found)] == [
         *(unit.start for unit in found),
@@ -97,7 +97,7 @@ def test_units_are_the_spool_in_order(sources, size, spool_of):
 def test_a_large_document_is_cut_in_its_own_units_and_small_ones_are_not(spool_of, monkeypatch):
     monkeypatch.setattr(encode, "_UNIT_BYTES", 100)
     spool = spool_of([TEXT, TEXT * 20, "one word", TEXT], ["other"])
-    found = units(spool)
+    found = units(spool, BPE)
     assert len(found) > len(TEXT) * 22 // 200
     text = b"".join(piece.encode() for piece in spool.text(0, spool.num_bytes))
     ends = spool.documents["end"].tolist()

@@ -128,6 +128,30 @@ class TestTail:
         assert all(type(segment.is_val) is bool for segment in split.segments(spool))
 
 
+class TestTails:
+    def test_each_document_gives_its_share(self, sides):
+        texts = ["abc\u20ac" * 5, "ef\U0001f411h" * 25, "k" * 40]
+        train, is_val = sides(texts, rule="tails", val_fraction=0.2)
+        assert (train, is_val) == (
+            [t[: -len(t) // 5] for t in texts],
+            [t[-len(t) // 5 :] for t in texts],
+        )
+
+    def test_short_documents_add_up_to_the_fraction(self, sides):
+        train, is_val = sides([f"{i:03}" for i in range(100)], rule="tails", val_fraction=0.1)
+        assert len("".join(is_val)) == 30 and len("".join(train)) == 270
+        train, is_val = sides(list("abcdefghij"), rule="tails", val_fraction=0.5)
+        assert is_val == list("bdfhj")  # of one character, and so not cut
+
+    def test_few_documents_are_split_so(self, spool_of, sides):
+        """Four files of four languages are all in the validation split."""
+        texts = [letter * 1000 for letter in "abcd"]
+        train, is_val = sides(texts, rule="auto")
+        assert (train, is_val) == ([t[:900] for t in texts], [t[900:] for t in texts])
+        before = choose_split(spool_of(texts), "auto", 0.1, few="tail")
+        assert before.rules == ["tail"] and list(before.cuts) == [3]
+
+
 class TestAuto:
     def rules(self, spool_of, *sources):
         return choose_split(spool_of(*sources), "auto", 0.1).rules
@@ -137,12 +161,12 @@ class TestAuto:
         assert 0.05 < sizes[0] / sizes[1] < 0.2
         assert self.rules(spool_of, TEXTS) == ["document"]
 
-    def test_tail_where_they_hold_out_none(self, spool_of):
-        assert self.rules(spool_of, KEPT) == ["tail"]
+    def test_tails_where_they_hold_out_none(self, spool_of):
+        assert self.rules(spool_of, KEPT) == ["tails"]
 
     @pytest.mark.parametrize(
         "kept_bytes, rule",
-        [(3999, "tail"), (4000, "document"), (19_000, "document"), (19_001, "tail")],
+        [(3999, "tails"), (4000, "document"), (19_000, "document"), (19_001, "tails")],
     )
     def test_half_and_twice_the_fraction_of_the_bytes(self, spool_of, kept_bytes, rule):
         def text(num_bytes, is_val):
@@ -177,8 +201,8 @@ class TestOwnSplit:
 
     def test_auto_has_a_rule_for_each_source(self, sides):
         train, is_val = sides(*self.SOURCES, rule="auto")
-        assert train == ["a" * 50, "c" * 30, "d" * 24]
-        assert is_val == ["b", "d" * 6]
+        assert train == ["a" * 50, "c" * 27, "d" * 27]
+        assert is_val == ["b", "c" * 3, "d" * 3]
 
     @pytest.mark.parametrize("rule", ["tail", "document"])
     def test_left_out_where_it_is_not_asked_for(self, spool_of, rule):
@@ -230,7 +254,7 @@ class TestDuplicates:
 
 @given(
     st.lists(st.text("ab\u20ac\U0001f411", min_size=1, max_size=6), min_size=3, max_size=9),
-    st.sampled_from(["tail", "auto", "document"]),
+    st.sampled_from(["tail", "tails", "auto", "document"]),
     st.data(),
 )
 def test_segments_of_any_partition_are_those_of_the_whole(spool_of, texts, rule, data):

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from sheepop_jax.data import tokenizer as module
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
@@ -185,6 +185,73 @@ def test_special_text_is_text_for_a_foreign_tokenizer():
     assert loaded.encode("</s>") == [1, 0, 1]
 
 
+SPECIAL = "</s>", "<pad>", "~"
+LETTERS = [*"</s>pad the", "th"]
+MERGES = [
+    ("<", "/"),
+    ("</", "s"),
+    ("</s", ">"),
+    ("<", "pad>"),
+    ("p", "ad>"),
+    ("t", "h"),
+    ("<", "p"),
+]
+PARTS = ["</", "</s", "pad>", "ad>", "<p", *SPECIAL]
+
+
+def indexed(*tokens):
+    return {token: i for i, token in enumerate(tokens)}
+
+
+MODELS = {
+    "Unigram": models.Unigram([(t, -2.0) for t in [*LETTERS, *SPECIAL, "?"]], unk_id=15),
+    "WordLevel": models.WordLevel(indexed(*LETTERS, *SPECIAL, "?"), unk_token="?"),
+    "WordPiece": models.WordPiece(
+        indexed(*LETTERS, *("##" + t for t in LETTERS), *SPECIAL, "?"), unk_token="?"
+    ),
+    "BPE": models.BPE(indexed(*LETTERS, *PARTS), MERGES),
+    "BPE of words": models.BPE(indexed(*LETTERS, *PARTS), [("t", "h")], ignore_merges=True),
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_no_text_becomes_a_special_token(model):
+    """Where special tokens are in the model's vocabulary, it finds them in text."""
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(list(SPECIAL))
+    content = inner.to_str()
+    loaded = Tokenizer.from_json(content)
+    special = {inner.token_to_id(token) for token in SPECIAL}
+    assert loaded.end_of_text in special
+    for text in ("</s>", "<pad>", "~", "the </s><pad> th~e", "</s></s> ~"):
+        assert not special & set(loaded.encode(text))
+    inner.encode_special_tokens = True
+    assert special & set(inner.encode("</s> ~").ids)  # the library alone does not see to it
+    for text in ("the th", "p a d s"):
+        assert loaded.encode(text) == inner.encode(text).ids
+    assert loaded.to_json() == content
+    assert loaded.vocab_size == inner.get_vocab_size()
+
+
+def test_an_unknown_word_is_never_end_of_text():
+    loaded = Tokenizer.from_json(foreign("</s>").to_str())
+    assert loaded.encode("the cat") == [5, 3]
+    with pytest.raises(InputError) as error:
+        loaded.encode("the dog")
+    assert error.value.field == "data.tokenizer"
+
+
+def test_a_tokenizer_whose_special_tokens_cannot_be_hidden_is_refused(monkeypatch):
+    inner = tokenizers.Tokenizer(MODELS["BPE"])
+    inner.add_special_tokens(["</s>"])
+    monkeypatch.setattr(module.secrets, "token_hex", lambda size: "")  # no other name
+    monkeypatch.setattr(inner.__class__, "from_str", lambda content: metaspace()._inner)
+    with pytest.raises(InputError) as error:
+        Tokenizer(inner, "data.tokenizer mine.json")
+    assert error.value.field == "data.tokenizer mine.json" and "</s>" in error.value.got
+
+
 def test_an_end_of_text_that_was_added_as_a_plain_token_is_special_all_the_same():
     plain = BPE.to_json().replace('"special":true', '"special":false')
     assert plain != BPE.to_json()
@@ -226,6 +293,71 @@ def metaspace():
     return Tokenizer(inner)
 
 
+def sentencepiece_bpe():
+    """As Llama 2's: a space is put before the text, and no pre-tokenizer splits it."""
+    words = "".join(TEXTS).replace(" ", "\u2581") + "\u2581;0123456789"
+    merges = [("\u2581", "t"), ("\u2581t", "h"), ("\u2581th", "e"), ("a", "t"), ("e", ";")]
+    made = [left + right for left, right in merges]
+    vocabulary = indexed("</s>", *dict.fromkeys(words), "\n", *made)
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    return Tokenizer(inner)
+
+
+def newest_byte_level():
+    """As Llama 3's: line breaks stay with the symbols before them, digits go by threes."""
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    inner = tokenizers.Tokenizer.from_str(
+        train_bpe(iter(["the;\n cat;\n 123 123"] * 9), 280).to_json()
+    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    content = json.loads(inner.to_str())
+    content["model"]["merges"].append([";", "\u010a"])
+    content["model"]["vocab"][";\u010a"] = len(content["model"]["vocab"])
+    return Tokenizer.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [BPE, CHAR, metaspace, sentencepiece_bpe, newest_byte_level],
+    ids=["bpe", "char", "metaspace", "sentencepiece", "newest byte level"],
+)
+def test_ids_of_pieces_are_those_of_the_whole_text(tokenizer, monkeypatch):
+    """Also where a piece begins with a token that only a text begins with, and in long words."""
+    monkeypatch.setattr(module, "CONTEXT_CHARS", 30)
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer()
+    texts = ["the cat sat on the;\n mat the;\n 1234567 " * 20, "the" * 150, "a" * 400]
+    texts = [text for text in texts if tokenizer is not CHAR] or ["the cat " * 50, "the" * 150]
+    for text in texts:
+        for size in (97, 100, 131):
+            monkeypatch.setattr(module, "_PIECE_CHARS", size)
+            pieces = list(tokenizer.pieces([text[:50], text[50:]]))
+            assert len(pieces) > 2 and "".join(piece for _, piece in pieces) == text
+            assert max(len(piece) for _, piece in pieces) <= size + 30
+            if tokenizer.vocab_size > 6 or " " in text:  # one word that is not known has no border
+                assert sum(tokenizer.encode_pieces(pieces), []) == tokenizer.encode(text)
+
+
+def test_a_bpe_is_trained_on_words_of_bounded_length():
+    long = 2 * module._WORD_CHARS + 5
+    for word in ("ab", "7", "+_", " ", "\n"):
+        text = "the cat " + word * long + "\n the end"
+        parts = list(module._bounded_words(text))
+        assert "".join(parts) == text and len(parts) == 1 + len(word) * long // module._WORD_CHARS
+    for text in ("a+" * long, "the cat " * long, "", "\n\n"):  # no word of them is long
+        assert list(module._bounded_words(text)) == [text]
+    text = "acgt" * long
+    tokenizer = train_bpe(iter([text]), 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size > 260
+
+
 def test_what_is_written_after_a_prompt_keeps_its_space():
     tokenizer = metaspace()
     prompt = tokenizer.encode("the cat")
@@ -248,7 +380,7 @@ def test_what_is_written_after_a_prompt_keeps_its_space():
     ids=["bytes", "words", "white space at the ends", "an unknown word"],
 )
 def test_whether_a_tokenizer_gives_text_back(tokenizer, text, back):
-    assert tokenizer.is_lossless(["the cat", text]) is back
+    assert tokenizer.restores(text, tokenizer.encode(text)) is back
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):

@@ -25,7 +25,7 @@ import numpy as np
 
 from sheepop_jax.config.data import Part
 from sheepop_jax.data.sources.documents import Corpus, Document, SkipDocument
-from sheepop_jax.data.tokenizer import CUT
+from sheepop_jax.data.tokenizer import CONTEXT_CHARS, CUT, Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.progress import Progress
 
@@ -86,17 +86,25 @@ class CorpusStore:
             position += len(piece.encode())
         return position
 
-    def cut_near(self, position: int) -> int:
+    def text_before(self, position: int, first: int, chars: int) -> str:
+        """Up to `chars` characters that end at byte `position`, none of them before `first`."""
+        start = max(first, position - 4 * chars)  # UTF-8 has at most 4 bytes per character
+        block = os.pread(self._file, position - start, start)
+        return block.decode(errors="ignore")[-chars:]  # it may begin within a character
+
+    def cut_near(self, position: int, tokenizer: Tokenizer) -> int:
         """The next byte offset from `position` on where splitting does not change the tokens.
 
-        GPT-2's pre-tokenizer always splits before a space or line break that follows another
-        character. If none is within 64 KiB, the next character boundary is returned.
+        It is within 64 KiB, and within the document or at its end.
         """
         block = os.pread(self._file, 2**16, position)
         lead = next((i for i, byte in enumerate(block) if byte & 0xC0 != 0x80), len(block))
         window = block[lead:].decode("utf-8", errors="ignore")  # it may end within a character
-        near = CUT.search(window)
-        return position + lead + (len(window[: near.end()].encode()) if near else 0)
+        document = np.searchsorted(self.documents["end"][:-1], position, side="right")
+        before = self.text_before(position + lead, int(self.starts[document]), CONTEXT_CHARS)
+        places = (len(before) + near.end() for near in CUT.finditer(window))
+        cut = tokenizer.find_cut(before + window, places, len(before), after=True) - len(before)
+        return position + lead + len(window[:cut].encode())
 
     def name(self, document: int) -> str:
         """The id of a document, for messages."""

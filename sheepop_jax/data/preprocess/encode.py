@@ -21,7 +21,7 @@ from sheepop_jax.data.preprocess.corpus_store import CorpusStore
 from sheepop_jax.data.preprocess.split import Split
 from sheepop_jax.data.shards import SIDES, dtype_of
 from sheepop_jax.data.stream import Piece, encode_pieces
-from sheepop_jax.data.tokenizer import Tokenizer, split_text
+from sheepop_jax.data.tokenizer import CONTEXT_CHARS, Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import pending_name, write_atomic
 from sheepop_jax.progress import Progress
@@ -40,8 +40,11 @@ class Unit(NamedTuple):
     stop: int
 
 
-def units(spool: CorpusStore) -> list[Unit]:
-    """Splits a corpus store between documents, or within very large ones, by content alone."""
+def units(spool: CorpusStore, tokenizer: Tokenizer) -> list[Unit]:
+    """Splits a corpus store between documents, or within very large ones, by content alone.
+
+    A split within a document leaves its ids as they are.
+    """
     found: list[Unit] = []
     ends = spool.documents["end"]
     for source in range(len(spool.sources)):
@@ -53,7 +56,7 @@ def units(spool: CorpusStore) -> list[Unit]:
                 target = start + _UNIT_BYTES
                 border = int(ends[np.searchsorted(ends, target)])  # first document end from target
                 if border - start > 2 * _UNIT_BYTES:
-                    border = min(border, spool.cut_near(target))
+                    border = min(border, spool.cut_near(target, tokenizer))
             found.append(Unit(len(found), source, start, border))
             start = border
     return found
@@ -72,7 +75,7 @@ def encode_units(
         InputError: a character is not in the tokenizer's vocabulary.
         OSError: the disk is full, or another process has finished and moved the directory.
     """
-    todo = units(spool)
+    todo = units(spool, tokenizer)
     done = sum(unit.stop - unit.start for unit in todo if _marker(directory, unit).exists())
     if done:
         logger.info("data: resuming: %.0f MB already encoded", done / 1e6)
@@ -98,10 +101,12 @@ def _encode_unit(
     entry: dict[str, Any] = {"source": unit.source}
     with ExitStack() as stack:
         writers = [stack.enter_context(_Writer(directory, side, unit, tokenizer)) for side in SIDES]
-        for batch, sides in encode_pieces(tokenizer, _pieces(spool, split, unit, tokenizer)):
-            for writer, tokens in zip(writers, sides, strict=True):
+        pieces = split_pieces(spool, split, unit.start, unit.stop, tokenizer)
+        for batch in encode_pieces(tokenizer, pieces):
+            for writer, tokens, restored in zip(writers, batch.sides, batch.restored, strict=True):
                 writer.add(tokens)
-            for piece in batch:
+                writer.lossless = writer.lossless and restored
+            for piece in batch.pieces:
                 size = len(piece.text.encode())
                 writers[piece.is_val].bytes += size
                 writers[piece.is_val].documents += piece.begins
@@ -114,13 +119,19 @@ def _encode_unit(
         os.utime(spool.directory)  # mark as in use for `Cache.delete_abandoned`
 
 
-def _pieces(spool: CorpusStore, split: Split, unit: Unit, tokenizer: Tokenizer) -> Iterator[Piece]:
-    for segment in split.segments(spool, unit.start, unit.stop):
-        begins, offset = segment.begins, 0
-        for text in split_text(spool.text(segment.start, segment.stop)):
+def split_pieces(
+    spool: CorpusStore, split: Split, start: int, stop: int, tokenizer: Tokenizer
+) -> Iterator[Piece]:
+    """Yields the kept text within bytes [start, stop) of the corpus store, in pieces to encode."""
+    for segment in split.segments(spool, start, stop):
+        begins, offset, before = segment.begins, 0, ""
+        if not begins and tokenizer.needs_context:
+            before = spool.text_before(segment.start, split.start_of(spool, segment), CONTEXT_CHARS)
+        texts = spool.text(segment.start, segment.stop)
+        for context, text in tokenizer.pieces(texts, before):
             if tokenizer.has_fixed_characters:
                 _check(spool, segment.document, segment.start, offset, text, tokenizer)
-            yield Piece(text, segment.is_val, begins)
+            yield Piece(text, segment.is_val, begins, context)
             begins, offset = False, offset + len(text)
 
 
@@ -143,6 +154,7 @@ class _Writer:
     def __init__(self, directory: Path, side: str, unit: Unit, tokenizer: Tokenizer):
         self.side = side
         self.tokens = self.bytes = self.documents = 0
+        self.lossless = True
         self._vocab_size, self._dtype = tokenizer.vocab_size, dtype_of(tokenizer)
         self._path = directory / f"{side}-{unit.number:05d}.bin"
         self._pending = pending_name(self._path)
@@ -179,4 +191,5 @@ class _Writer:
             "bytes": self.bytes,
             "documents": self.documents,
             "sha256": self._sha256.hexdigest(),
+            **({} if self.lossless else {"lossless": False}),
         }

@@ -7,7 +7,7 @@ import numpy as np
 
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore
 from sheepop_jax.data.preprocess.split import Split
-from sheepop_jax.data.shards import FORMAT, SIDES, dtype_of
+from sheepop_jax.data.shards import SIDES, dtype_of
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.data.windows import realised_shares
 from sheepop_jax.files import sealed
@@ -19,6 +19,7 @@ def make_manifest(
     tokenizer: Tokenizer,
     units: list[dict[str, Any]],
     facts: dict[str, Any],
+    format: int,
 ) -> dict[str, Any]:
     """Builds the content of `manifest.json`.
 
@@ -28,7 +29,8 @@ def make_manifest(
         tokenizer: the tokenizer of the shards.
         units: the entries from `encode_units`.
         facts: `split`, the configured rule and fraction; `gzip_bits_per_byte`, of `gzip -9` on the
-            validation bytes; `lossless`, whether decoding restores the text.
+            validation bytes.
+        format: of the shards (`shards.FORMAT`).
 
     Returns:
         The manifest with a checksum of its own content (`files.sealed`).
@@ -58,9 +60,10 @@ def make_manifest(
         )
     versions = ("numpy", "tokenizers", "datasets", "grain")
     manifest = {
-        "format": FORMAT,
+        "format": format,
         "source": spool.fingerprint,
         **facts,
+        "lossless": all(unit.get("validation", {}).get("lossless", True) for unit in units),
         "duplicates": split.duplicates,
         "tokenizer": tokenizer.fingerprint,
         "dtype": dtype_of(tokenizer),

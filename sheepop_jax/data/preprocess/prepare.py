@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
@@ -28,10 +27,13 @@ from sheepop_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+_SOURCES_FORMAT = 2  # incremented when the same sources would give another text
 _GZIP_BYTES = 64_000_000  # of validation text, compressed at most
 
 
-def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> PreparedData:
+def prepare(
+    config: DataConfig, check: Callable[[], None] = lambda: None, format: int = FORMAT
+) -> PreparedData:
     """Returns the token shards of the configured sources, from the cache if nothing has changed.
 
     If several processes prepare the same text, one works under a lock and the others wait for its
@@ -40,6 +42,7 @@ def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> Pre
     Args:
         config: the sources, the split, the tokenizer and the cache directory.
         check: called often; may raise to stop. Finished units are kept.
+        format: of the shards; that of an existing run (`format_of`) gives its tokens again.
 
     Raises:
         InputError: the corpus, the split, the tokenizer or the cache directory is invalid; the
@@ -51,9 +54,13 @@ def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> Pre
         given = Tokenizer.from_file(config.tokenizer)
     signatures = [corpus.signature() for _, corpus in sources]
     fields = [asdict(part.config) for part, _ in sources]
-    state = [FORMAT, signatures, [{name: f[name] for name in SOURCE_FIELDS} for f in fields]]
+    state = [
+        _SOURCES_FORMAT,
+        signatures,
+        [{name: f[name] for name in SOURCE_FIELDS} for f in fields],
+    ]
     cache = Cache(config.cache_path, state, known=all(signatures))
-    work = _Preparation(config, sources, given, cache, check)
+    work = _Preparation(config, sources, given, cache, check, format)
     with cache.writable():
         data = work.run()
         try:
@@ -77,8 +84,12 @@ def prepare(config: DataConfig, check: Callable[[], None] = lambda: None) -> Pre
     )
     if not data.lossless:
         logger.warning(
-            "data: THE TOKENIZER IS NOT LOSSLESS: decoding does not restore the text, so bits per "
-            "byte are not comparable"
+            "data: THE TOKENIZER IS NOT LOSSLESS: decoding does not restore the validation text, "
+            "so bits per byte are left out"
+        )
+    elif not data.restores_training_text:
+        logger.warning(
+            "data: THE TOKENIZER IS NOT LOSSLESS: decoding does not restore the training text"
         )
     if len(data.validation) <= config.seq_len:
         logger.warning(
@@ -115,9 +126,10 @@ class _Preparation:
         given: Tokenizer | None,
         cache: Cache,
         check: Callable[[], None],
+        format: int,
     ):
         self._config, self._sources, self._given = config, sources, given
-        self._cache, self._check = cache, check
+        self._cache, self._check, self._format = cache, check, format
         self.built = False
 
     def run(self) -> PreparedData:
@@ -137,16 +149,20 @@ class _Preparation:
                 return self._reuse(directory, spool.directory, pending)
             try:
                 with self._nothing_left_of(spool.directory, pending):
-                    split = choose_split(spool, self._config.val_split, self._config.val_fraction)
+                    split = choose_split(
+                        spool,
+                        self._config.val_split,
+                        self._config.val_fraction,
+                        few="tail" if self._format < 3 else "tails",
+                    )
                     pending.mkdir(exist_ok=True)
                     tokenizer = self._tokenizer(pending / "tokenizer.json", spool, split)
                     units = encode_units(pending, spool, split, tokenizer, self._check)
                 facts = {
                     "split": f"{self._config.val_split} {self._config.val_fraction}",
                     "gzip_bits_per_byte": _gzip_figure(spool, split, self._check),
-                    "lossless": not self._given or self._given.is_lossless(_sample(spool, split)),
                 }
-                manifest = make_manifest(spool, split, tokenizer, units, facts)
+                manifest = make_manifest(spool, split, tokenizer, units, facts, self._format)
                 write_atomic(pending / "manifest.json", json.dumps(manifest, indent=1) + "\n")
                 os.replace(pending, directory)
                 self.built = True
@@ -170,7 +186,7 @@ class _Preparation:
         config = self._config
         bpe = config.tokenizer == "bpe"
         made_of = {
-            "format": FORMAT,
+            "format": self._format,
             "source": fingerprint,
             "split": [config.val_split, config.val_fraction],
             "parts": [(part.name, part.weight) for part, _ in self._sources],
@@ -271,13 +287,6 @@ def _pieces(
                 given += len(piece)
                 yield piece
             seen += len(piece)
-
-
-def _sample(spool: CorpusStore, split: Split) -> Iterator[str]:
-    """The first pieces of the training text."""
-    training = (segment for segment in split.segments(spool) if not segment.is_val)
-    texts = (text for segment in training for text in spool.text(segment.start, segment.stop))
-    return itertools.islice(split_text(texts), 8)
 
 
 def _gzip_figure(spool: CorpusStore, split: Split, check: Callable[[], None]) -> float:

@@ -31,7 +31,8 @@ class Split:
 
     Attributes:
         rules: the rule used for each source: "source" (its own validation split), "document" (by
-            content hash) or "tail" (the last characters).
+            content hash), "tail" (the last characters of all documents) or "tails" (the last
+            characters of each).
         side: uint8 [N]: TRAIN, VAL (validation) or LEFT_OUT (neither).
         cuts: document index → first validation byte, for documents that span both splits.
         duplicates: number of duplicate documents removed.
@@ -41,6 +42,11 @@ class Split:
     side: np.ndarray
     cuts: dict[int, int]
     duplicates: int
+
+    def start_of(self, spool: CorpusStore, segment: Segment) -> int:
+        """The first byte of the document, or of its validation part, that a segment is of."""
+        first = int(spool.starts[segment.document])
+        return self.cuts.get(segment.document, first) if segment.is_val else first
 
     def segments(
         self, spool: CorpusStore, start: int = 0, stop: int | None = None
@@ -63,7 +69,9 @@ class Split:
             document += 1
 
 
-def choose_split(spool: CorpusStore, val_split: str, val_fraction: float) -> Split:
+def choose_split(
+    spool: CorpusStore, val_split: str, val_fraction: float, few: str = "tails"
+) -> Split:
     """Chooses the split from the document index alone; reads no text.
 
     Of equal documents one is kept: the first, or one from a source's own validation split, so that
@@ -71,10 +79,11 @@ def choose_split(spool: CorpusStore, val_split: str, val_fraction: float) -> Spl
 
     Args:
         spool: the corpus store.
-        val_split: "source", "document", "tail" or "auto". "auto" uses a source's own validation
-            split if it has one, else "document"; but "tail" for a single document, or if hashing
-            selects less than half or more than twice the fraction.
+        val_split: "source", "document", "tail", "tails" or "auto". "auto" uses a source's own
+            validation split if it has one, else "document"; but "tail" for a single document, and
+            `few` if hashing selects less than half or more than twice the fraction.
         val_fraction: fraction of the text for validation.
+        few: "tails", or "tail" as in token shards before format 3.
 
     Raises:
         InputError: the training or the validation split is empty, or "source" was requested and no
@@ -97,7 +106,7 @@ def choose_split(spool: CorpusStore, val_split: str, val_fraction: float) -> Spl
         # Also when every document of its validation split is a duplicate kept in another source.
         if val_split == "auto" and (own & here).any():
             wanted = "source"
-        rule = _split_source(spool, among, wanted, val_fraction, side, cuts)
+        rule = _split_source(spool, among, wanted, val_fraction, few, side, cuts)
         rules.append(rule)
         if source["name"]:
             logger.info("data: %s: %d documents, split by %s", source["name"], len(among), rule)
@@ -111,6 +120,7 @@ def _split_source(
     among: np.ndarray,
     val_split: str,
     val_fraction: float,
+    few: str,
     side: np.ndarray,
     cuts: dict[int, int],
 ) -> str:
@@ -127,9 +137,19 @@ def _split_source(
         sizes = (documents["end"] - spool.starts)[among]
         share = sizes[by_hash].sum() / max(sizes.sum(), 1)
         near = 0.5 * val_fraction <= share <= 2 * val_fraction
-        rule = "document" if len(among) > 1 and near else "tail"
+        rule = "document" if near else few
+        rule = rule if len(among) > 1 else "tail"
     if rule == "document":
         side[among] = np.where(by_hash, VAL, TRAIN)
+        return rule
+    if rule == "tails":
+        chars = documents["chars"][among]
+        # Rounded over all documents, so that short ones do not add up to another fraction.
+        wanted = np.diff(np.floor(np.cumsum(chars) * val_fraction), prepend=0).astype(np.int64)
+        side[among] = np.where(wanted, VAL, TRAIN)
+        for document, before in zip(among, chars - wanted, strict=True):
+            if side[document] == VAL and before:
+                cuts[int(document)] = spool.byte_of_char(int(document), int(before))
         return rule
     last_chars = np.cumsum(documents["chars"][among])
     cut = int(int(last_chars[-1]) * (1 - val_fraction)) if len(among) else 0
@@ -176,7 +196,7 @@ def _require_both_sides(
         raise InputError("data.val_split", val_split, expected)
     if not is_val or not train:
         expected = f"a fraction that leaves training and validation text (by {rules}: {size})"
-        hint = "more text" if rules == "tail" else "`data.val_split=tail`, or more documents"
+        hint = "more text" if "tail" in rules else "`data.val_split=tail`, or more documents"
         raise InputError("data.val_fraction", val_fraction, expected, hint)
     trained_on = split.side == TRAIN
     trained_on[list(split.cuts)] = True
