@@ -155,22 +155,29 @@ class Tokenizer:
         If there is none, as within one long word, the border of two tokens next to `place`: before
         it, or `after` it. Only text near a place decides, `CONTEXT_CHARS` on each side.
         """
-        for at in itertools.islice(places, _CUTS_TRIED):
-            if self._cuts_at_spaces:
-                return at
-            left, right = text[max(0, at - CONTEXT_CHARS) : at], text[at : at + CONTEXT_CHARS]
-            before, both = self.encode_batch([left, left + right])
-            if both[: len(before)] == before:
+        tried = itertools.islice(places, _CUTS_TRIED)
+        if self._cuts_at_spaces:
+            for at in tried:
                 return at
         if self._characters is not None:
             return place
+        if (found := next(filter(functools.partial(self._can_cut, text), tried), -1)) >= 0:
+            return found
         start = max(0, place - CONTEXT_CHARS) if after else 0
         [encoding] = self._encode([text[start : place + CONTEXT_CHARS]], offsets=True)
         spans = [(start + first, start + last) for first, last in encoding.offsets]
-        borders = (a for (_, a), (b, _) in itertools.pairwise(spans) if a <= b)
+        borders = [a for (_, a), (b, _) in itertools.pairwise(spans) if a <= b]
         if after:
-            return next((border for border in borders if border >= place), len(text))
-        return max((border for border in borders if border <= place), default=place)
+            borders = [border for border in [*borders, len(text)] if border >= place]
+        else:
+            borders = [border for border in borders[::-1] if border <= place] or [place]
+        tried = itertools.islice(borders, _CUTS_TRIED)
+        return next(filter(functools.partial(self._can_cut, text), tried), borders[0])
+
+    def _can_cut(self, text: str, at: int) -> bool:
+        left, right = text[max(0, at - CONTEXT_CHARS) : at], text[at : at + CONTEXT_CHARS]
+        before, both, after = self.encode_batch([left, left + right, right])
+        return both[: len(before)] == before and (self.needs_context or both == before + after)
 
     def check(self, text: str, name: str = "text", offset: int = 0) -> None:
         """Checks that a text can be encoded.
