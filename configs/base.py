@@ -55,8 +55,9 @@ def get_config() -> ConfigDict:
     c.data.packing = "stream"  # stream (across documents) | one_per_window (padded)
     c.data.document_mask = False  # attention stops and positions restart at document ends
     c.data.val_fraction = 0.1  # validation fraction of the text
-    # auto | source (its own validation split) | document (by content hash) | tail (by characters).
-    # auto: the source's own split if it has one, else document; tail if there are too few documents
+    # auto | source (its own validation split) | document (by content hash) | tail (the last
+    # characters) | tails (the last characters of each document). auto: the source's own split if it
+    # has one, else document; tails if there are too few documents
     c.data.val_split = "auto"
     c.data.cache_dir = ""  # directory of token shards; "" = the user's cache directory
 
@@ -85,7 +86,9 @@ def get_config() -> ConfigDict:
     c.train.log_every = 10  # updates between log lines
     c.train.eval_every = 500  # updates between evaluations; 0 = only at the end
     c.train.eval_batches = 0  # validation batches per evaluation; 0 = the whole split
-    c.train.sample_prompt = ""  # prompt of the samples in the log
+    # Prompt of the samples in the log; "" = the beginning of the validation text. A preset's prompt
+    # applies to its own text only.
+    c.train.sample_prompt = ""
     c.train.sample_tokens = 64  # tokens sampled at each evaluation; 0 = none
     c.train.max_skipped_steps = 10  # consecutive skipped updates before an error
     c.train.profile_steps = 0  # steps to trace, from the third, into RUN/profile; 0 = none

@@ -118,6 +118,7 @@ class Evaluator:
         max_batches: maximum number of batches; 0 evaluates the whole stream.
         mesh: devices that share each batch; None for the default device.
         check: called before each batch; may raise to stop the evaluation.
+        lossless: whether decoding restores the text; otherwise bits per byte mean nothing.
     """
 
     model: Transformer
@@ -128,10 +129,28 @@ class Evaluator:
     max_batches: int = 0
     mesh: Mesh | None = None
     check: Callable[[], None] = lambda: None
+    lossless: bool = True
 
     def __call__(self, params: Any) -> EvaluationMetrics:
         """Evaluates parameters (fp32 or quantized); shows a progress bar on a terminal."""
-        batches = EvaluationBatches(
+        bytes_per_token = self.stream.num_bytes / (len(self.stream) - 1)
+        return evaluate(self.model, params, self._on_device(self._batches()), bytes_per_token)
+
+    def validate(self, params: Any) -> dict[str, float]:
+        """Evaluates parameters; returns `val_loss`, `val_perplexity`, `val_bits_per_byte` (unless
+        the tokenizer loses text) and `val_accuracy`.
+        """
+        metrics = self(params)
+        names = ("loss", "perplexity", *(["bits_per_byte"] if self.lossless else []), "accuracy")
+        return {f"val_{name}": getattr(metrics, name) for name in names}
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens from the start of the stream that are evaluated, as context or targets."""
+        return self._batches().stop
+
+    def _batches(self) -> EvaluationBatches:
+        return EvaluationBatches(
             self.stream,
             self.packing,
             batch_size=self.batch_size,
@@ -139,16 +158,6 @@ class Evaluator:
             max_batches=self.max_batches,
             rows=own_rows(self.mesh, self.batch_size) if self.mesh else None,
         )
-        bytes_per_token = self.stream.num_bytes / (len(self.stream) - 1)
-        return evaluate(self.model, params, self._on_device(batches), bytes_per_token)
-
-    def validate(self, params: Any) -> dict[str, float]:
-        """Evaluates parameters; returns `val_loss`, `val_perplexity`, `val_bits_per_byte` and
-        `val_accuracy`.
-        """
-        metrics = self(params)
-        names = ("loss", "perplexity", "bits_per_byte", "accuracy")
-        return {f"val_{name}": getattr(metrics, name) for name in names}
 
     def _on_device(self, batches: EvaluationBatches) -> Iterator[Batch]:
         show = jax.process_index() == 0

@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from sheepop_jax.checkpoint.storage import wait_for_all
 from sheepop_jax.checkpoint.run import open_run
+from sheepop_jax.checkpoint.storage import wait_for_all
 from sheepop_jax.checkpoint.workdir import WorkdirLock, check_run, create_run
 from sheepop_jax.config.schema import Config
+from sheepop_jax.data.compression import GZIP_BYTES, gzip_bits_per_byte
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.shards import FORMAT, PreparedData, format_of, open_shards
@@ -49,7 +50,7 @@ def train(
 
     Returns:
         The validation metrics after the last step: `val_loss`, `val_perplexity`,
-        `val_bits_per_byte`, `val_accuracy`. Empty if the run was already past its last step and
+        `val_bits_per_byte` (unless the tokenizer loses text), `val_accuracy`. Empty if the run was already past its last step and
         that step was not evaluated.
 
     Raises:
@@ -78,6 +79,7 @@ def train(
             max_batches=config.train.eval_batches,
             mesh=mesh,
             check=stop.check,
+            lossless=data.lossless,
         )
         job = Job(
             config=config,
@@ -95,12 +97,8 @@ def train(
         )
         with _explained(plan):
             metrics = fit(job, stop)
-        if metrics and data.lossless:
-            log.info(
-                "validation text: %.3f bits per byte; gzip -9 needs %.3f on the same bytes",
-                metrics["val_bits_per_byte"],
-                data.gzip_bits_per_byte,
-            )
+        if "val_bits_per_byte" in metrics:
+            _log_compression(metrics["val_bits_per_byte"], data, evaluator.num_tokens)
         return metrics
 
 
@@ -177,7 +175,20 @@ def _training_batches(
 def _preview(config: Config, model: Transformer, data: PreparedData) -> Preview | None:
     if not config.train.sample_tokens:
         return None
-    return Preview.of(config, model, data.tokenizer)
+    return Preview.of(config, model, data.tokenizer, data.validation)
+
+
+def _log_compression(bits_per_byte: float, data: PreparedData, num_tokens: int) -> None:
+    """Logs the model's bits per byte beside those of gzip, for the tokens that were evaluated."""
+    part, same, gzip_figure = "", "the same bytes", data.gzip_bits_per_byte
+    if num_tokens < len(data.validation):
+        part = f", first {num_tokens / len(data.validation):.1%}"
+        text = data.tokenizer.decode(data.validation.read(0, num_tokens))
+        gzip_figure = gzip_bits_per_byte([text.encode()])
+    elif data.validation.num_bytes > GZIP_BYTES:
+        same = f"the first {GZIP_BYTES / 1e6:.0f} MB"
+    line = "validation text%s: %.3f bits per byte; gzip -9 needs %.3f on %s"
+    log.info(line, part, bits_per_byte, gzip_figure, same)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tqdm
 
@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 
 _DELAY_SECONDS = 2.0  # shorter passes show nothing
 _LINE_SECONDS = 10.0
+_LEAST_SHARE = 0.01  # of the total; no rate and no time left before that
 
 
 class Progress:
@@ -49,6 +50,8 @@ class Progress:
         )
         self._start = time.monotonic()
         self._next_line = self._start + _DELAY_SECONDS
+        # The rate is that since the first update: opening a source may take long.
+        self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> "Progress":
         return self
@@ -62,17 +65,25 @@ class Progress:
         self._bar.update(amount)
         self._done += amount
         now = time.monotonic()
+        if self._first is None:
+            self._first = now, self._done
+            self._bar.unpause()
         if not self._show or not self._bar.disable or now < self._next_line:
             return
         self._next_line = now + _LINE_SECONDS
-        rate = self._done / (now - self._start)
-        left = ""
-        if rate and self._total > self._done:
-            left = f", {(self._total - self._done) / rate:.0f} s left"
-        logger.info("%s: %s%s", self._label, self._amount(rate), left)
+        logger.info("%s: %s", self._label, ", ".join(self._parts(now, *self._first)))
 
-    def _amount(self, rate: float) -> str:
+    def _parts(self, now: float, since: float, before: int) -> Iterator[str]:
+        """The amount, and the rate and the time left once they mean something."""
         if self._unit == "B":
-            return f"{self._done / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s"
-        of = f" of {self._total}" if self._total else ""
-        return f"{self._unit} {self._done}{of}"
+            yield f"{self._done / 1e6:.1f} MB"
+        else:
+            of = f" of {self._total}" if self._total else ""
+            yield f"{self._unit} {self._done}{of}"
+        if now - since < _DELAY_SECONDS or self._done - before < _LEAST_SHARE * self._total:
+            return
+        rate = (self._done - before) / (now - since)
+        if self._unit == "B":
+            yield f"{rate / 1e6:.2f} MB/s"
+        if rate and self._total > self._done:
+            yield f"{(self._total - self._done) / rate:.0f} s left"

@@ -24,6 +24,8 @@ from sheepop_jax.config.suggestions import suggest
 from sheepop_jax.errors import InputError
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout and in an installation
+# A preset's prompt is for its own text.
+_SOURCE = ("data.source", "data.path", "data.name", "data.subset", "data.query")
 _KINDS = {bool: "True or False", int: "an integer", float: "a number"}
 
 
@@ -97,6 +99,9 @@ def _with_overrides(plain: ConfigDict, assignments: Sequence[str]) -> Config:
         if field not in values:
             hint = suggest(field, values) or "one of the fields in configs/base.py"
             raise InputError(field, value, "a field of the configuration", hint)
+    prompt = "train.sample_prompt"
+    if prompt in values and prompt not in assigned and any(field in _SOURCE for field in assigned):
+        assignments = [*assignments, f"{prompt}="]
     try:
         config = Config.from_dict(_assign(plain, assignments))
     except (absl_flags.Error, ValueError, TypeError):

@@ -4,6 +4,8 @@ import lzma
 import zlib
 from collections.abc import Iterable
 
+GZIP_BYTES = 64_000_000  # of a validation split, compressed at most
+
 
 def gzip_bits_per_byte(pieces: Iterable[bytes]) -> float:
     """Bits per byte of `gzip -9` on the concatenated `pieces`, header included."""

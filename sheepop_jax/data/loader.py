@@ -181,6 +181,11 @@ class EvaluationBatches:
                 weights[i, self._overlap if window else 0 : max(stop - start - 1, 0)] = 1
             yield self._layout.batch(tokens, weights)
 
+    @property
+    def stop(self) -> int:
+        """The end of the last window in the stream."""
+        return self._span(min(self._count * self._batch_size, self._windows) - 1)[1]
+
     def _span(self, window: int) -> tuple[int, int]:
         if self._documents is not None:
             return self._documents.span(window)

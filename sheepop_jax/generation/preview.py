@@ -1,14 +1,17 @@
-"""Sample text for the training log, generated from `train.sample_prompt`."""
+"""Sample text for the training log: a continuation of `train.sample_prompt`, or of validation text."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from sheepop_jax.config.schema import Config
+from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.engine import generate
 from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
 from sheepop_jax.model.transformer import Transformer
+
+_PROMPT_TOKENS = 16  # of validation text
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,28 @@ class Preview:
     config: GenerationConfig
 
     @classmethod
-    def of(cls, config: Config, model: Transformer, tokenizer: Tokenizer) -> "Preview":
-        """Builds a preview from `train.sample_prompt` and `train.sample_tokens`."""
+    def of(
+        cls, config: Config, model: Transformer, tokenizer: Tokenizer, validation: TokenStream
+    ) -> "Preview":
+        """Builds a preview from `train.sample_prompt` and `train.sample_tokens`.
+
+        Without a prompt, the preview continues the beginning of the validation text.
+        """
         train = config.train
-        ids = tokenizer.encode(train.sample_prompt)
+        prompt, ids = train.sample_prompt, tokenizer.encode(train.sample_prompt)
+        if not prompt:
+            size = min(_PROMPT_TOKENS, config.model.max_seq_len // 2, len(validation) - 1)
+            start = validation.read(1, 1 + size).tolist()
+            end = tokenizer.end_of_text
+            ids = start[: start.index(end)] if end in start else start
+            prompt = tokenizer.decode(ids)
         room = config.model.max_seq_len - max(len(ids), 1)
         generation = GenerationConfig(
             sampling=SamplingConfig(temperature=0.8, top_k=50),
             max_new_tokens=min(train.sample_tokens, room),
             seed=config.seed,
         )
-        return cls(model, tokenizer, train.sample_prompt, ids, generation)
+        return cls(model, tokenizer, prompt, ids, generation)
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer) -> None:

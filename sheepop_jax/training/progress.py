@@ -44,11 +44,13 @@ class Progress:
         self, step: int, figures: dict[str, float], took: float, train_seconds: float
     ) -> None:
         """Prints validation metrics."""
+        bits = ""
+        if "val_bits_per_byte" in figures:  # not where the tokenizer loses text
+            bits = f"bits/byte {figures['val_bits_per_byte']:.4f}  "
         self.line(
             f"step {step}  validation: loss {figures['val_loss']:.4f}  "
             f"perplexity {figures['val_perplexity']:.2f}  "
-            f"bits/byte {figures['val_bits_per_byte']:.4f}  "
-            f"accuracy {figures['val_accuracy']:.1%}  "
+            f"{bits}accuracy {figures['val_accuracy']:.1%}  "
             f"(took {took:.1f} s; train time {train_seconds:.1f} s)"
         )
 

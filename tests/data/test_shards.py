@@ -151,7 +151,7 @@ def test_gzip_figure(data_config, tmp_path, documents_of, monkeypatch):
     # `gzip -9` writes the same bytes as zlib at level 9, in a frame of 18 bytes.
     size = len(zlib.compress(content, 9)) - 6 + 18
     assert data.gzip_bits_per_byte == pytest.approx(8 * size / len(content))
-    monkeypatch.setattr("sheepop_jax.data.preprocess.prepare._GZIP_BYTES", 1003)
+    monkeypatch.setattr("sheepop_jax.data.preprocess.prepare.GZIP_BYTES", 1003)
     limited = prepare(data_config(val_split="tail", cache_dir=str(tmp_path / "second")))
     size = len(zlib.compress(content[:1003], 9)) - 6 + 18
     assert limited.gzip_bits_per_byte == pytest.approx(8 * size / 1003)

@@ -6,20 +6,25 @@ import importlib.metadata
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig, Part
-from sheepop_jax.data.compression import gzip_bits_per_byte
+from sheepop_jax.data.compression import GZIP_BYTES, gzip_bits_per_byte
 from sheepop_jax.data.preprocess.cache import Cache, delete, delete_leftovers
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
-from sheepop_jax.data.preprocess.encode import encode_units
+from sheepop_jax.data.preprocess.encode import encode_units, split_pieces
 from sheepop_jax.data.preprocess.manifest import make_manifest
-from sheepop_jax.data.preprocess.split import Segment, Split, choose_split
+from sheepop_jax.data.preprocess.split import VAL, Segment, Split, choose_split
 from sheepop_jax.data.shards import FORMAT, PreparedData, open_shards
 from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.data.sources.documents import Corpus
+from sheepop_jax.data.stream import TokenStream, encode_pieces
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import write_atomic
@@ -28,7 +33,6 @@ from sheepop_jax.progress import Progress
 logger = logging.getLogger(__name__)
 
 _SOURCES_FORMAT = 2  # incremented when the same sources would give another text
-_GZIP_BYTES = 64_000_000  # of validation text, compressed at most
 
 
 def prepare(
@@ -96,6 +100,61 @@ def prepare(
             "data: the validation split is shorter than one window: its metrics are unreliable"
         )
     return data
+
+
+class EncodedText(NamedTuple):
+    """Documents that are not part of a run's data.
+
+    Attributes:
+        stream: their tokens.
+        content: their UTF-8 bytes, concatenated.
+        lossless: whether decoding restores them.
+    """
+
+    stream: TokenStream
+    content: bytes
+    lossless: bool
+
+
+def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str) -> EncodedText:
+    """Reads other text as `prepare` reads that of a run, and encodes every document of it.
+
+    Args:
+        config: the run's; its options for reading apply. The kind of source follows from `path`,
+            and for a directory from the run's source.
+        path: as `data.path`.
+        tokenizer: the run's.
+        field: the name of `path` in messages.
+
+    Raises:
+        InputError: the text cannot be read, or has a character that is not in the vocabulary.
+    """
+    try:
+        is_table = config.source in ("json", "csv", "parquet", "pdf")
+        source = config.source if is_table and os.path.isdir(os.path.expanduser(path)) else "auto"
+        config = replace(config, path=path, source=source, name="", val_path="", mixture={})
+        config = replace(config, max_bytes=0)
+        corpus = open_corpus(config, field)
+        with tempfile.TemporaryDirectory(prefix="sheepop-") as directory:
+            spool = write_corpus_store(Path(directory), [(config.parts[0], corpus)])
+            if skipped := spool.sources[0]["skipped"]:
+                reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+                logger.info("%s: skipped: %s", path, reasons)
+            split = Split(["source"], np.full(len(spool.documents), VAL), {}, 0)
+            pieces = split_pieces(spool, split, 0, spool.num_bytes, tokenizer)
+            batches = list(encode_pieces(tokenizer, pieces))
+            content = Path(directory, "text.bin").read_bytes()
+    except InputError as error:
+        # The options of the run are fixed: do not suggest others.
+        hint = "" if "data." in error.hint else error.hint
+        raise InputError(error.field, error.got, error.expected, hint) from error
+    tokens = [batch.sides[VAL] for batch in batches]
+    stream = TokenStream.from_array(
+        np.concatenate([*tokens, np.array([tokenizer.end_of_text], np.int32)]),
+        len(content),
+        len(spool.documents),
+    )
+    return EncodedText(stream, content, all(batch.restored[VAL] for batch in batches))
 
 
 def _require_windows(config: DataConfig, data: PreparedData) -> None:
@@ -290,10 +349,10 @@ def _pieces(
 
 
 def _gzip_figure(spool: CorpusStore, split: Split, check: Callable[[], None]) -> float:
-    """Bits per byte of `gzip -9` on the first `_GZIP_BYTES` of the validation text."""
+    """Bits per byte of `gzip -9` on the first `GZIP_BYTES` of the validation text."""
 
     def pieces() -> Iterator[bytes]:
-        left = _GZIP_BYTES
+        left = GZIP_BYTES
         with Progress("data: gzip -9 baseline", 0, check) as progress:
             for segment in split.segments(spool):
                 if not segment.is_val:

@@ -20,8 +20,12 @@ from sheepop_jax.errors import InputError
 log = logging.getLogger(__name__)
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, field: str = "data.path") -> Corpus:
     """Opens the source of one part; lists files but reads no text.
+
+    Args:
+        config: the source.
+        field: the name of `config.path` in messages.
 
     Raises:
         InputError: the source does not exist, has no text files, or needs a package that is not
@@ -40,7 +44,7 @@ def open_corpus(config: DataConfig) -> Corpus:
             )
         case "sql":
             return open_sql(config.path, config.query, config.text_column, config.encoding_errors)
-    training = _open_path(config, "data.path", config.path)
+    training = _open_path(config, field, config.path)
     if not config.val_path:
         return training
     if _real_path(config.val_path) == _real_path(config.path):
