@@ -50,8 +50,8 @@ def train(
 
     Returns:
         The validation metrics after the last step: `val_loss`, `val_perplexity`,
-        `val_bits_per_byte` (unless the tokenizer loses text), `val_accuracy`. Empty if the run was already past its last step and
-        that step was not evaluated.
+        `val_bits_per_byte` (unless the tokenizer loses text), `val_accuracy`. Empty if the run was
+        already past its last step and that step was not evaluated.
 
     Raises:
         InputError: the configuration does not fit the machine, the data or the run in `workdir`.

@@ -458,10 +458,10 @@ TOOLS = [
     tool(f"{EVALUATE} --overlap -1", "--overlap", -1, "at least 0"),
     tool(f"{EVALUATE} --batch_size 0", "--batch_size", 0, "at least 1"),
     tool(f"{EVALUATE} --data {{root}}/no.txt", "--data", "no.txt"),
-    tool(f"{EVALUATE} --data {{root}}", "--data", "Is a directory"),
     tool(f"{EVALUATE} --data {{root}}/blank.txt", "--data", "blank.txt"),
-    tool(f"{EVALUATE} --data {{root}}/latin1.txt", "--data", "latin1.txt, invalid at byte 1"),
-    tool(f"{EVALUATE} --data {{root}}/snow.txt", "{root}/snow.txt", "U+2603) at position 5"),
+    tool(f"{EVALUATE} --data {{root}}/latin1.txt", "--data", "latin1.txt (byte 0xe9 at offset 1"),
+    tool(f"{EVALUATE} --data {{root}}/snow.txt", "snow.txt", "U+2603) at position 5"),
+    tool(f"{EVALUATE} --data {{root}}/rows.jsonl", "data.text_column", "text", "body"),
     tool(f"{EVALUATE} --context 1", "--context", 1, "at least 2"),
     tool(f"{EVALUATE} --context {10**13}", "--context", 10**13, "1073741823"),
     tool(f"{EVALUATE} --step newest", "--step", "newest", "latest, best"),
@@ -513,6 +513,7 @@ def root(tiny_root: Path) -> Path:
     (tiny_root / "blank.txt").write_text(" \n\t\n")
     (tiny_root / "latin1.txt").write_bytes("déjà".encode("latin-1"))
     (tiny_root / "snow.txt").write_text("line \u2603")
+    (tiny_root / "rows.jsonl").write_text('{"body": "line"}')
     for name, content in CONFIGS.items():
         (tiny_root / name).write_text(content)
     return tiny_root

@@ -1,5 +1,7 @@
 """Held-out figures against numpy over every token."""
 
+import gzip
+import json
 import math
 import subprocess
 
@@ -170,3 +172,40 @@ def test_a_loss_too_high_for_its_perplexity_is_no_crash(trained):
 def test_nothing_to_evaluate_is_an_error(trained):
     with pytest.raises(ValueError, match="all weights are 0"):
         evaluate(*trained, [], 1.0)
+
+
+def test_other_text_is_read_as_in_training(tiny_root, tmp_path, run_program):
+    """Documents of tables, of compressed files and of directories, and not the files' own bytes."""
+    documents = ["line 1 says 1\n", "line 2 says 4\n" * 3, "says"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (tmp_path / "texts").mkdir()
+    for number, document in enumerate(documents):
+        with gzip.open(tmp_path / "texts" / f"{number}.txt.gz", "wt") as file:
+            file.write(document)
+    found = []
+    for name in ("rows.jsonl", "texts", "texts/0.txt.gz"):
+        words = ["evaluate", "--ckpt", str(tiny_root / "run"), "--data", str(tmp_path / name)]
+        code, out, _, _ = run_program("tools", [*words, "--json"])
+        assert code == 0
+        found.append(json.loads(out))
+    assert found[0] == found[1]
+    assert found[0]["bytes"] == len("".join(documents))
+    assert found[0]["tokens"] == len("".join(documents)) + 3  # of which 3 are end-of-text
+    assert found[0]["gzip_bits_per_byte"] == gzip_bits_per_byte(["".join(documents).encode()])
+    assert found[2]["tokens"] == len(documents[0]) + 1
+
+
+def test_bits_per_byte_of_lost_text_are_left_out(trained):
+    model, params = trained
+    stream = TokenStream.from_array(np.arange(9, dtype=np.int32), num_bytes=8, num_documents=1)
+    figures = [
+        Evaluator(model, stream, LAYOUT, 3, lossless=lossless).validate(params)
+        for lossless in (True, False)
+    ]
+    assert set(figures[0]) - set(figures[1]) == {"val_bits_per_byte"}
+
+
+def test_what_is_evaluated_of_a_stream(trained):
+    stream = TokenStream.from_array(np.arange(53, dtype=np.int32), num_bytes=52, num_documents=1)
+    sizes = {n: Evaluator(trained[0], stream, LAYOUT, 3, max_batches=n).num_tokens for n in (0, 1, 9)}
+    assert sizes == {0: 53, 1: 40, 9: 53}

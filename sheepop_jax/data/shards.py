@@ -15,8 +15,8 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.files import read_sealed, sealed, sha256_of_file
 
 SIDES = ("train", "validation")
-# Incremented when the same text would produce different files. An existing run keeps its own format:
-# up to 2, "auto" splits a few documents by "tail" instead of "tails".
+# Incremented when the same text would produce different files. An existing run keeps its format: up
+# to 2, "auto" splits a few documents by "tail" instead of "tails".
 FORMAT = 3
 _HASH_BYTES = 2**30  # shards up to this size are hashed on every open: 1 s at most
 

@@ -1,4 +1,4 @@
-"""Sample text for the training log: a continuation of `train.sample_prompt`, or of validation text."""
+"""Sample text for the training log, continuing `train.sample_prompt` or validation text."""
 
 from dataclasses import dataclass
 from typing import Any
