@@ -527,3 +527,17 @@ def test_a_config_file_may_be_anywhere(tmp_path):
 @pytest.mark.parametrize("preset", sorted({p.stem for p in PRESETS.glob("*.py")} - {"mixture"}))
 def test_no_preset_decides_how_a_users_file_is_read(preset):
     assert load_config(preset, ["data.path=rows.jsonl", "data.text_column=x"]).data.source == "auto"
+
+
+@pytest.mark.parametrize(
+    ("assigned", "prompt"),
+    [
+        ([], "class Reader:"),
+        (["train.num_steps=9"], "class Reader:"),
+        (["data.path=README.md"], ""),
+        (["data.name=owner/name"], ""),
+        (["data.path=README.md", "train.sample_prompt=The "], "The "),
+    ],
+)
+def test_the_prompt_of_a_preset_is_for_its_own_text(assigned, prompt):
+    assert load_config("quickstart", assigned).train.sample_prompt == prompt

@@ -295,6 +295,57 @@ def test_held_out_text_comes_from_the_shards_of_the_run_or_from_its_source(plan)
     assert "->" in error.value.got
 
 
+def test_a_run_keeps_the_split_that_it_was_started_with(plan, tmp_path, monkeypatch):
+    """Before format 3, the validation split of a few files was the tail of the last one."""
+    (tmp_path / "few").mkdir()
+    for letter in "abcd":
+        (tmp_path / "few" / f"{letter}.txt").write_text(f"{letter}{letter} " * 400)
+    few = {"data.path": str(tmp_path / "few")}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "FORMAT", 2)
+        old, _ = plan(few)
+    before = open_run(old.directory).data_identity
+    assert "format" not in before
+    _, evaluation = plan(few)  # goes on with the same data
+    assert open_run(old.directory).data_identity == before
+    read = evaluation.stream.read(0, len(evaluation.stream)).tolist()
+    shutil.rmtree(open_run(old.directory).shards)
+    again = open_run(old.directory).prepared_data().validation  # made again in its format
+    assert again.read(0, len(again)).tolist() == read
+    new, evaluation = plan(few, tmp_path / "new")
+    tokenizer = open_run(new.directory).tokenizer
+    found = tokenizer.decode(evaluation.stream.read(0, len(evaluation.stream)))
+    assert set(found) == set("abcd ") and len(found) == 480
+    assert set(tokenizer.decode(read)) == set("d ")
+
+
+def test_a_sample_without_a_prompt_continues_the_validation_text(plan):
+    job, evaluation = plan()
+    tokens = evaluation.stream.read(1, 1 + len(job.sample.prompt_tokens)).tolist()
+    assert job.sample.prompt_tokens == tokens and len(tokens) == 14  # half of the context of 29
+    assert job.sample.prompt == open_run(job.directory).tokenizer.decode(tokens)
+    assert plan({"train.sample_prompt": "line"})[0].sample.prompt == "line"
+
+
+@pytest.mark.parametrize(("batches", "said"), [(0, "validation text: 2"), (1, "text, first ")])
+def test_gzip_is_compared_on_what_was_evaluated(plan, monkeypatch, caplog, batches, said):
+    caplog.set_level(logging.INFO)
+    compressed = []
+    inner = pipeline.gzip_bits_per_byte
+
+    def note(pieces):
+        compressed.append(b"".join(pieces))
+        return inner([compressed[-1]])
+
+    monkeypatch.setattr(pipeline, "gzip_bits_per_byte", note)
+    monkeypatch.setattr(pipeline, "fit", lambda job, stop: {"val_bits_per_byte": 2.0})
+    text = {"data.seq_len": 2, "train.eval_batches": batches}
+    with pytest.raises(IndexError):  # no job was recorded
+        plan(text)
+    assert said in caplog.text
+    assert [len(content) for content in compressed] == [16] * batches  # 8 windows of 2 tokens
+
+
 def test_what_ends_before_there_is_a_run_leaves_no_directory(plan, tmp_path):
     workdir = tmp_path / "new"
     with pytest.raises(InputError):
