@@ -207,5 +207,7 @@ def test_bits_per_byte_of_lost_text_are_left_out(trained):
 
 def test_what_is_evaluated_of_a_stream(trained):
     stream = TokenStream.from_array(np.arange(53, dtype=np.int32), num_bytes=52, num_documents=1)
-    sizes = {n: Evaluator(trained[0], stream, LAYOUT, 3, max_batches=n).num_tokens for n in (0, 1, 9)}
+    sizes = {
+        n: Evaluator(trained[0], stream, LAYOUT, 3, max_batches=n).num_tokens for n in (0, 1, 9)
+    }
     assert sizes == {0: 53, 1: 40, 9: 53}

@@ -95,7 +95,7 @@ def run(flags: argparse.Namespace) -> None:
         model, stream, replace(packing, seq_len=seq_len), flags.batch_size, flags.overlap
     )
     metrics = evaluator(params)
-    found = metrics.to_dict() | compressed
+    found: dict[str, float | int | None] = {**metrics.to_dict(), **compressed}
     if not lossless:  # its bytes are not all predicted
         print(
             "bits_per_byte is left out: the tokenizer loses text, decoding does not restore it",

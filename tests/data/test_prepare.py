@@ -181,3 +181,21 @@ def test_a_tokenizer_that_loses_text_is_said_loudly(config, tmp_path, caplog):
         assert not prepare(lossy).lossless
     assert prepare(config(val_split="tail")).lossless
     assert caplog.text.count("IS NOT LOSSLESS") == 2
+
+
+@pytest.mark.parametrize(("lost", "lossless"), [("validation", False), ("training", True)])
+def test_all_text_that_is_measured_is_compared(config, tmp_path, caplog, lost, lossless):
+    """One unknown word, at the end of a split, decides about that split."""
+    vocabulary = {"\u2581a": 0, "?": 1, "\u2581": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    inner.add_special_tokens(["</s>"])
+    (tmp_path / "words.json").write_text(inner.to_str())
+    words = ["a"] * 2000
+    words[-1 if lost == "validation" else 1000] = "b"
+    (tmp_path / "one.txt").write_text(" ".join(words))
+    given = dict(path=str(tmp_path / "one.txt"), tokenizer=str(tmp_path / "words.json"))
+    data = prepare(config(**given, val_split="tail"))
+    assert data.lossless is lossless
+    assert f"does not restore the {lost} text" in caplog.text

@@ -103,7 +103,7 @@ def test_the_manifest_says_what_was_counted_otherwise(
     data = prepare(data_config(mixture=parts, val_fraction=0.3))
     manifest = json.loads((data.directory / "manifest.json").read_text())
     assert manifest == data.manifest
-    assert (manifest["format"], manifest["duplicates"]) == (2, 1)
+    assert (manifest["format"], manifest["duplicates"]) == (3, 1)
     assert manifest["split"] == "document 0.3"
     assert manifest["tokenizer"] == data.tokenizer.fingerprint
     for package, version in manifest["versions"].items():
