@@ -19,7 +19,7 @@ from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.shards import FORMAT, PreparedData, format_of, open_shards
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import Evaluator
-from sheepop_jax.generation.preview import Preview
+from sheepop_jax.generation.preview import PROMPT_TOKENS, Preview
 from sheepop_jax.model.attention import choose_implementation
 from sheepop_jax.model.loss import chunk_elements
 from sheepop_jax.model.partitioning import check_mesh, make_mesh, own_rows
@@ -175,7 +175,8 @@ def _training_batches(
 def _preview(config: Config, model: Transformer, data: PreparedData) -> Preview | None:
     if not config.train.sample_tokens:
         return None
-    return Preview.of(config, model, data.tokenizer, data.validation)
+    beginning = data.validation.read(1, min(1 + PROMPT_TOKENS, len(data.validation)))
+    return Preview.of(config, model, data.tokenizer, beginning.tolist())
 
 
 def _log_compression(bits_per_byte: float, data: PreparedData, num_tokens: int) -> None:

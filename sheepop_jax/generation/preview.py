@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sheepop_jax.config.schema import Config
-from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.engine import generate
 from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
 from sheepop_jax.model.transformer import Transformer
 
-_PROMPT_TOKENS = 16  # of validation text
+PROMPT_TOKENS = 16  # of validation text
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,17 @@ class Preview:
 
     @classmethod
     def of(
-        cls, config: Config, model: Transformer, tokenizer: Tokenizer, validation: TokenStream
+        cls, config: Config, model: Transformer, tokenizer: Tokenizer, validation: list[int]
     ) -> "Preview":
         """Builds a preview from `train.sample_prompt` and `train.sample_tokens`.
 
-        Without a prompt, the preview continues the beginning of the validation text.
+        Without a prompt, the preview continues the beginning of the validation text, of which
+        `validation` holds the first `PROMPT_TOKENS`.
         """
         train = config.train
         prompt, ids = train.sample_prompt, tokenizer.encode(train.sample_prompt)
         if not prompt:
-            size = min(_PROMPT_TOKENS, config.model.max_seq_len // 2, len(validation) - 1)
-            start = validation.read(1, 1 + size).tolist()
+            start = validation[: config.model.max_seq_len // 2]
             end = tokenizer.end_of_text
             ids = start[: start.index(end)] if end in start else start
             prompt = tokenizer.decode(ids)
