@@ -34,6 +34,7 @@ from sheepop_jax.training.signals import StopSignal
 log = logging.getLogger(__name__)
 
 _LONGEST_PREPARATION = 30 * 86_400  # seconds that processes wait for the token shards
+MANY_EPOCHS = 10  # passes over the text that overfit without dropout
 LONG_UPDATE_FLOPS = 5e12  # about a minute on two CPU cores
 
 
@@ -71,6 +72,7 @@ def train(
         num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
         plan = make_plan(config, model, mesh, machine)
         _log_plan(config, model, plan, num_steps, machine)
+        _warn_of_many_epochs(config, batches.epochs(num_steps))
         evaluator = Evaluator(
             model,
             data.validation,
@@ -221,6 +223,16 @@ def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transforme
             "mask; it is slower and its memory grows with the square of data.seq_len"
         )
     return Transformer(config.model, vocab_size, dtype, implementation)
+
+
+def _warn_of_many_epochs(config: Config, epochs: float) -> None:
+    """Warns about a run that repeats its text often, without dropout."""
+    if epochs > MANY_EPOCHS and not config.model.dropout and not config.model.attention_dropout:
+        log.warning(
+            "the run passes over its text %.1f times without dropout and will overfit: use more "
+            "text, fewer updates (train.num_steps), or a new run with model.dropout=0.1",
+            epochs,
+        )
 
 
 def _log_plan(

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from configs import base
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError, masked
 from tests.test_config import flat, with_value
@@ -228,6 +229,11 @@ def only_a_damaged_one(run: Path) -> None:
     shutil.rmtree(run / "checkpoints/00000004/params")
 
 
+def never_evaluated(run: Path) -> None:
+    for step in (2, 4):
+        CheckpointSaver(run / "checkpoints").record(step, {"val_loss": None})
+
+
 def half_written(run: Path) -> None:
     """As a kill in the first save leaves it."""
     shutil.rmtree(run / "checkpoints/00000002")
@@ -380,11 +386,14 @@ SAMPLING = [
     Row("sample", "--ckpt {run}/config.json", "--ckpt", "config.json", "", "--step"),
     opened(lambda run: shutil.rmtree(run / "checkpoints"), CHECKPOINTS, "no checkpoint"),
     opened(half_written, CHECKPOINTS, "no checkpoint"),
-    opened(lambda run: (run / "checkpoints/00000004/manifest.json").unlink(),
-           "--step", "latest", "manifest", "2"),
+    Row("sample", "--ckpt {run} --step latest", "--step", "latest", "manifest", "2",
+        damage=lambda run: (run / "checkpoints/00000004/manifest.json").unlink()),
     opened(lambda run: shutil.rmtree(run / "checkpoints/00000004/params"),
-           "--step", "latest", "params", "2"),
-    opened(only_a_damaged_one, "--step", "latest", "missing", "another run"),
+           "--step", 4, "params", "2"),
+    opened(only_a_damaged_one, "--step", 4, "missing", "another run"),
+    *(Row(program, f"{words} --step best", "--step", "best", "latest or one of 2, 4 (none",
+          damage=never_evaluated)
+      for program, words in (("sample", "--ckpt {run}"), ("tools", "evaluate --ckpt {run}"))),
     opened(written("config.json", '{"config": '), CONFIG, "", "configuration"),
     opened(written("config.json", "[]"), CONFIG, "", "configuration"),
     opened(with_config(d_modle=3), CONFIG, "model.d_modle", "configuration"),

@@ -1,14 +1,18 @@
 """sample.py as a process: stdin, exit codes, Ctrl-C. Its bad input is in test_errors.py."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.cli import sample
 from sheepop_jax.errors import InputError
 
@@ -124,3 +128,26 @@ def _wait_until_reading(pid: int) -> None:
         if len(tasks) > 1 and set(states) == {"S"}:
             return
     raise TimeoutError("sample.py never came to read stdin")
+
+
+def test_the_best_checkpoint_is_the_default(
+    tiny_root: Path, tmp_path: Path, run_program: Any
+) -> None:
+    """Of an overfitted run; both losses and the flag for the other are said."""
+    run = shutil.copytree(tiny_root / "run", tmp_path / "run")
+    saved = CheckpointSaver(run / "checkpoints")
+    note = r"step 2 \(.* loss 0\.5000\), .* step 4 \(.* loss 3\.5000\); .*--step latest"
+    for losses, step, noted in (((0.5, 3.5), 2, True), ((4.0, 3.5), 4, False)):
+        for number, loss in zip((2, 4), losses, strict=True):
+            saved.record(number, {"val_loss": loss})
+        for program, words in (
+            ("sample", ["--prompt", "line", "--max_new_tokens", "0"]),
+            ("tools", ["evaluate"]),
+        ):
+            code, _, err, _ = run_program(program, [*words, "--ckpt", str(run)])
+            assert code == 0 and f"step {step} of {run}" in err, err
+            assert bool(re.search(note, err)) == noted
+    saved.record(2, {"val_loss": 0.5})
+    words = ["--ckpt", str(run), "--step", "latest", "--prompt", "line", "--max_new_tokens", "0"]
+    code, _, err, _ = run_program("sample", words)
+    assert code == 0 and f"step 4 of {run}" in err and "the best" not in err

@@ -18,6 +18,7 @@ import pytest
 import sample
 import train
 from sheepop_jax import __main__ as tools
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.cli.common import command
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import platform
@@ -133,6 +134,19 @@ def test_the_same_command_on_a_finished_run_changes_nothing(trained, texts, call
     for path, content in before.items():
         if path.suffix != ".png" and "tensorboard" not in path.parts:
             assert path.read_bytes() == content, path
+
+
+def test_a_run_that_overfitted_says_which_checkpoint_is_the_best(copy, texts, call):
+    saver = CheckpointSaver(copy / "checkpoints")
+    first, last = saver.steps()[0], saver.steps()[-1]
+    saver.record(first, {"val_loss": 0.25})
+    result = call(train.main, *train_words(texts, copy))
+    assert result.returncode == 0, result.stderr
+    [note] = [line for line in result.stderr.splitlines() if line.startswith("the best")]
+    assert f"step {first} (validation loss 0.2500)" in note and f"step {last} (" in note
+    assert "--step latest" in note
+    saver.record(first, {"val_loss": 9.0})
+    assert "the best" not in call(train.main, *train_words(texts, copy)).stderr
 
 
 def test_a_signal_saves_and_exits_with_75_and_meanwhile_the_run_is_locked(texts, tmp_path, call):

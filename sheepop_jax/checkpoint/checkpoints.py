@@ -80,8 +80,11 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"{path}: {error}") from None
 
-    def resolve(self, step: str | int) -> int:
+    def resolve(self, step: str | int | None = None) -> int:
         """Resolves "latest", "best" or a number to a committed step.
+
+        None is the best among the checkpoints whose manifest is valid, or the latest if none was
+        evaluated.
 
         Raises:
             InputError: no such step; the message lists the available ones.
@@ -89,13 +92,27 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise InputError(str(self.directory), "no checkpoint", "at least one", "training first")
-        found = {"latest": steps[-1], "best": self.best()}.get(str(step))
+        best = self.best()
+        if step is None:
+            self._warn_of_damaged_manifests()
+            return steps[-1] if best is None else best
+        found = {"latest": steps[-1], "best": best}.get(str(step))
         if found is None and str(step).isdecimal() and int(step) in steps:
             found = int(step)
         if found is None:
             usable = ", ".join(map(str, steps))
-            raise InputError("step", step, f"latest, best (if evaluated) or one of {usable}")
+            rule = f"latest, best or one of {usable}"
+            if step == "best":
+                rule = f"latest or one of {usable} (none has a validation loss)"
+            raise InputError("step", step, rule)
         return found
+
+    def _warn_of_damaged_manifests(self) -> None:
+        for step in self.steps():
+            try:
+                self.manifest(step)
+            except DamagedCheckpoint as damage:
+                log.warning("step %d is damaged and may have been the best (%s)", step, damage)
 
     def verify(self, step: int) -> dict[str, Any]:
         """Compares every file with the manifest and returns the manifest.

@@ -55,12 +55,13 @@ class Run:
         return Transformer(self.config.model, self.tokenizer.vocab_size, dtype)
 
     def params(
-        self, step: str | int = "latest", quantize: Literal["int8"] | None = None
+        self, step: str | int | None = None, quantize: Literal["int8"] | None = None
     ) -> tuple[Any, int]:
         """Loads the parameters of a checkpoint to the first local device.
 
         Args:
-            step: "latest", "best" or a step number.
+            step: "latest", "best" or a step number; None is the best, or the latest if none was
+                evaluated.
             quantize: "int8" quantizes the matrices (`model.quantize`); None keeps fp32.
 
         Returns:
@@ -78,7 +79,8 @@ class Run:
         except DamagedCheckpoint as damage:
             others = ", ".join(str(s) for s in self.checkpoints.steps() if s != found)
             hint = f"one of {others}" if others else "another run (this one has no other)"
-            raise InputError("step", step, f"a valid checkpoint ({damage})", hint) from None
+            got = found if step is None else step
+            raise InputError("step", got, f"a valid checkpoint ({damage})", hint) from None
         return quantized(params) if quantize == "int8" else params, found
 
     def prepared_data(self) -> "PreparedData":

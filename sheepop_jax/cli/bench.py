@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sheepop_jax.cli.common import Parser, checked_step, command, path_argument
+from sheepop_jax.cli.common import Parser, checked_step, command, load_params, path_argument
 from sheepop_jax.errors import InputError
 
 DESCRIPTION = "Measure tokens/s and time to first token with and without the key/value cache."
@@ -81,7 +81,7 @@ def run(flags: argparse.Namespace) -> None:
     out = Path(flags.out) if flags.out else opened.directory / "bench"
     if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
         raise InputError("out", str(out), "a directory that can be created")  # before measuring
-    params, step = opened.params(wanted, flags.quantize)
+    params, step = load_params(opened, wanted, flags.quantize)
     dtype = machine.compute_dtype(flags.dtype)
     config = BenchmarkConfig(
         flags.prompt_lengths, flags.batch_sizes, flags.new_tokens, flags.repeats, context

@@ -11,10 +11,16 @@ import sys
 import threading
 import traceback
 from collections.abc import Collection, Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sheepop_jax.config.schema import DTYPES, PLATFORMS
 from sheepop_jax.errors import InputError, RunFailed
+
+if TYPE_CHECKING:  # these import jax
+    from sheepop_jax.checkpoint.checkpoints import Checkpoints
+    from sheepop_jax.checkpoint.run import Run
+
+log = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -22,6 +28,10 @@ EXIT_INTERRUPTED = 130
 PLATFORM_HELP = "device platform (default auto: a GPU or TPU if available, else the CPU)"
 DTYPE_HELP = (
     "dtype of activations (default auto: bfloat16 on TPUs and GPUs since Ampere, else float32)"
+)
+STEP_HELP = (
+    "checkpoint: best, latest or a step number (default: the best by validation loss, or the "
+    "latest if none was evaluated)"
 )
 MAX_STEP_DIGITS = 18  # int() raises for strings of thousands of digits
 
@@ -50,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         """Adds the flags that select a run and how its model is loaded."""
         add = self.add_argument
         self.add_ckpt()
-        add("--step", default="latest", help="checkpoint: latest (default), best or a step number")
+        add("--step", help=STEP_HELP)
         add("--context", type=int, metavar="N", help="default: model.max_seq_len of the run")
         add("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
         add("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
@@ -89,17 +99,49 @@ def path_argument(text: str) -> str:
     return text
 
 
-def checked_step(step: str) -> str | int:
+def checked_step(step: str | None) -> str | int | None:
     """Validates `--step` before the run is opened.
 
     Raises:
         InputError: the value is neither latest, best nor a number.
     """
-    if step in ("latest", "best"):
+    if step is None or step in ("latest", "best"):
         return step
     if not (step.isascii() and step.isdigit() and len(step) <= MAX_STEP_DIGITS):
         raise InputError("step", step, "latest, best or a number")
     return int(step)
+
+
+def load_params(run: "Run", step: str | int | None, quantize: Any) -> tuple[Any, int]:
+    """Loads the parameters of `--step` (None: the default), and logs which checkpoint it is.
+
+    Raises:
+        InputError: the checkpoint does not exist or is damaged.
+    """
+    params, found = run.params(step, quantize)
+    log.info("step %d of %s", found, run.directory)
+    if step is None and (note := best_before_latest(run.checkpoints)):
+        log.info("%s", note)
+    return params, found
+
+
+def best_before_latest(checkpoints: "Checkpoints") -> str:
+    """A note that the best checkpoint is not the latest, with both losses; "" if it is."""
+    from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, DamagedCheckpoint
+
+    best, latest = checkpoints.best(), checkpoints.steps()[-1]
+    if best is None or best == latest:
+        return ""
+    try:
+        loss = checkpoints.manifest(latest)["figures"].get(BEST_METRIC)
+        shown = "not evaluated" if loss is None else f"validation loss {loss:.4f}"
+    except DamagedCheckpoint:
+        shown = "damaged"
+    return (
+        f"the best checkpoint is step {best} (validation loss {checkpoints.best_score():.4f}), the "
+        f"latest is step {latest} ({shown}); sample.py, evaluate and bench use the best unless "
+        "--step latest is given"
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import replace
 
-from sheepop_jax.cli.common import Parser, checked_step, command, path_argument
+from sheepop_jax.cli.common import Parser, checked_step, command, load_params, path_argument
 from sheepop_jax.errors import InputError
 
 DESCRIPTION = "Compute loss, perplexity, bits per byte and accuracy on validation text."
@@ -88,7 +88,7 @@ def run(flags: argparse.Namespace) -> None:
             "gzip_bits_per_byte": gzip_bits_per_byte([content]),
             "xz_bits_per_byte": xz_bits_per_byte(content),
         }
-    params, step = opened.params(wanted, flags.quantize)
+    params, step = load_params(opened, wanted, flags.quantize)
     model = opened.model(machine.compute_dtype(flags.dtype))
     packing = PackingConfig.of(opened.config.data, opened.tokenizer.end_of_text)
     evaluator = Evaluator(

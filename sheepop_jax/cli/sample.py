@@ -11,6 +11,7 @@ from sheepop_jax.cli.common import (
     checked_step,
     command,
     leave_on_interrupt,
+    load_params,
     path_argument,
     print_text,
 )
@@ -165,8 +166,7 @@ def sample(flags: argparse.Namespace) -> None:
         prompts.append(kept)
     if longest > trained:
         log.warning("up to %d tokens, but the model was trained on windows of %d", longest, trained)
-    params, step = run.params(flags.step, flags.quantize)
-    log.info("step %d of %s", step, run.directory)
+    params, _ = load_params(run, flags.step, flags.quantize)
     completions = generate(
         run.model(machine.compute_dtype(flags.dtype)),
         params,

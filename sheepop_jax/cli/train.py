@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sheepop_jax.cli.common import Parser, command, path_argument
+from sheepop_jax.cli.common import Parser, best_before_latest, command, path_argument
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import distributed
@@ -86,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_STOPPED
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         if distributed.is_main_process():
+            from sheepop_jax.checkpoint.checkpoints import Checkpoints
+
+            if note := best_before_latest(Checkpoints(Path(workdir) / "checkpoints")):
+                print(note, file=sys.stderr)
             print(f"{workdir}: {shown or 'no metrics: the run is past its last step'}")
     return 0
 

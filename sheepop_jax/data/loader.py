@@ -97,6 +97,12 @@ class TrainBatches:
         """Updates in which every window is visited once."""
         return -(-self._order.num_windows // (self.accum * self.batch_size))
 
+    def epochs(self, step: int) -> float:
+        """Passes over the text after `step` updates; in a mixture, over the most repeated source."""
+        windows = step * self.accum * self.batch_size
+        order = zip(self._order.shares, self._order.lengths, strict=True)
+        return max(windows * share / length for share, length in order)
+
     def batch_at(self, step: int) -> Batch:
         """This process's rows [A, rows, T] of the global batch of `step`."""
         rows = range(self.batch_size) if self.rows is None else self.rows

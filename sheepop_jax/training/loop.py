@@ -236,6 +236,7 @@ class _Loop:
             "grad_norm": float(metrics.grad_norm),
             "skipped": bool(metrics.skipped),
             "data_wait_seconds": self.data_wait,
+            "epoch": self.job.batches.epochs(self.step),
             **self.throughput.interval(self.step),
         }
         self.data_wait = 0.0

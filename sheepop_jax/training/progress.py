@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sheepop_jax.formatting import format_flops, format_seconds, printable
+from sheepop_jax.formatting import format_count, format_flops, format_seconds, printable
 
 
 class Progress:
@@ -33,6 +33,7 @@ class Progress:
         text = (
             f"step {step}/{self._last}  loss {values['loss']:.4f}  "
             f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.2f}  "
+            f"epoch {values['epoch']:.2f}  {format_count(values['tokens'])} tokens  "
             f"{values['tokens_per_second']:,.0f} tok/s  "
             f"{format_flops(values['flops_per_second'])}"
         )

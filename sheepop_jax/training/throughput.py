@@ -50,13 +50,14 @@ class Throughput:
         return (self.seconds - seconds) / (step - first) if step > first else self.warm_seconds
 
     def interval(self, step: int) -> dict[str, float | None]:
-        """Returns mean speeds since the last call (or the start), and starts a new interval."""
+        """Returns tokens so far and mean speeds since the last call; starts a new interval."""
         first, seconds = self._interval
         self._interval = (step, self.seconds)
         tokens = (step - first) * self._tokens_per_step
         tokens_per_second = tokens / max(self._interval[1] - seconds, 1e-9)
         flops = tokens_per_second * self._flops
         return {
+            "tokens": step * self._tokens_per_step,
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops,
             "mfu": flops / self._peak if self._peak else None,

@@ -56,6 +56,12 @@ def test_rows_lie_in_the_order_of_windows():
         assert (batch.weights == 1).all()
 
 
+def test_epochs_are_those_of_the_most_repeated_source():
+    assert train_batches(length=151).epochs(5) == 5 * 8 / 20
+    mixed = train_batches(streams=[stream(151), stream(29)], weights=(0.75, 0.25))
+    assert mixed.epochs(5) == 40 * 0.25 / 3
+
+
 def test_a_batch_does_not_depend_on_what_was_read_before():
     batches = train_batches()
     first = batches.batch_at(5)

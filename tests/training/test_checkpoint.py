@@ -99,6 +99,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best() == 2
     assert [checkpoints.resolve(name) for name in ("latest", "best", "4", 4)] == [5, 2, 4, 4]
+    assert checkpoints.resolve(None) == 2
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
@@ -125,6 +126,17 @@ def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path
             checkpoints.resolve(name)
         assert (error.value.field, error.value.got) == ("step", name)
         assert "2, 7" in error.value.expected
+        assert ("none has a validation loss" in error.value.expected) == (name == "best")
+    assert checkpoints.resolve(None) == 7
+
+
+def test_the_default_says_that_a_damaged_step_may_have_been_the_best(tmp_path, caplog):
+    checkpoints = CheckpointSaver(tmp_path, keep=3)
+    save_all(checkpoints, [2, 7, 9], {2: 1.5, 7: 1.0, 9: 2.0})
+    assert checkpoints.resolve(None) == 7 and not caplog.text
+    (checkpoints.path(7) / MANIFEST).unlink()
+    assert checkpoints.resolve(None) == 2
+    assert "step 7 is damaged" in caplog.text
 
 
 def test_no_checkpoint_at_all_is_an_error(tmp_path):

@@ -113,6 +113,15 @@ def test_a_warmup_longer_than_the_run_is_said(plan, caplog):
     assert "warmup is longer than the run of 7 updates" in caplog.text
 
 
+def test_many_epochs_without_dropout_are_said_once(plan, tmp_path, caplog):
+    for steps, dropout, said in ((70, 0.0, 0), (300, 0.0, 1), (300, 0.1, 0)):
+        caplog.clear()
+        settings = {"train.num_steps": steps, "model.dropout": dropout}
+        job, _ = plan(settings, tmp_path / f"{steps}-{dropout}")
+        assert (job.batches.epochs(steps) > 10) == (steps == 300)
+        assert caplog.text.count("without dropout") == said
+
+
 def test_what_the_run_needs_is_said_in_two_lines(plan, caplog):
     caplog.set_level(logging.INFO)
     plan()

@@ -122,6 +122,7 @@ def test_n_steps_are_n_updates_and_the_last_is_evaluated_and_saved(make_job, mon
     assert len(drawn) == 6 and set(drawn) == {job.directory}  # with each save, and at the end
     train, is_val = lines[-2:]
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(train)
+    assert (train["tokens"], train["epoch"]) == (7 * 5 * 2 * 13, job.batches.epochs(7))
     names = {"val_loss", "val_perplexity", "val_bits_per_byte", "val_accuracy", "train_seconds"}
     assert names <= set(is_val)
 
@@ -138,7 +139,9 @@ def test_steps_between_those_due_are_not_logged_and_samples_are_shown(make_job, 
     job = make_job(num_steps=5, overrides={"train.log_every": 2, "train.eval_every": 0})
     fit(job, StopSignal())
     assert [line["step"] for line in training_lines(job.directory)] == [2, 4, 5]
-    assert capsys.readouterr().err.count("sample: text\n") == 1
+    shown = capsys.readouterr().err
+    assert shown.count("sample: text\n") == 1
+    assert f"epoch {job.batches.epochs(4):.2f}  520 tokens  " in shown
 
 
 def test_a_line_is_in_the_file_while_the_run_goes_on(make_job):
@@ -530,6 +533,7 @@ def test_the_clock_stands_still_when_stopped(monkeypatch):
     now[0] -= 4
     values = clock.interval(8)
     assert values["tokens_per_second"] == 6.0
+    assert values["tokens"] == 48
     assert values["flops_per_second"] == 12.0
     assert values["mfu"] == 0.12
     assert json.dumps(values)
