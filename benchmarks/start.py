@@ -39,6 +39,7 @@ def main() -> None:
         train += ["--config.train.sample_tokens=0", "--config.train.eval_batches=1"]
         train += [f"--config.train.platform={flags.platform}"]
         sample = [str(ROOT / "sample.py"), "--ckpt", str(home / "run"), "--max_new_tokens", "1"]
+        sample += ["--prompt", ""]
         subprocess.run([sys.executable, *train, "--workdir", str(home / "run")], check=True)
         for turn in range(flags.turns):
             shutil.rmtree(home / "cache/sheepop_jax/xla", ignore_errors=True)

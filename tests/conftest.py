@@ -1,7 +1,9 @@
 """What must be settled before the first test imports jax, and the fixtures that the tests share."""
 
 import contextlib
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -167,7 +169,10 @@ def run_program(
     monkeypatch.setattr(platform, "prepare", lambda *asked: MACHINE)
     monkeypatch.setattr(StopSignal, "install", lambda self: self)
 
-    def run(program: str, words: list[str]) -> tuple[Any, str, str, BaseException | None]:
+    def run(
+        program: str, words: list[str], stdin: bytes = b""
+    ) -> tuple[Any, str, str, BaseException | None]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
         error = None
         try:

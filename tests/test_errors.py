@@ -416,6 +416,8 @@ SAMPLING = [
     # Which prompt.
     asked(["--prompt", SAYS], "--prompt", "40 tokens", "32", "--truncate left"),
     asked(["--prompt", "ab\udc80"], "--prompt", "ab\udc80", "UTF-8"),
+    asked("--prompt - --prompt -", "--prompt", "-", "once", "--prompt_file FILE"),
+    asked("--prompt - --prompt_file -", "--prompt_file", "-", "once", "--prompt_file FILE"),
     asked("--prompt line\u2603", "--prompt", "U+2603) at position 4"),
     asked("--prompt line\0", "--prompt", "U+0000) at position 4"),
     asked("--prompt_file {root}/no.txt", "--prompt_file", "no.txt"),
@@ -423,12 +425,20 @@ SAMPLING = [
     asked("--prompt_file {root}/latin1.txt", "--prompt_file", "latin1.txt, invalid at byte 1"),
     asked("--prompt_file {root}/snow.txt", "--prompt_file", "U+2603) at position 5"),
     # How much, and how.
-    asked("--prompt line --max_new_tokens 29", "--max_new_tokens", 29, "at most 28"),
-    asked(f"--max_new_tokens {10**30}", "--max_new_tokens", 10**30, "at most 31"),
-    asked("--max_new_tokens 32 --truncate left --prompt line", "--max_new_tokens", 32, "31"),
+    *(
+        Row("sample", ["--ckpt", "{run}", *words.split()], "--max_new_tokens", got, expected,
+            damage=with_config(position="learned"))
+        for words, got, expected in [
+            ("--prompt line --max_new_tokens 29", 29, "at most 28 (context 32 minus 4 prompt tok"),
+            ("--prompt line --max_new_tokens 29", 29, "learned positions end at the context"),
+            (f"--max_new_tokens {10**30}", 10**30, "at most 31"),
+            ("--max_new_tokens 32 --truncate left --prompt line", 32, "31"),
+            # Text that reads like a special token is text: 13 characters, 13 tokens.
+            ("--prompt <|endoftext|> --max_new_tokens 20", 20, "at most 19"),
+        ]
+    ),
+    asked(f"--max_new_tokens {10**30}", "--max_new_tokens", 10**30, f"at most {2**30 - 2}"),
     asked("--max_new_tokens -1", "--max_new_tokens", -1, "at least 0"),
-    # Text that reads like a special token is text: 13 characters, 13 tokens.
-    asked("--prompt <|endoftext|> --max_new_tokens 20", "--max_new_tokens", 20, "at most 19"),
     asked("--temperature nan", "--temperature", math.nan, "", "0"),
     asked("--temperature inf", "--temperature", math.inf, "", "0"),
     asked("--temperature -0.5", "--temperature", -0.5, "", "0"),

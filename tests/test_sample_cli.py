@@ -1,5 +1,6 @@
 """sample.py as a process: stdin, exit codes, Ctrl-C. Its bad input is in test_errors.py."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.cli import sample
 from sheepop_jax.errors import InputError
+from tests.tiny import SAYS
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -151,3 +154,55 @@ def test_the_best_checkpoint_is_the_default(
     words = ["--ckpt", str(run), "--step", "latest", "--prompt", "line", "--max_new_tokens", "0"]
     code, _, err, _ = run_program("sample", words)
     assert code == 0 and f"step 4 of {run}" in err and "the best" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "prompts"),
+    [
+        ("--prompt -", b"line 1\n", ["line 1"]),
+        ("--prompt_file -", b"line 1\n\n", ["line 1\n"]),
+        ("", b"line 1\r\n", ["line 1"]),
+        ("--keep_newline", b"line 1\n", ["line 1\n"]),
+        ("", b"", [""]),
+        ("--prompt says --prompt -", b"line", ["says", "line"]),
+        ("--prompt says", b"line", ["says"]),  # standard input is not read
+    ],
+)
+def test_standard_input_is_a_prompt(
+    tiny_root: Path, run_program: Any, words: str, stdin: bytes, prompts: list[str]
+) -> None:
+    flags = ["--ckpt", str(tiny_root / "run"), "--max_new_tokens", "0", "--json", *words.split()]
+    code, out, err, _ = run_program("sample", flags, stdin)
+    assert code == 0, err
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == prompts
+    assert ("standard input" in err) == ("--prompt" not in words)
+
+
+def test_on_a_terminal_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert sample.read_prompts(sample.parse(["--ckpt", "x"])) == [("prompt", "")]
+
+
+def test_greedy_samples_are_said_to_be_the_same(tiny_root: Path, run_program: Any) -> None:
+    words = ["--ckpt", str(tiny_root / "run"), "--max_new_tokens", "0", "--prompt", "line"]
+    for more, said in (
+        ("--temperature 0 --num_samples 3", True),
+        ("--top_k 1 --num_samples 3", True),
+        ("--temperature 0", False),
+        ("--num_samples 3", False),
+    ):
+        code, _, err, _ = run_program("sample", [*words, *more.split()])
+        assert code == 0 and ("3 samples of a prompt are the same" in err) == said
+
+
+def test_more_tokens_than_the_context(tiny_root: Path, run_program: Any) -> None:
+    """The window slides; a prompt that does not fit is cut as without a number of tokens."""
+    words = ["--ckpt", str(tiny_root / "run"), "--max_new_tokens", "50", "--json"]
+    for prompt, more in (("line", []), (SAYS, ["--truncate", "left"])):
+        code, out, err, _ = run_program("sample", [*words, "--prompt", prompt, *more])
+        assert code == 0, err
+        record = json.loads(out)
+        assert record["stop_reason"] == "end_of_text" or len(record["tokens"]) == 50
+        assert "with a context of 32: " in err and "last 16 tokens" in err
+        assert "up to 32 tokens, but the model was trained on windows of 16" in err
+        assert ("dropped the first 24 of 40" in err) == bool(more)

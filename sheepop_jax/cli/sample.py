@@ -1,8 +1,10 @@
 """`sample.py`: generate text with a trained model."""
 
 import argparse
+import functools
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +30,9 @@ from sheepop_jax.generation.requests import (
 
 log = logging.getLogger("sheepop_jax.sample")
 
+MAX_NEW_TOKENS_HELP = f"""\
+default: the rest of the context, at most {DEFAULT_MAX_NEW_TOKENS}; may exceed the context, except
+with learned positions"""
 TRUNCATE_HELP = """\
 drop the start of a prompt that does not fit; without --max_new_tokens, reserve at most half the
 context for new tokens"""
@@ -37,11 +42,12 @@ examples:
   python sample.py --ckpt runs/quickstart --prompt "import" --prompt "class" --num_samples 3
   python sample.py --ckpt runs/base --prompt_file story.txt --temperature 0        # greedy
   python sample.py --ckpt runs/base --top_k 50 --top_p 0.95 --seed 7 --json | jq -r .completion
-  echo -n "Once" | python sample.py --ckpt runs/base --prompt_file -
+  echo "Once" | python sample.py --ckpt runs/base --max_new_tokens 2000
 
 Text goes to stdout, everything else to stderr. The same flags give the same text: a sample depends
 on its prompt, its number and the seed, not on the rest of the batch. Write a prompt with a leading
-dash as --prompt=-x. Without a prompt, generation starts a new document.
+dash as --prompt=-x. Without a prompt, standard input is the prompt, without its last newline. On a
+terminal, or with --prompt "", generation starts a new document.
 
 exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C"""
 
@@ -51,18 +57,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("sample.py", "Continue prompts with a trained model.", EPILOG)
     parser.add_run()
     add = parser.add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="prompt text; repeatable")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="prompt text; repeatable; - for stdin",
+    )
     add(
         "--prompt_file",
         type=path_argument,
         metavar="FILE",
         help="read a prompt from a file; - for stdin",
     )
+    add("--keep_newline", action="store_true", help="keep the newline at the end of stdin")
     add(
         "--max_new_tokens",
         type=int,
         metavar="N",
-        help=f"default: the rest of the context, at most {DEFAULT_MAX_NEW_TOKENS}",
+        help=MAX_NEW_TOKENS_HELP,
     )
     add(
         "--temperature",
@@ -106,24 +119,43 @@ def check(flags: argparse.Namespace) -> SamplingConfig:
     return sampling
 
 
-def read_prompts(flags: argparse.Namespace) -> list[str]:
-    """Returns the prompts, `--prompt_file` last; one empty prompt if none is given.
+def read_prompts(flags: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns the flag and the text of each prompt, `--prompt_file` last.
+
+    Without a prompt, reads standard input, unless it is a terminal: then the prompt is empty.
 
     Raises:
-        InputError: the file cannot be read, or a prompt is not UTF-8.
+        InputError: the file cannot be read, a prompt is not UTF-8, or standard input is asked for
+            twice.
     """
-    prompts = list(flags.prompt)
-    for prompt in prompts:
+    given = [("prompt", prompt) for prompt in flags.prompt]
+    if flags.prompt_file is not None:
+        given.append(("prompt_file", flags.prompt_file))
+    if not given:
+        if sys.stdin.isatty():
+            return [("prompt", "")]
+        log.info("reading the prompt from standard input")
+        given = [("prompt", "-")]
+    if [value for _, value in given].count("-") > 1:
+        raise InputError(given[-1][0], "-", "standard input once", "`prompt_file` FILE")
+    prompts = []
+    for name, prompt in given:
+        if prompt == "-":
+            text = decode(sys.stdin.buffer.read(), "stdin", name)
+            if not flags.keep_newline:
+                text = re.sub(r"\r?\n\Z", "", text)
+            prompts.append((name, text))
+            continue
+        if name == "prompt_file":
+            prompts.append((name, read_text(Path(prompt), name)))
+            continue
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             expected = f"UTF-8 text (invalid character {error.start})"
             raise InputError("prompt", prompt, expected) from None
-    if flags.prompt_file == "-":
-        prompts.append(decode(sys.stdin.buffer.read(), "stdin", "prompt_file"))
-    elif flags.prompt_file is not None:
-        prompts.append(read_text(Path(flags.prompt_file), "prompt_file"))
-    return prompts or [""]
+        prompts.append((name, prompt))
+    return prompts
 
 
 def sample(flags: argparse.Namespace) -> None:
@@ -132,7 +164,7 @@ def sample(flags: argparse.Namespace) -> None:
     Raises:
         InputError: a flag, a prompt or the run is invalid.
     """
-    sampling, texts = check(flags), read_prompts(flags)
+    sampling, named = check(flags), read_prompts(flags)
 
     from sheepop_jax.runtime import platform
 
@@ -148,32 +180,56 @@ def sample(flags: argparse.Namespace) -> None:
         log.warning(
             "--top_k %d exceeds the vocabulary; using %d", sampling.top_k, tokenizer.vocab_size
         )
+    if flags.num_samples > 1 and (flags.temperature == 0 or flags.top_k == 1):
+        log.warning(
+            "the %d samples of a prompt are the same: --temperature 0 and --top_k 1 are greedy",
+            flags.num_samples,
+        )
+    learned = run.config.model.position == "learned"
+    limit = functools.partial(
+        new_token_limit,
+        max_new_tokens=flags.max_new_tokens,
+        context=context,
+        slide=True,
+        learned=learned,
+    )
+    # New tokens that exceed the context by themselves need no room in it: the window slides.
+    beyond = not learned and (flags.max_new_tokens or 0) >= context
     prompts, longest = [], 0
-    names = ["prompt"] * max(len(flags.prompt), not flags.prompt_file) + ["prompt_file"]
-    for name, text in zip(names, texts, strict=False):
+    for name, text in named:
         tokenizer.check(text, name)
         ids = tokenizer.encode(text)
         kept = ids
         if flags.truncate == "left":
-            kept = truncate_left(ids, flags.max_new_tokens, context)
+            kept = truncate_left(ids, None if beyond else flags.max_new_tokens, context)
         if len(kept) < len(ids):
             log.warning("dropped the first %d of %d prompt tokens", len(ids) - len(kept), len(ids))
         # Check before loading the parameters.
         length = max(len(kept), 1)
-        longest = max(
-            longest, length + new_token_limit(length, flags.max_new_tokens, context, name)
-        )
+        longest = max(longest, length + limit(length, name=name))
         prompts.append(kept)
-    if longest > trained:
-        log.warning("up to %d tokens, but the model was trained on windows of %d", longest, trained)
+    if longest > context:
+        log.info(
+            "up to %d tokens with a context of %d: each time a text fills the context, the model "
+            "continues from its last %d tokens",
+            *(longest, context, context // 2),
+        )
+    if min(longest, context) > trained:
+        log.warning(
+            "up to %d tokens, but the model was trained on windows of %d",
+            *(min(longest, context), trained),
+        )
     params, _ = load_params(run, flags.step, flags.quantize)
     completions = generate(
         run.model(machine.compute_dtype(flags.dtype)),
         params,
         prompts,
         tokenizer.end_of_text,
-        GenerationConfig(sampling, flags.max_new_tokens, flags.num_samples, flags.seed, context),
+        GenerationConfig(
+            sampling, flags.max_new_tokens, flags.num_samples, flags.seed, context, slide=True
+        ),
     )
+    texts = [text for _, text in named]
     several = len(completions) > 1
     for i, completion in enumerate(completions):
         number = i // flags.num_samples

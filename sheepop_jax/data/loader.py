@@ -98,7 +98,7 @@ class TrainBatches:
         return -(-self._order.num_windows // (self.accum * self.batch_size))
 
     def epochs(self, step: int) -> float:
-        """Passes over the text after `step` updates; in a mixture, over the most repeated source."""
+        """Passes over the text after `step` updates; of the most repeated source."""
         windows = step * self.accum * self.batch_size
         order = zip(self._order.shares, self._order.lengths, strict=True)
         return max(windows * share / length for share, length in order)

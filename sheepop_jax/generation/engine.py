@@ -5,7 +5,10 @@ D model width, V vocabulary (padded).
 
 Lengths are rounded up to a few buckets and all other values are traced, so one compilation serves
 many requests. A row's random key is folded from the seed, the prompt's tokens, the sample number
-and the token's position, so a sample does not depend on the batch or the padding.
+and the token's place in the text, so a sample does not depend on the batch or the padding.
+
+A text longer than the context of C tokens is written with a sliding window: each time it reaches C
+tokens, the cache is prefilled again with the last C // 2, whose positions restart at 0.
 """
 
 import functools
@@ -50,6 +53,8 @@ class Request:
         prompts_PT: int32, left-padded.
         start_P: int32, slot of each prompt's first token.
         hash_P: uint32, CRC-32 of each prompt's tokens.
+        sample_P: int32, number of each prompt's first sample.
+        dropped_P: int32, tokens of each text before the window, which `prompts_PT` lacks.
         limit_P: int32 in [1, N], maximum new tokens.
         seed: uint32 scalar.
         end_of_text: int32 scalar.
@@ -59,6 +64,8 @@ class Request:
     prompts_PT: Any
     start_P: Any
     hash_P: Any
+    sample_P: Any
+    dropped_P: Any
     limit_P: Any
     seed: Any
     end_of_text: Any
@@ -75,6 +82,7 @@ class SamplerState:
     Attributes:
         cache: keys and values of every token except the newest.
         key_B: random key of each row, before folding in the position. Constant.
+        dropped_B: int32, tokens of each text before the window. Constant.
         limit_B: int32, maximum new tokens of each row. Constant.
         newest_B: int32, the last sampled token.
         tokens_BN: int32, the sampled tokens; undefined beyond a row's length.
@@ -85,6 +93,7 @@ class SamplerState:
 
     cache: Cache
     key_B: jax.Array
+    dropped_B: jax.Array
     limit_B: jax.Array
     newest_B: jax.Array
     tokens_BN: jax.Array
@@ -119,7 +128,11 @@ def generate(
     context = model.config.max_seq_len if config.context is None else config.context
     max_new_tokens, num_samples = config.max_new_tokens, config.num_samples
     prompts = [list(ids) or [end_of_text] for ids in prompts]
-    limits = [new_token_limit(len(ids), max_new_tokens, context) for ids in prompts]
+    learned = model.config.position == "learned"
+    limits = [
+        new_token_limit(len(ids), max_new_tokens, context, slide=config.slide, learned=learned)
+        for ids in prompts
+    ]
     for ids in prompts:
         if not 0 <= min(ids) <= max(ids) < model.vocab_size:
             raise InputError(
@@ -128,32 +141,55 @@ def generate(
     if not prompts or max_new_tokens == 0:
         return [Completion([], "length") for _ in range(len(prompts) * num_samples)]
 
-    request = build_request(
-        prompts,
-        limits,
+    build = functools.partial(
+        build_request,
         context=context,
         sampling=config.sampling,
         seed=config.seed,
         end_of_text=end_of_text,
     )
-    decoded = decode(
-        params,
-        jax.device_put(request),
-        model=model,
-        kind=config.sampling.kind,
-        num_samples=num_samples,
-        new_slots=bucket(max(limits), context),
-    )
-    tokens_BN, length_B = map(np.asarray, decoded)
-    completions = []
-    for row, length in enumerate(length_B):
-        tokens = tokens_BN[row, :length].tolist()
-        if tokens and max(tokens) >= model.vocab_size:
-            rule = "finite logits"
-            raise InputError("parameters", "NaN logits", rule, "another `step`")
-        full = length == limits[row // num_samples]
-        completions.append(Completion(tokens, "length" if full else "end_of_text"))
-    return completions
+    rooms = [min(limit, context - len(ids)) for ids, limit in zip(prompts, limits, strict=True)]
+    request, samples, new_tokens = build(prompts, rooms), num_samples, max(rooms)
+    hash_B = np.repeat(request.hash_P, num_samples)
+    sample_B = np.tile(np.arange(num_samples, dtype=np.int32), len(prompts))
+    texts = [list(ids) for ids in prompts for _ in range(num_samples)]
+    starts = [len(text) for text in texts]
+    ends = starts + np.repeat(limits, num_samples)
+    going = np.ones(len(texts), bool)  # neither ended nor at the limit of new tokens
+    kept = context // 2
+    while True:
+        decoded = decode(
+            params,
+            jax.device_put(request),
+            model=model,
+            kind=config.sampling.kind,
+            num_samples=samples,
+            new_slots=bucket(new_tokens, context),
+        )
+        tokens_BN, length_B = map(np.asarray, decoded)
+        for row in np.flatnonzero(going):
+            texts[row] += tokens_BN[row, : length_B[row]].tolist()
+            full = length_B[row] == request.limit_P[row // samples]
+            going[row] = full and len(texts[row]) < ends[row]
+        if max(map(max, texts)) >= model.vocab_size:
+            raise InputError("parameters", "NaN logits", "finite logits", "another `step`")
+        if not going.any():
+            break
+        # Slide the windows. Rows that are done write one token, which is dropped, so that the
+        # shapes stay the same.
+        length_B = np.array([len(text) for text in texts], np.int32)
+        windows = [text[-kept:] if going[row] else [0] for row, text in enumerate(texts)]
+        samples, new_tokens = 1, context - kept
+        request = replace(
+            build(windows, np.where(going, np.minimum(ends - length_B, new_tokens), 1)),
+            hash_P=hash_B,
+            sample_P=sample_B,
+            dropped_P=length_B - kept,
+        )
+    return [
+        Completion(text[start:], "length" if len(text) == end else "end_of_text")
+        for text, start, end in zip(texts, starts, ends, strict=True)
+    ]
 
 
 def bucket(length: int, context: int) -> int:
@@ -180,6 +216,8 @@ def build_request(
         prompts_PT=prompts_PT,
         start_P=np.array([slots - len(ids) for ids in prompts], np.int32),
         hash_P=np.array([zlib.crc32(np.array(ids, "<u4").tobytes()) for ids in prompts], np.uint32),
+        sample_P=np.zeros(len(prompts), np.int32),
+        dropped_P=np.zeros(len(prompts), np.int32),
         limit_P=np.array(limits, np.int32),
         seed=np.uint32(seed),
         end_of_text=np.int32(end_of_text),
@@ -222,6 +260,7 @@ def decode(
     rows = num_prompts * num_samples
     key_P = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(request.seed), request.hash_P)
     sample_B = jnp.tile(jnp.arange(num_samples, dtype=jnp.int32), num_prompts)
+    sample_B += repeat(request.sample_P)
     state = SamplerState(
         cache=replace(
             cache,
@@ -230,6 +269,7 @@ def decode(
             start=repeat(cache.start),
         ),
         key_B=jax.vmap(jax.random.fold_in)(repeat(key_P), sample_B),
+        dropped_B=repeat(request.dropped_P),
         limit_B=repeat(request.limit_P),
         newest_B=jnp.zeros(rows, jnp.int32),
         tokens_BN=jnp.zeros((rows, new_slots), jnp.int32),
@@ -261,7 +301,7 @@ def _choose(
 ) -> SamplerState:
     """Samples each row's next token from its last hidden state and stores it."""
     logits_BV = unembed(hidden_BD, output_embedding(params), model.vocab_size)
-    position_B = state.cache.index - state.cache.start
+    position_B = state.dropped_B + state.cache.index - state.cache.start
     token_B = sample(
         jax.vmap(jax.random.fold_in)(state.key_B, position_B),
         logits_BV,

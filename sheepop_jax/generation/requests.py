@@ -80,6 +80,8 @@ class GenerationConfig:
         num_samples: completions per prompt.
         seed: random seed in [0, 2**32).
         context: maximum positions per row; None for `model.max_seq_len`.
+        slide: whether `max_new_tokens` may exceed the context, with a sliding window (see
+            `generation.engine`); never with learned positions.
     """
 
     sampling: SamplingConfig = SamplingConfig()
@@ -87,6 +89,7 @@ class GenerationConfig:
     num_samples: int = 1
     seed: int = 0
     context: int | None = None
+    slide: bool = False
 
 
 def resolve_context(model: ModelConfig, requested: int | None) -> int:
@@ -113,7 +116,13 @@ def resolve_context(model: ModelConfig, requested: int | None) -> int:
 
 
 def new_token_limit(
-    prompt_length: int, max_new_tokens: int | None, context: int, name: str = "prompt"
+    prompt_length: int,
+    max_new_tokens: int | None,
+    context: int,
+    name: str = "prompt",
+    *,
+    slide: bool = False,
+    learned: bool = False,
 ) -> int:
     """Returns the maximum number of new tokens for a prompt.
 
@@ -122,6 +131,8 @@ def new_token_limit(
         max_new_tokens: requested number; None for the rest of the context, at most 256.
         context: maximum positions per row.
         name: name of the prompt in error messages.
+        slide: whether new tokens may exceed the context, with a sliding window.
+        learned: whether the model has learned positions, where `slide` has no effect.
 
     Raises:
         InputError: the prompt fills the context, or the new tokens do not fit into it.
@@ -137,9 +148,17 @@ def new_token_limit(
     room = context - prompt_length
     if max_new_tokens is None:
         return min(room, DEFAULT_MAX_NEW_TOKENS)
+    slide = slide and not learned
+    if slide:
+        room = MAX_POSITIONS - prompt_length
     if max_new_tokens > room:
         rule = f"at most {room} (context {context} minus {prompt_length} prompt tokens)"
         hint = "fewer tokens, `truncate` left, or a larger `context`"
+        if learned:
+            rule += "; learned positions end at the context"
+            hint = "fewer tokens or `truncate` left"
+        elif slide:
+            rule, hint = f"at most {room}", ""
         raise InputError("max_new_tokens", max_new_tokens, rule, hint)
     return max_new_tokens
 

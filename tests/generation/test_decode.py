@@ -2,6 +2,7 @@
 
 import functools
 import re
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -265,6 +266,93 @@ def test_second_call_compiles_nothing(build: Build, compilations: list[str]) -> 
     assert not compilations
 
 
+SHORT = 11  # a context in which a text of 40 tokens slides several times
+
+
+def window_of(text: list[int]) -> list[int]:
+    """What the model sees of a text to predict its next token, by the definition in the docs."""
+    kept = SHORT // 2
+    if len(text) < SHORT:
+        return text
+    step = SHORT - kept
+    return text[step * ((len(text) - kept) // step) :]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def drawn_at(model: Any, params: Any, tokens_BT: Any, last: Any, key: Any, place: Any) -> Any:
+    """The token that temperature 4 draws after `last`, for this place in the text."""
+    logits = logits_at(model, params, tokens_BT, last)
+    noise = jax.random.gumbel(jax.random.fold_in(key, place), logits.shape)
+    return (logits / 4 + noise).argmax()
+
+
+@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
+def test_past_the_context_each_token_is_from_a_full_forward_over_the_window(
+    build: Build, position: str
+) -> None:
+    """Rows that slide at different times, and rows that end before others do."""
+    model, params = build({"model.num_layers": 1, "model.position": position})
+    prompts = [[3, 41, 7], [5], [2, 3, 5, 7, 11, 13, 17, 19, 23, 29], [41, 3, 7]]
+
+    def write(count: int, end_of_text: int = NO_END) -> list[Completion]:
+        settings = {"context": SHORT, "max_new_tokens": count, "slide": True, "seed": 5}
+        sampling = SamplingConfig(4.0)
+        return generate(
+            model, params, prompts, sampling=sampling, end_of_text=end_of_text, **settings
+        )
+
+    got = write(40)
+    for prompt, completion in zip(prompts, got, strict=True):
+        crc = zlib.crc32(np.array(prompt, "<u4").tobytes())
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), np.uint32(crc)), 0)
+        text, widths = list(prompt), set()
+        for place in range(len(prompt), len(prompt) + 40):
+            window = window_of(text)
+            widths.add(len(window))
+            tokens = np.zeros((1, SHORT), np.int32)
+            tokens[0, : len(window)] = window
+            text.append(int(drawn_at(model, params, tokens, len(window) - 1, key, place)))
+        assert widths >= set(range(SHORT // 2, SHORT))
+        assert completion == Completion(text[len(prompt) :], "length")
+    whole = tokens_of(got)
+    assert len(set().union(*whole)) > 40
+    assert write(12) == [Completion(text[:12], "length") for text in whole]
+    end = whole[0][SHORT + 3]
+    for text, completion in zip(whole, write(40, end), strict=True):
+        cut = text.index(end) if end in text else 40
+        reason = "end_of_text" if end in text else "length"
+        assert completion == Completion(text[:cut], reason)
+
+
+def test_draws_past_the_context_are_fresh_and_those_of_the_row(build: Build) -> None:
+    model, params = build({"model.num_layers": 1})
+    settings = {"context": SHORT, "max_new_tokens": 40, "slide": True, "end_of_text": NO_END}
+
+    def draw(params: Any, prompts: list[list[int]], **more: Any) -> list[list[int]]:
+        sampling = SamplingConfig(1.3)
+        return tokens_of(
+            generate(model, params, prompts, sampling=sampling, **{**settings, **more})
+        )
+
+    table = np.array(draw(jax.tree.map(jnp.zeros_like, params), [[3, 41, 7]], num_samples=60))
+    step = SHORT - SHORT // 2
+    for a, b in ((table[:, :-step], table[:, step:]), (table[:-1], table[1:])):
+        assert np.mean(a == b) < 3 / VOCAB
+    among = draw(params, [[5], [2] * 9, [3, 41, 7]], num_samples=2)
+    assert among[4:] == draw(params, [[3, 41, 7]], num_samples=2)
+    inside = draw(params, [[3, 41, 7]], num_samples=2, max_new_tokens=SHORT - 3, slide=False)
+    assert [text[: SHORT - 3] for text in among[4:]] == inside
+
+
+def test_a_sliding_window_is_one_more_program(build: Build, compilations: list[str]) -> None:
+    model, params = build({"model.num_layers": 1})
+    settings = {"slide": True, "num_samples": 2, "context": 40, "end_of_text": NO_END}
+    for prompt, count, programs in (([5], 100, 2), ([3, 41, 7], 61, 0), ([9], 170, 0)):
+        compilations.clear()
+        generate(model, params, [prompt], sampling=HOT, max_new_tokens=count, **settings)
+        assert len(compilations) <= programs
+
+
 def while_bodies(hlo: str) -> list[str]:
     """The computations of compiled HLO that are bodies of loops."""
     computations = {}
@@ -345,6 +433,13 @@ def test_context_rules(build: Build) -> None:
     assert new_token_limit(3, None, 29) == 26
     assert new_token_limit(3, None, 1000) == 256
     assert new_token_limit(3, 997, 1000) == 997
+    assert new_token_limit(3, 5000, 1000, slide=True) == 5000
+    assert new_token_limit(3, None, 1000, slide=True) == 256
+    for learned, expected in ((True, "997"), (False, f"at most {2**30 - 4}")):
+        with pytest.raises(InputError) as error:
+            new_token_limit(3, 2**30, 1000, slide=True, learned=learned)
+        assert expected in error.value.expected
+        assert ("learned" in error.value.expected) == learned
     with pytest.raises(InputError) as error:
         new_token_limit(3, -1, 29)
     assert (error.value.field, error.value.got) == ("max_new_tokens", -1)
