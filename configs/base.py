@@ -92,6 +92,9 @@ def get_config() -> ConfigDict:
     c.train.sample_tokens = 64  # tokens sampled at each evaluation; 0 = none
     c.train.max_skipped_steps = 10  # consecutive skipped updates before an error
     c.train.profile_steps = 0  # steps to trace, from the third, into RUN/profile; 0 = none
+    # Where metrics go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), both separated
+    # by a comma, or "" for neither
+    c.train.trackers = "tensorboard"
 
     c.checkpoint = ConfigDict()
     # Updates between checkpoints; 0 = only at the end. A checkpoint is also saved after each

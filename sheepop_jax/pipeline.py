@@ -30,6 +30,7 @@ from sheepop_jax.runtime.allocator import tune_allocator
 from sheepop_jax.runtime.devices import Runtime
 from sheepop_jax.training.loop import Job, fit
 from sheepop_jax.training.signals import StopSignal
+from sheepop_jax.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def train(
     directory = Path(workdir)
     mesh = make_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
+    distributed.broadcast_from_main(lambda: check_trackers(config.train.tracker_names))
     with _locked(directory, config):
         data = _prepare_data(config, directory, stop)
         model = build_model(config, data.tokenizer.vocab_size, machine)

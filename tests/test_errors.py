@@ -105,6 +105,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("train.sample_tokens", -1, "at least 0"),
     ("train.max_skipped_steps", 0, "at least 1"),
     ("train.profile_steps", -1, "at least 0"),
+    ("train.trackers", "tensorboard,mlflow", "wandb"),
     ("checkpoint.save_every", -1, "at least 0"),
     ("checkpoint.keep", 0, "at least 1"),
     ("mesh.data", 0, "-1"),

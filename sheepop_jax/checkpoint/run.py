@@ -134,7 +134,7 @@ def open_run(path: str | Path) -> Run:
         raise InputError("ckpt", str(path), "a run directory (with config.json)", hint)
     try:
         saved = json.loads((directory / "config.json").read_text())
-        config = Config.from_dict(saved["config"])
+        config = Config.from_saved(saved["config"])
         identity, gzip_figure = dict(saved["data"]), saved["gzip_bits_per_byte"]
         shards, vocab_size = Path(saved["shards"]), int(saved["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,9 @@ _T = TypeVar("_T")
 
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb")
+# Fields that older runs lack, with the value that they were trained with.
+ADDED = {"train": {"trackers": "tensorboard"}}
 HUGE_INT = 10**300  # beyond the range of every float field
 
 
@@ -126,6 +129,7 @@ class TrainConfig(Section):
     sample_tokens: int
     max_skipped_steps: int
     profile_steps: int
+    trackers: str
 
     prefix = "train."
 
@@ -137,11 +141,21 @@ class TrainConfig(Section):
         self.count(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
         self.count(0, "profile_steps")
         self.require(
+            set(self.tracker_names) <= set(TRACKERS),
+            "trackers",
+            f"{' or '.join(TRACKERS)}, both with a comma between, or nothing",
+        )
+        self.require(
             (self.num_steps > 0) != (self.num_epochs > 0),
             "num_steps",
             f"exactly one of train.num_steps and train.num_epochs (= {self.num_epochs}) above 0",
             "`train.num_steps=0`" if self.num_epochs else "`train.num_epochs=1`",
         )
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The names in `trackers`."""
+        return tuple(self.trackers.replace(" ", "").split(",")) if self.trackers else ()
 
     @property
     def sequences_per_update(self) -> int:
@@ -213,6 +227,17 @@ class Config(Section):
             InputError: a field is unknown, missing, of the wrong type or invalid.
         """
         return _build(cls, values, "")
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> Self:
+        """As `from_dict`, for the `config.json` of a run, which may lack fields added since.
+
+        Raises:
+            InputError: see `from_dict`.
+        """
+        return cls.from_dict(
+            {**values, **{name: {**ADDED[name], **values[name]} for name in ADDED}}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, as saved in `config.json`: secrets in URLs are masked."""

@@ -11,10 +11,21 @@ log = logging.getLogger(__name__)
 NAME = "training_curve.png"
 
 
+def _log_ticks(low: float, high: float) -> Any:
+    """Labelled ticks of a logarithmic axis that do not overlap, however many decades it spans."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    ratio = high / low
+    if ratio < 10:
+        return MaxNLocator(6, steps=[1, 2, 5, 10])
+    return LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,))
+
+
 def draw_curve(directory: Path) -> Path | None:
     """Plots a run's curve and returns its path; None if nothing was logged or writing failed."""
     # Figure instead of pyplot, which keeps global state and may need a display.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     lines = read_metrics(directory)
     train = [line for line in lines if "loss" in line]
@@ -51,10 +62,13 @@ def draw_curve(directory: Path) -> Path | None:
             axis.legend(frameon=False)
     if any(loss > 0 for loss in column(train, "loss")[1] + column(validation, "val_loss")[1]):
         axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_formatter("{x:.3g}")
-    axes[0, 0].yaxis.set_minor_formatter("{x:.3g}")
+        axes[0, 0].yaxis.set_major_locator(_log_ticks(*axes[0, 0].get_ylim()))
+        axes[0, 0].yaxis.set_minor_locator(NullLocator())
+    axes[0, 0].yaxis.set_major_formatter("{x:.6g}")
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     for axis in axes[1]:
         axis.set_xlabel("step")
+        axis.axhline(0, alpha=0)  # so that the margin above the curve is a part of its height
         axis.set_ylim(bottom=0)
     path = directory / NAME
     try:

@@ -117,7 +117,9 @@ class _Loop:
         # Validation metrics of the current step; empty if it was not evaluated.
         self.figures = {name: value for name, value in saved.items() if name.startswith("val_")}
         shown = distributed.is_main_process()
-        self.metrics = MetricsLog(job.directory, self.step, bool(self.figures)) if shown else None
+        self.metrics = None
+        if shown:
+            self.metrics = MetricsLog(job.directory, self.step, bool(self.figures), config)
         self.progress = Progress(self.step, job.num_steps, shown)
         self.throughput = Throughput(
             self.step,
@@ -293,6 +295,8 @@ class _Loop:
         if self.job.sample:
             text = self.job.sample(self.state.params)
             self.progress.line("sample: " + text.strip("\n").replace("\n", "\n        "))
+            if self.metrics:
+                self.metrics.write_sample(self.step, text)
         better = figures[BEST_METRIC] < self.best
         self.best = min(self.best, figures[BEST_METRIC])
         return better

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from sheepop_jax.training.curve import draw_curve
+from sheepop_jax.training.curve import _log_ticks, draw_curve
 from sheepop_jax.training.metrics import NAME, MetricsLog, read_metrics
 
 
@@ -20,7 +22,7 @@ def test_lines_are_json_objects_with_a_step_and_no_nan(tmp_path):
         {"step": 1, "loss": None, "grad_norm": None, "learning_rate": 0.5, "skipped": True},
         {"step": 1, "val_loss": 2.5},
     ]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert len(list((tmp_path / "tensorboard").glob("*/events.*"))) == 2
 
 
 def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
@@ -40,7 +42,7 @@ def test_going_on_cuts_what_came_after_the_checkpoint(tmp_path):
 def tensorboard_events(directory):
     """All events of all files, in order: each is its length, a CRC, a protocol buffer, a CRC."""
     events = []
-    for path in sorted((directory / "tensorboard").glob("events.*")):
+    for path in sorted((directory / "tensorboard").glob("*/events.*")):
         content = path.read_bytes()
         while content:
             end = 12 + int.from_bytes(content[:8], "little")
@@ -53,15 +55,19 @@ def test_tensorboard_has_both_kinds_of_lines_and_forgets_what_is_cut(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.write(3, {"loss": 2.0, "grad_norm": math.nan})
     log.write(3, {"val_loss": 2.5})
+    log.write_sample(3, "a\n*b*")
     log.close()
     events = tensorboard_events(tmp_path)
-    found = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
-    assert found == [("train/loss", 2.0, 3), ("val/val_loss", 2.5, 3)]
-    for path in (tmp_path / "tensorboard").iterdir():
-        path.unlink()
+    *numbers, sample = [(e.step, v) for e in events for v in e.summary.value]
+    found = [(step, v.tag, v.simple_value) for step, v in numbers]
+    assert found == [(3, "loss", 2.0), (3, "loss", 2.5)]  # one tag of two runs: one chart
+    assert {path.name for path in (tmp_path / "tensorboard").iterdir()} == {"train", "val"}
+    assert sample[1].metadata.plugin_data.plugin_name == "text"
+    assert sample[1].tensor.string_val == [b"    a\n    *b*"]
+    shutil.rmtree(tmp_path / "tensorboard")
     MetricsLog(tmp_path, 2).close()
     starts = [e.step for e in tensorboard_events(tmp_path) if e.HasField("session_log")]
-    assert starts == [3]  # TensorBoard drops what older files have from this step on
+    assert starts == [3, 3]  # TensorBoard drops what older files have from this step on
 
 
 def test_a_flushed_line_is_in_the_file(tmp_path):
@@ -94,6 +100,21 @@ def test_the_curve_is_drawn_from_few_lines_too(tmp_path, lines):
     assert path is not None and path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("span", [1.0001, 1.3, 3, 9.9, 10, 50, 900, 1e4, 1e10])
+def test_labels_of_the_loss_do_not_overlap(span):
+    """At least two labels, apart by more than their height, whatever the loss spans."""
+    from matplotlib.figure import Figure
+
+    low = 3.3e-3
+    axis = Figure().subplots()
+    axis.set_yscale("log")
+    axis.set_ylim(low, low * span)
+    axis.yaxis.set_major_locator(_log_ticks(low, low * span))
+    places = np.log([tick for tick in axis.get_yticks() if low <= tick <= low * span])
+    assert len(places) >= 2
+    assert (np.diff(places) / np.log(span) > 1 / 25).all()  # the panel has 25 lines of text
+
+
 def test_a_full_disk_names_the_log_and_closing_hides_no_other_error(tmp_path, caplog):
     """/dev/full stands for the disk."""
     log = MetricsLog(tmp_path, 0)
@@ -108,16 +129,13 @@ def test_a_full_disk_names_the_log_and_closing_hides_no_other_error(tmp_path, ca
 
 def test_tensorboard_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     log = MetricsLog(tmp_path, 0)
-    log._events._file.close()
-    log._events._file._writer = open("/dev/full", "wb")
+    log._events["train"]._file.close()
+    log._events["train"]._file._writer = open("/dev/full", "wb")
     for step in range(1, 30):
         log.write(step, {"loss": 2.0})
         log.flush()
     log.close()
-    assert (
-        caplog.text.count("tensorboard: TensorBoard logging disabled (No space left on device)")
-        == 1
-    )
+    assert caplog.text.count("train: TensorBoard logging disabled (No space left on device)") == 1
     assert len(read_metrics(tmp_path)) == 29
 
 
@@ -127,7 +145,7 @@ def test_no_place_for_tensorboard_is_a_warning(tmp_path, caplog):
     log.write(1, {"loss": 2.0})
     log.flush()
     log.close()
-    assert "tensorboard: TensorBoard logging disabled" in caplog.text
+    assert "TensorBoard logging disabled" in caplog.text
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 

@@ -196,6 +196,7 @@ TAKEN = {
     "train.sample_tokens": 3,
     "train.max_skipped_steps": 4,
     "train.profile_steps": 2,
+    "train.trackers": "",
     "checkpoint.save_every": 5,
     "checkpoint.keep": 7,
     "mesh.data": 4,
@@ -237,6 +238,23 @@ def test_every_field_is_refused_or_taken_when_a_run_goes_on(
             assert name in CHANGED.findall("\n".join(caplog.messages))
         assert open_run(job.directory).config == changed.config
         (job.directory / "config.json").write_text(saved)
+
+
+def test_a_run_without_a_field_that_was_added_since_still_opens(plan):
+    job, _ = plan()
+    path = job.directory / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["config"]["train"]["trackers"]
+    path.write_text(json.dumps(saved))
+    assert open_run(job.directory).config == job.config
+    plan()
+
+
+def test_a_tracker_that_is_missing_is_found_before_there_is_a_run(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as error:
+        plan({"train.trackers": "wandb"}, tmp_path / "new")
+    assert error.value.field == "train.trackers" and not (tmp_path / "new").exists()
 
 
 def test_another_model_is_refused_before_any_text_is_read(plan, monkeypatch):
