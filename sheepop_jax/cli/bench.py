@@ -23,9 +23,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--prompt_lengths",
         type=int,
         nargs="+",
-        default=[16, 64],
         metavar="T",
-        help="tokens per prompt (default 16 64)",
+        help="tokens per prompt (default 16 64, or what fits in the context)",
     )
     add(
         "--batch_sizes",
@@ -35,7 +34,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="B",
         help="prompts per batch (default 1 8)",
     )
-    add("--new_tokens", type=int, default=64, metavar="N", help="tokens per prompt (default 64)")
+    add(
+        "--new_tokens",
+        type=int,
+        metavar="N",
+        help="tokens to generate per prompt (default 64, or at most half the context)",
+    )
     add("--repeats", type=int, default=3, metavar="N", help="timed runs per median (default 3)")
     add(
         "--out",
@@ -55,6 +59,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def sizes(
+    prompt_lengths: list[int] | None, new_tokens: int | None, context: int
+) -> tuple[list[int], int]:
+    """Tokens per prompt and new tokens: those given, and defaults that fit in the context."""
+    longest = max(prompt_lengths or [1])
+    if new_tokens is None:
+        new_tokens = max(1, min(64, context // 2 if prompt_lengths is None else context - longest))
+    if prompt_lengths is None:
+        room = max(1, context - new_tokens)
+        prompt_lengths = [length for length in (16, 64) if length <= room] or [room]
+    return prompt_lengths, new_tokens
+
+
 def run(flags: argparse.Namespace) -> None:
     """Measures decoding, prints a table, and writes a JSON file and a plot.
 
@@ -67,25 +84,24 @@ def run(flags: argparse.Namespace) -> None:
     machine = platform.prepare(flags.platform)
     from sheepop_jax.checkpoint.run import open_run
     from sheepop_jax.generation.benchmark import BenchmarkConfig, benchmark
-    from sheepop_jax.generation.benchmark_report import format_table, write_results
+    from sheepop_jax.generation.benchmark_report import check_writable, format_table, write_results
     from sheepop_jax.generation.requests import resolve_context
 
     opened = open_run(flags.ckpt)
     context = resolve_context(opened.config.model, flags.context)
-    longest = max(flags.prompt_lengths) + flags.new_tokens
+    prompt_lengths, new_tokens = sizes(flags.prompt_lengths, flags.new_tokens, context)
+    longest = max(prompt_lengths) + new_tokens
     if longest > context:
-        got = f"{longest} tokens with --new_tokens {flags.new_tokens}"
+        got = f"{longest} tokens with --new_tokens {new_tokens}"
         raise InputError(
             "prompt_lengths", got, f"at most {context} (the context)", "a larger `context`"
         )
-    out = Path(flags.out) if flags.out else opened.directory / "bench"
-    if not next(path for path in (out, *out.absolute().parents) if path.exists()).is_dir():
-        raise InputError("out", str(out), "a directory that can be created")  # before measuring
+    config = BenchmarkConfig(prompt_lengths, flags.batch_sizes, new_tokens, flags.repeats, context)
+    config.check(context)
     params, step = load_params(opened, wanted, flags.quantize)
+    out = Path(flags.out) if flags.out else opened.directory / "bench"
+    check_writable(out)
     dtype = machine.compute_dtype(flags.dtype)
-    config = BenchmarkConfig(
-        flags.prompt_lengths, flags.batch_sizes, flags.new_tokens, flags.repeats, context
-    )
     model = opened.model(dtype)
     rows = benchmark(model, params, config, report=lambda line: print(line, file=sys.stderr))
     about = {

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.benchmark import MEMORY, Row
+
+FILES = ("inference.json", "inference.png")
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -39,16 +42,36 @@ def write_results(rows: Sequence[Row], directory: Path, about: dict[str, Any]) -
     Raises:
         InputError: the directory is not writable.
     """
-    data, plot = directory / "inference.json", directory / "inference.png"
+    data, plot = (directory / name for name in FILES)
     content = {**about, "memory": MEMORY, "rows": [dataclasses.asdict(row) for row in rows]}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         _plot(rows, plot)
     except OSError as error:
-        rule = "a writable directory"
-        raise InputError("out", f"{directory} ({error.strerror})", rule) from None
+        raise _not_writable(directory, error) from None
     return [data, plot]
+
+
+def check_writable(directory: Path) -> None:
+    """Creates the directory, and checks that `write_results` can write to it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        for path in (directory / name for name in FILES):
+            if path.exists():
+                path.open("a").close()
+    except OSError as error:
+        raise _not_writable(directory, error) from None
+
+
+def _not_writable(directory: Path, error: OSError) -> InputError:
+    return InputError("out", f"{directory} ({error.strerror})", "a writable directory")
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

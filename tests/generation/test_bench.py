@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from sheepop_jax.cli import bench
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation import benchmark, benchmark_report
 from sheepop_jax.model.transformer import Transformer
@@ -98,7 +99,49 @@ def test_report(rows: list[benchmark.Row], tmp_path: Path) -> None:
     assert [benchmark.Row(**row) for row in content["rows"]] == rows
     assert plot.read_bytes().startswith(b"\x89PNG")
 
+    before = data.read_bytes()
+    benchmark_report.check_writable(data.parent)
+    assert {path.name for path in data.parent.iterdir()} == {data.name, plot.name}
+    assert data.read_bytes() == before
+    plot.unlink()
+    plot.mkdir()
+    with pytest.raises(InputError) as error:
+        benchmark_report.check_writable(data.parent)
+    assert error.value.field == "out"
+
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as error:
         benchmark_report.write_results(rows, tmp_path / "file" / "bench", {})
     assert error.value.field == "out"
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "used"),
+    [
+        ((None, None), 128, ([16, 64], 64)),
+        ((None, None), 4096, ([16, 64], 64)),
+        ((None, None), 32, ([16], 16)),
+        ((None, None), 8, ([4], 4)),
+        ((None, None), 2, ([1], 1)),
+        (([20], None), 32, ([20], 12)),
+        ((None, 30), 32, ([2], 30)),
+        (([40], 7), 32, ([40], 7)),  # refused later
+    ],
+)
+def test_defaults_fit_in_the_context(given: Any, context: int, used: Any) -> None:
+    assert bench.sizes(*given, context) == used
+
+
+def test_bench_works_with_its_defaults_on_a_short_context(
+    tiny_root: Path, tmp_path: Path, run_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(model: Any, params: Any, config: Any, report: Any) -> list[Any]:
+        assert (config.prompt_lengths, config.new_tokens) == ([16], 16)
+        assert (tmp_path / "out").is_dir()  # checked before measuring
+        return [benchmark.Row(16, 1, 16, cached, 1, 1, 16, 1, 1) for cached in (True, False)]
+
+    monkeypatch.setattr(benchmark, "benchmark", measure)
+    words = ["bench", "--ckpt", str(tiny_root / "run"), "--out", str(tmp_path / "out")]
+    code, out, err, _ = run_program("tools", words)
+    assert code == 0 and "| 16 | 1 | 16 |" in out, err
+    assert (tmp_path / "out" / "inference.png").exists()
