@@ -14,7 +14,7 @@ import wandb
 
 def check() -> int:
     """Returns 0 if metrics can be sent, or are kept on disk, and 1 without a login."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or wandb.setup().settings._offline:
+    if wandb.setup().settings.mode in ("offline", "disabled"):  # by environment or settings
         return 0
     try:
         # Standard input is no terminal: without a key this raises instead of asking for one.

@@ -15,7 +15,7 @@ import json, os
 OUT = os.path.join(os.path.dirname(__file__), "calls")
 class Error(Exception): pass
 class Settings:
-    _offline = False
+    mode = os.environ.get("WANDB_MODE", "online")
     def __init__(self, **given): pass
 class Setup:
     settings = Settings()
@@ -55,6 +55,9 @@ def test_a_missing_package_or_login_is_an_error(calls, tmp_path, monkeypatch):
     assert (error.value.field, error.value.got) == ("train.trackers", "wandb")
     assert "wandb login" in error.value.hint
     monkeypatch.setenv("STUB_KEY", "1")
+    check_trackers(("wandb",))
+    monkeypatch.delenv("STUB_KEY")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     check_trackers(("wandb",))
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError) as error:
