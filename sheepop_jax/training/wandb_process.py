@@ -39,4 +39,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(check() if sys.argv[1:] == ["--check"] else main())
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(check())
+    main()
