@@ -180,8 +180,9 @@ def generate(
         length_B = np.array([len(text) for text in texts], np.int32)
         windows = [text[-kept:] if going[row] else [0] for row, text in enumerate(texts)]
         samples, new_tokens = 1, context - kept
+        rooms = np.where(going, np.minimum(ends - length_B, new_tokens), 1).tolist()
         request = replace(
-            build(windows, np.where(going, np.minimum(ends - length_B, new_tokens), 1)),
+            build(windows, rooms),
             hash_P=hash_B,
             sample_P=sample_B,
             dropped_P=length_B - kept,
