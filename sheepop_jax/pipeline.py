@@ -231,8 +231,8 @@ def _warn_of_many_epochs(config: Config, epochs: float) -> None:
     """Warns about a run that repeats its text often, without dropout."""
     if epochs > MANY_EPOCHS and not config.model.dropout and not config.model.attention_dropout:
         log.warning(
-            "the run passes over its text %.1f times without dropout and will overfit: use more "
-            "text, fewer updates (train.num_steps), or a new run with model.dropout=0.1",
+            "the run passes over its text %.1f times without dropout and is likely to overfit: use "
+            "more text, fewer updates (train.num_steps), or a new run with model.dropout=0.1",
             epochs,
         )
 
