@@ -505,6 +505,8 @@ TOOLS = [
     tool("checkpoints --ckpt {root}/nothing", "--ckpt", "nothing", "", "train.py"),
     tool("checkpoints --ckpt {run} --delete 999", "--delete", "999", "2, 4"),
     tool("checkpoints --ckpt {run} --delete 2 4", "--delete", "2, 4"),
+    tool("checkpoints --ckpt {run} --delete 4", "--delete", "4", "the best", "--force"),
+    tool("checkpoints --ckpt {run} --keep 2", "--keep", "2", "the best", "--force"),
     tool("checkpoints --ckpt {run} --keep 999", "--keep", "999", "2, 4"),
     tool("checkpoints --ckpt {run} --keep 2 --delete 4", "", "--delete"),
     tool("checkpoints --ckpt {run} --delete x", "", "'x'"),

@@ -415,9 +415,9 @@ def test_the_checkpoints_of_a_run_are_listed_verified_and_deleted(copy, call):
         only_error(result, said)
         assert result.stderr.count("\n") == 1
     assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved
-    assert checkpoints("--delete", str(saved[0])).returncode == 0
+    assert checkpoints("--force", "--delete", str(saved[0])).returncode == 0
     assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved[1:]
-    result = checkpoints("--keep", str(saved[-1]))
+    result = checkpoints("--force", "--keep", str(saved[-1]))
     gone = ", ".join(map(str, saved[1:-1])) or "none"
     assert (result.returncode, result.stderr) == (0, f"deleted: {gone}\n")
     assert sorted(int(p.name) for p in (copy / "checkpoints").glob("0*")) == saved[-1:]

@@ -7,14 +7,17 @@ One directory per step, committed by a single rename:
                          manifest.json   written last: step, figures, SHA-256 of every file
 
 A step directory without a manifest is damaged. Names that begin with `.pending-` or `.deleted-`
-are unfinished saves or deletions; the next save or resume removes them.
+are unfinished saves or deletions; the next save or resume removes them. Files that the manifest
+does not list, such as those of a file manager or a synchronization client, are ignored.
 """
 
 import logging
 import math
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sheepop_jax.checkpoint import storage
 from sheepop_jax.errors import InputError
@@ -28,10 +31,13 @@ BEST_METRIC = "val_loss"  # selects the best checkpoint; lower is better
 QUARANTINED = "damaged"  # name prefix of quarantined directories
 REASON = "REASON.txt"  # file in a quarantined directory
 _STEP = "(?:[0-9]{8}|[1-9][0-9]{8,})"  # a step, zero-padded to eight digits
+_ABSENT = (FileNotFoundError, NotADirectoryError)  # there is no such file
+
+T = TypeVar("T")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint file is missing, added or changed; the message names it."""
+    """A checkpoint file is missing or changed; the message names it."""
 
 
 class Checkpoints:
@@ -68,6 +74,7 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: the manifest is missing or invalid.
+            InputError: the manifest cannot be read.
         """
         path = self.path(step) / MANIFEST
         try:
@@ -77,8 +84,28 @@ class Checkpoints:
             if manifest["format"] != FORMAT:
                 raise DamagedCheckpoint(f"{path}: format {manifest['format']}, not {FORMAT}")
             return manifest
-        except (OSError, ValueError, KeyError) as error:
+        except (*_ABSENT, IsADirectoryError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"{path}: {error}") from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def read(self, step: str | int | None, load: Callable[[int], T]) -> T:
+        """Returns `load` of the step that `resolve` finds for `step`.
+
+        A training process may delete that step meanwhile. So a failure counts only if the
+        checkpoints did not change since the step was resolved; else the newest is resolved again.
+
+        Raises:
+            InputError: no such step; the message lists the available ones.
+        """
+        while True:
+            before = self.steps()
+            try:
+                return load(self.resolve(step))
+            except Exception as error:
+                if self.steps() == before:
+                    raise
+                log.info("the checkpoints changed while %s was read (%s); again", step, error)
 
     def resolve(self, step: str | int | None = None) -> int:
         """Resolves "latest", "best" or a number to a committed step.
@@ -89,10 +116,11 @@ class Checkpoints:
         Raises:
             InputError: no such step; the message lists the available ones.
         """
-        steps = self.steps()
+        # A listing can miss a step that is renamed meanwhile, as a save does just before it prunes.
+        steps = self.steps() or self.steps()
         if not steps:
             raise InputError(str(self.directory), "no checkpoint", "at least one", "training first")
-        best = self.best()
+        best = self.best() if step in (None, "best") else None
         if step is None:
             self._warn_of_damaged_manifests()
             return steps[-1] if best is None else best
@@ -112,21 +140,27 @@ class Checkpoints:
             try:
                 self.manifest(step)
             except DamagedCheckpoint as damage:
+                if not self.path(step).exists():  # a training process has deleted it
+                    continue
                 log.warning("step %d is damaged and may have been the best (%s)", step, damage)
 
     def verify(self, step: int) -> dict[str, Any]:
         """Compares every file with the manifest and returns the manifest.
 
-        Opens only files found in the directory: paths in a forged manifest are not followed.
+        Opens only files found in the directory: paths in a forged manifest are not followed. Files
+        that are not in the manifest are ignored.
 
         Raises:
-            DamagedCheckpoint: a file is missing, added or changed; names the first one.
+            DamagedCheckpoint: a file is missing or changed; names the first one.
+            InputError: a file cannot be read, which says nothing about its content.
         """
         root, manifest = self.path(step), self.manifest(step)
-        present = file_names(root)
-        for name in present:
-            if name not in manifest["files"]:
-                raise DamagedCheckpoint(f"{root / name}: not in the manifest")
+        try:
+            present = file_names(root)
+        except OSError as error:
+            raise _unreadable(root, error) from None
+        if others := sorted(set(present) - manifest["files"].keys()):
+            log.debug("%s: ignoring %s", root, ", ".join(others))
         for name, recorded in manifest["files"].items():
             if name not in present:
                 raise DamagedCheckpoint(f"{root / name}: missing")
@@ -152,14 +186,26 @@ class Checkpoints:
         return scored
 
     def _directories(self, pattern: str) -> list[Path]:
-        if not self.directory.is_dir():
+        if not os.path.lexists(self.directory):
             return []
-        return [p for p in self.directory.iterdir() if re.fullmatch(pattern, p.name) and p.is_dir()]
+        try:
+            found = [self.directory / name for name in os.listdir(self.directory)]
+            return [path for path in found if re.fullmatch(pattern, path.name) and path.is_dir()]
+        except _ABSENT:
+            got = "a link to nothing" if self.directory.is_symlink() else "a file"
+            raise InputError(str(self.directory), got, "a directory") from None
+        except OSError as error:
+            raise _unreadable(self.directory, error) from None
 
     def _load(self, step: int, **targets: Any) -> Any:
-        for name, target in targets.items():
-            self._compare(step, name, target)
-        return storage.read(self.path(step), targets)
+        try:
+            for name, target in targets.items():
+                self._compare(step, name, target)
+            return storage.read(self.path(step), targets)
+        except Exception as error:
+            if found := storage.os_error(error):
+                raise _unreadable(Path(found.filename or self.path(step)), found) from error
+            raise
 
     def _compare(self, step: int, name: str, target: Any) -> None:
         """Checks names, shapes and dtypes against the target before allocating arrays."""
@@ -173,13 +219,30 @@ class Checkpoints:
 
 
 def file_names(root: Path) -> list[str]:
-    """Relative paths of all files of a checkpoint except its manifest."""
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    """Relative paths of all files of a checkpoint except its manifest.
+
+    Raises:
+        OSError: a directory cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    paths = (Path(place, n) for place, _, names in os.walk(root, onerror=fail) for n in names)
+    found = (path.relative_to(root).as_posix() for path in paths if path.is_file())
+    return sorted(name for name in found if name != MANIFEST)
 
 
 def _digest(path: Path) -> str:
     try:
         return sha256_of_file(path)
-    except OSError as error:  # e.g. a disk read error
+    except _ABSENT as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    """An error for what cannot be read at the moment; its content may well be whole."""
+    hint = "again once it can be read (no checkpoint was renamed or deleted)"
+    return InputError(str(path), error.strerror or str(error), "a file that can be read", hint)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,28 @@ def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
     """All checkpoints by step, then the quarantined ones.
 
     With `verify`, every file is verified; otherwise only manifests are read.
+
+    Raises:
+        InputError: a file cannot be read.
     """
-    steps, best = checkpoints.steps(), checkpoints.best()
+    best = checkpoints.best()
     items = []
-    for step in steps:
-        figures, damage = {}, ""
+    for step in checkpoints.steps():
+        path, figures, damage = checkpoints.path(step), {}, ""
         try:
             found = checkpoints.verify(step) if verify else checkpoints.manifest(step)
             figures = found["figures"]
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, InputError) as error:
+            if not path.is_dir():
+                continue  # a running training deleted it meanwhile
+            if isinstance(error, InputError):
+                raise
             damage = str(error)
-        path = checkpoints.path(step)
-        items.append(
-            Item(path, step, _bytes(path), figures, step == steps[-1], step == best, damage=damage)
-        )
+        items.append(Item(path, step, _bytes(path), figures, is_best=step == best, damage=damage))
+    if items:
+        items[-1] = replace(items[-1], is_latest=True)
+    elif checkpoints.steps():  # a running training deleted all, and saved newer ones
+        return inventory(checkpoints, verify)
     for path, step in checkpoints.aside():
         try:
             damage = (path / REASON).read_text(encoding="utf-8").strip()
@@ -91,38 +99,44 @@ def inventory(checkpoints: Checkpoints, verify: bool = False) -> list[Item]:
     return items
 
 
-def delete(checkpoints: CheckpointSaver, steps: Collection[int]) -> list[int]:
+def delete(checkpoints: CheckpointSaver, steps: Collection[int], force: bool = False) -> list[int]:
     """Deletes these steps and returns them in order.
 
     Raises:
-        InputError: a step does not exist, or no valid checkpoint would remain; nothing is deleted.
+        InputError: a step does not exist, or, without `force`, it is the best, or no valid
+            checkpoint would remain; nothing is deleted.
     """
-    present = checkpoints.steps()
-    for step in steps:
-        if step not in present:
-            raise InputError("delete", step, f"existing steps ({_listed(present)})")
-    _require_a_whole_one(checkpoints, set(present) - set(steps), "delete", steps)
-    doomed = sorted(set(steps))
-    for step in doomed:
-        checkpoints.delete(step)
-    return doomed
+    return _delete(checkpoints, set(steps), "delete", steps, force)
 
 
-def keep_only(checkpoints: CheckpointSaver, steps: Collection[int]) -> list[int]:
+def keep_only(
+    checkpoints: CheckpointSaver, steps: Collection[int], force: bool = False
+) -> list[int]:
     """Deletes all steps except these, and returns the deleted ones.
 
     Raises:
-        InputError: a step does not exist, or none of these is valid; nothing is deleted.
+        InputError: a step does not exist, or, without `force`, none of these is valid or the best
+            is not among them; nothing is deleted.
     """
+    return _delete(checkpoints, set(checkpoints.steps()) - set(steps), "keep", steps, force)
+
+
+def _delete(
+    checkpoints: CheckpointSaver, doomed: set[int], flag: str, named: Collection[int], force: bool
+) -> list[int]:
     present = checkpoints.steps()
-    for step in steps:
+    for step in named:
         if step not in present:
-            raise InputError("keep", step, f"existing steps ({_listed(present)})")
-    _require_a_whole_one(checkpoints, set(steps), "keep", steps)
-    doomed = [step for step in present if step not in steps]
-    for step in doomed:
+            raise InputError(flag, step, f"existing steps ({_listed(present)})")
+    if not force:
+        _require_a_whole_one(checkpoints, set(present) - doomed, flag, named)
+        if (best := checkpoints.best()) in doomed:
+            rule = "not to delete" if flag == "delete" else "to keep"
+            expected = f"{rule} step {best}, the best by {BEST_METRIC}"
+            raise InputError(flag, _listed(sorted(named)), expected, "`force` to delete it, too")
+    for step in sorted(doomed):
         checkpoints.delete(step)
-    return doomed
+    return sorted(doomed)
 
 
 def _require_a_whole_one(
@@ -134,8 +148,8 @@ def _require_a_whole_one(
             return
         except DamagedCheckpoint:
             continue
-    hint = f"rm -r {checkpoints.directory} to start over"
-    raise InputError(flag, _listed(sorted(steps)), "at least one valid checkpoint left", hint)
+    expected, hint = "at least one valid checkpoint left", "`force` to delete it anyway"
+    raise InputError(flag, _listed(sorted(steps)), expected, hint)
 
 
 def _listed(steps: Collection[int]) -> str:

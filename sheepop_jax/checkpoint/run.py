@@ -67,20 +67,25 @@ class Run:
         Returns:
             The parameters and their step.
 
+        If a training process deletes the checkpoint meanwhile, the newest is resolved again.
+
         Raises:
-            InputError: the checkpoint does not exist or is damaged.
+            InputError: the checkpoint does not exist, is damaged or cannot be read.
         """
-        found = self.checkpoints.resolve(step)
         target = jax.eval_shape(lambda: init_params(self.model(), 0))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda leaf: leaf.update(sharding=here), target)
-        try:
-            params = self.checkpoints.restore_params(found, target)
-        except DamagedCheckpoint as damage:
-            others = ", ".join(str(s) for s in self.checkpoints.steps() if s != found)
-            hint = f"one of {others}" if others else "another run (this one has no other)"
-            got = found if step is None else step
-            raise InputError("step", got, f"a valid checkpoint ({damage})", hint) from None
+
+        def load(found: int) -> tuple[Any, int]:
+            try:
+                return self.checkpoints.restore_params(found, target), found
+            except DamagedCheckpoint as damage:
+                others = ", ".join(str(s) for s in self.checkpoints.steps() if s != found)
+                got = found if step is None else step
+                hint = f"one of {others}" if others else "another run (this one has no other)"
+                raise InputError("step", got, f"a valid checkpoint ({damage})", hint) from None
+
+        params, found = self.checkpoints.read(step, load)
         return quantized(params) if quantize == "int8" else params, found
 
     def prepared_data(self) -> "PreparedData":

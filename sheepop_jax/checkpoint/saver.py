@@ -24,7 +24,7 @@ from sheepop_jax.checkpoint.checkpoints import (
 )
 from sheepop_jax.checkpoint.host_copy import all_finite, host_copy, not_finite
 from sheepop_jax.checkpoint.state import TrainState
-from sheepop_jax.errors import RunFailed
+from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_during, fault_point
 from sheepop_jax.files import sealed, sha256_of_file, write_atomic
 from sheepop_jax.runtime import distributed
@@ -155,7 +155,8 @@ class CheckpointSaver(Checkpoints):
         storage.wait_for_all(f"commit {step}")
 
     def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
-        files = {name: sha256_of_file(pending / name) for name in file_names(pending)}
+        own = [name for name in file_names(pending) if not _is_foreign(name)]
+        files = {name: sha256_of_file(pending / name) for name in own}
         fault_point("before-manifest")
         manifest = {"format": FORMAT, "step": step, "figures": figures, "files": files}
         self._write_manifest(pending, manifest)
@@ -170,7 +171,11 @@ class CheckpointSaver(Checkpoints):
         write_atomic(root / MANIFEST, json.dumps(sealed(manifest), indent=1))
 
     def _prune(self) -> None:
-        kept = {*self.steps()[-self._keep :], self.best()}
+        try:
+            kept = {*self.steps()[-self._keep :], self.best()}
+        except InputError as error:  # without all manifests, the best is unknown
+            log.warning("no old checkpoint deleted: %s", error)
+            return
         for step in self.steps():
             if step not in kept:
                 try:
@@ -179,7 +184,7 @@ class CheckpointSaver(Checkpoints):
                     log.warning("%s: not deleted (%s)", self.path(step), error.strerror or error)
 
     def _sweep(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(exist_ok=True)
         for entry in self.directory.iterdir():
             if entry.name.startswith((".pending-", ".deleted-")):
                 _remove(entry)
@@ -194,6 +199,15 @@ def _remove(path: Path) -> None:
             path.unlink()
     except OSError as error:
         log.warning("%s: not deleted (%s); delete it manually", path, error.strerror or error)
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file manager or synchronization client made a file; orbax uses no such names.
+
+    It may change or go at any time, so the manifest must not list it.
+    """
+    last = name.rpartition("/")[2]
+    return last.startswith((".", "~")) or last.lower() in ("desktop.ini", "thumbs.db")
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Reads and writes arrays with orbax; the only module that imports it."""
 
 import contextlib
+import errno
 import logging
+import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -48,6 +51,21 @@ def read(directory: Path, targets: dict[str, Any]) -> dict[str, Any]:
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     with _checkpointer() as checkpointer:
         return checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**args))
+
+
+def os_error(error: Exception) -> OSError | None:
+    """The operating system's error behind a failed `read` or `describe`; None if it is another.
+
+    tensorstore raises ValueError with the number and the file in its message.
+    """
+    if isinstance(error, OSError):
+        return error
+    said = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    if said is None and not str(error).startswith("NOT_FOUND: "):
+        return None
+    number = int(said[1]) if said else errno.ENOENT
+    names = re.findall(r'local file "([^"]*)"', str(error))
+    return OSError(number, os.strerror(number), names[-1] if names else None)
 
 
 def _checkpointer() -> ocp.Checkpointer:

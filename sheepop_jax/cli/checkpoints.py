@@ -29,6 +29,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--delete", type=int, nargs="+", metavar="STEP", help="delete these steps")
     some.add_argument("--keep", type=int, nargs="+", metavar="STEP", help="delete all other steps")
+    add(
+        "--force",
+        action="store_true",
+        help="let --delete and --keep delete the best or the only valid checkpoint",
+    )
     parser.add_debug()
     return parser.parse_args(argv)
 
@@ -45,7 +50,8 @@ def run(flags: argparse.Namespace) -> None:
     """Deletes the requested checkpoints of a run, then lists the rest.
 
     Raises:
-        InputError: not a run, a missing step, or no complete checkpoint would remain.
+        InputError: not a run, a missing step, an unreadable file, or, without `--force`, the best
+            or the only complete checkpoint would be deleted.
         RunFailed: with --verify, a checkpoint is damaged.
     """
     from sheepop_jax.checkpoint.inventory import delete, inventory, keep_only, table
@@ -58,9 +64,9 @@ def run(flags: argparse.Namespace) -> None:
         saver = CheckpointSaver(opened.checkpoints.directory)
         with WorkdirLock(opened.directory):
             if flags.delete:
-                deleted = delete(saver, flags.delete)
+                deleted = delete(saver, flags.delete, flags.force)
             else:
-                deleted = keep_only(saver, flags.keep)
+                deleted = keep_only(saver, flags.keep, flags.force)
         print("deleted:", ", ".join(map(str, deleted)) or "none", file=sys.stderr)
     items = inventory(opened.checkpoints, verify=flags.verify)
     if flags.json:

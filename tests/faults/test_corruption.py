@@ -1,9 +1,12 @@
 """Damaged files of a checkpoint: detected, set aside, never loaded."""
 
+import errno
+
 import jax
 import numpy as np
 import pytest
 
+from sheepop_jax.checkpoint import checkpoints as checkpoint_files
 from sheepop_jax.checkpoint.checkpoints import DamagedCheckpoint
 from sheepop_jax.checkpoint.inventory import inventory
 from sheepop_jax.checkpoint.saver import CheckpointSaver
@@ -116,6 +119,26 @@ def test_damage_to_any_file_costs_one_checkpoint_and_no_more(begin, tmp_path, ca
     checkpoints, two, four, names = saved_files(begin, tmp_path)
     for name in names:
         check_damage(begin, checkpoints, two, four, name, damage, caplog)
+    assert_same(begin(checkpoints), four)
+
+
+def test_what_cannot_be_read_for_the_moment_is_left_alone(begin, tmp_path, monkeypatch):
+    checkpoints, _, four, names = saved_files(begin, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    [name] = [name for name in names if name.match("params/_METADATA")]
+    path, digest = checkpoints.path(4) / name, checkpoint_files.sha256_of_file
+
+    def refuse(file):
+        if file == path:
+            raise OSError(errno.ESTALE, "Stale file handle", str(file))
+        return digest(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "sha256_of_file", refuse)
+        with pytest.raises(InputError) as error:
+            begin(checkpoints)
+    assert (error.value.field, error.value.got) == (str(path), "Stale file handle")
+    assert sorted(tmp_path.rglob("*")) == before
     assert_same(begin(checkpoints), four)
 
 

@@ -1,6 +1,7 @@
 """CheckpointSaver: whole or absent, verified, pruned, and never the wrong one."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from sheepop_jax.checkpoint.inventory import delete, inventory, keep_only
 from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
 from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.errors import InputError
-from sheepop_jax.files import sealed, sha256_of_file, write_atomic
+from sheepop_jax.files import read_sealed, sealed, sha256_of_file, write_atomic
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -200,12 +201,138 @@ def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
     assert checkpoints.steps() == [2] and checkpoints.best() is None
 
 
-def test_an_added_file_is_detected(tmp_path):
+def test_files_of_others_in_a_checkpoint_do_not_matter(tmp_path, monkeypatch):
+    """A file manager adds them at any time, also during a save, and takes them away again."""
+    write = storage.write
+
+    def write_with_company(directory, items):
+        write(directory, items)
+        for name in (".DS_Store", "params/d/~sync.tmp", "optimizer/desktop.ini"):
+            (directory / name).write_text("x")
+
+    monkeypatch.setattr(storage, "write", write_with_company)
     checkpoints = CheckpointSaver(tmp_path)
     save_all(checkpoints, [6])
-    (tmp_path / "00000006" / "params" / "extra").write_text("x")
-    with pytest.raises(DamagedCheckpoint, match="extra: not in the manifest"):
+    root = tmp_path / "00000006"
+    (root / ".DS_Store").unlink()
+    (root / "optimizer" / "desktop.ini").write_text("changed")
+    (root / "params" / "._other").write_text("added")
+    assert checkpoints.verify(6)["step"] == 6
+    state = make_state(6, seed=6)
+    assert_same(checkpoints.restore(6, abstract(state)), state)
+    save_all(checkpoints, [7])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["00000007"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", [MANIFEST, "params/_METADATA"])
+def test_a_file_that_cannot_be_read_is_not_damage(tmp_path, monkeypatch, caplog, number, name):
+    checkpoints = CheckpointSaver(tmp_path, keep=1)
+    save_all(checkpoints, [6, 7], {6: 1.0})  # 6 is the best, 7 the latest
+    path = tmp_path / "00000006" / name
+
+    def refusing(read):
+        def refuse(file):
+            if file == path:
+                raise OSError(number, os.strerror(number), str(file))
+            return read(file)
+
+        return refuse
+
+    for read in (read_sealed, sha256_of_file):
+        here = f"sheepop_jax.checkpoint.checkpoints.{read.__name__}"
+        monkeypatch.setattr(here, refusing(read))
+    for call in (checkpoints.verify, lambda step: inventory(checkpoints, verify=True)):
+        with pytest.raises(InputError) as caught:
+            call(6)
+        assert (caught.value.field, caught.value.got) == (str(path), os.strerror(number))
+    assert checkpoints.resolve("latest") == 7  # which needs no other's manifest
+    with pytest.raises(InputError):
+        delete(checkpoints, [7])
+    save_all(checkpoints, [8])
+    # Which is the best cannot be told without its manifest, so none is deleted.
+    unknown = name == MANIFEST
+    assert checkpoints.steps() == ([6, 7, 8] if unknown else [6, 8])
+    assert ("no old checkpoint deleted" in caplog.text) == unknown
+    monkeypatch.undo()
+    checkpoints.tidy()
+    assert checkpoints.steps() == [6, 8]
+
+
+def test_a_directory_that_cannot_be_listed_is_not_damage(tmp_path, monkeypatch):
+    checkpoints = CheckpointSaver(tmp_path)
+    save_all(checkpoints, [6])
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("params"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError) as caught:
         checkpoints.verify(6)
+    assert caught.value.got == "Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("_METADATA", errno.EISDIR), ("manifest.ocdbt", errno.ELOOP)],
+)
+def test_a_file_that_cannot_be_read_while_arrays_are_restored(tmp_path, name, number):
+    """After its verification. No user can read a directory, or a link to itself."""
+    checkpoints = CheckpointSaver(tmp_path)
+    save_all(checkpoints, [6])
+    path = tmp_path / "00000006" / "params" / name
+    path.unlink()
+    path.mkdir() if number == errno.EISDIR else path.symlink_to(path)
+    with pytest.raises(InputError) as caught:
+        checkpoints.restore(6, abstract(make_state(6)))
+    assert (caught.value.field, caught.value.got) == (str(path), os.strerror(number))
+
+
+def test_a_reader_takes_the_next_newest_when_training_deletes_its_step(tmp_path, monkeypatch):
+    checkpoints = CheckpointSaver(tmp_path, keep=1)
+    save_all(checkpoints, [1])
+    tried = []
+
+    def load(step):
+        tried.append(step)
+        if len(tried) < 3:
+            save_all(checkpoints, [step + 1])
+        return checkpoints.verify(step)["step"]
+
+    assert checkpoints.read("latest", load) == 3
+    assert tried == [1, 2, 3]
+    tried.clear()
+    with pytest.raises(InputError) as error:  # what was asked for by its number is gone
+        checkpoints.read(3, load)
+    assert error.value.got == 3 and error.value.expected.endswith("4")
+    tried += [0, 0]
+    (tmp_path / "00000004" / MANIFEST).unlink()
+    with pytest.raises(DamagedCheckpoint):
+        checkpoints.read("latest", load)
+    assert tried == [3, 0, 0, 4]  # no change: no second attempt
+
+    steps, nothing = checkpoints.steps(), iter([[]])
+    monkeypatch.setattr(checkpoints, "steps", lambda: next(nothing, steps))
+    assert checkpoints.resolve("latest") == 4  # though a listing missed it
+
+
+def test_the_inventory_leaves_out_what_training_deletes_meanwhile(tmp_path, monkeypatch):
+    checkpoints = CheckpointSaver(tmp_path, keep=2)
+    save_all(checkpoints, [1, 2])
+    verify = CheckpointSaver.verify
+
+    def prune(self, step):
+        if step in gone:
+            self.delete(step)
+        return verify(self, step)
+
+    monkeypatch.setattr(CheckpointSaver, "verify", prune)
+    gone = {2}
+    [item] = inventory(checkpoints, verify=True)
+    assert (item.step, item.is_latest, item.damage) == (1, True, "")
 
 
 def test_a_damaged_step_can_be_set_aside_and_saved_again(tmp_path):
@@ -437,24 +564,32 @@ def test_the_inventory_knows_sizes_figures_and_damage(tmp_path):
     assert quick[1].bytes == sum(len(p.read_bytes()) for p in files)
 
 
-def test_deleting_leaves_a_whole_checkpoint(tmp_path):
+def test_deleting_leaves_a_whole_checkpoint_and_the_best(tmp_path):
     checkpoints = CheckpointSaver(tmp_path, keep=4)
-    save_all(checkpoints, [1, 2, 3, 4])
-    for call, steps in ((delete, [5]), (delete, [1, 2, 3, 4]), (keep_only, [5]), (keep_only, [])):
+    save_all(checkpoints, [1, 2, 3, 4], {2: 1.5, 4: 2.0})
+
+    def refused(call, steps):
         with pytest.raises(InputError) as error:
             call(checkpoints, steps)
         assert error.value.field == {delete: "delete", keep_only: "keep"}[call]
+        return error.value
+
+    for call, steps in ((delete, [5]), (delete, [1, 2, 3, 4]), (keep_only, [5]), (keep_only, [])):
+        refused(call, steps)
+    for call, steps in ((delete, [2]), (keep_only, [1, 4])):
+        error = refused(call, steps)
+        assert "step 2, the best" in error.expected and "`force`" in error.hint
     assert checkpoints.steps() == [1, 2, 3, 4]
     delete(checkpoints, [1])
     assert checkpoints.steps() == [2, 3, 4]
     (tmp_path / "00000003" / MANIFEST).unlink()
     for call, steps in ((keep_only, [3]), (delete, [2, 4])):
-        with pytest.raises(InputError) as error:
-            call(checkpoints, steps)
-        assert error.value.got == ", ".join(map(str, steps))
+        error = refused(call, steps)
+        assert error.got == ", ".join(map(str, steps)) and "`force`" in error.hint
     assert checkpoints.steps() == [2, 3, 4]
-    assert keep_only(checkpoints, [4]) == [2, 3]
+    assert keep_only(checkpoints, [4], force=True) == [2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["00000004"]
+    assert delete(checkpoints, [4], force=True) == [4]
 
 
 def test_a_name_in_a_manifest_that_leads_outside_is_never_opened(tmp_path):
