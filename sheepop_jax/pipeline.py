@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,11 @@ LONG_UPDATE_FLOPS = 5e12  # about a minute on two CPU cores
 
 
 def train(
-    config: Config, workdir: str | Path, machine: Runtime, stop: StopSignal | None = None
+    config: Config,
+    workdir: str | Path,
+    machine: Runtime,
+    stop: StopSignal | None = None,
+    on_run_created: Callable[[Path], object] = lambda directory: None,
 ) -> dict[str, float]:
     """Trains a model in `workdir`, or resumes the existing run.
 
@@ -49,6 +53,7 @@ def train(
         workdir: run directory; created if missing.
         machine: the result of `platform.prepare`.
         stop: checked between steps; None never stops the run.
+        on_run_created: called in the main process with the run directory, once all input is valid.
 
     Returns:
         The validation metrics after the last step: `val_loss`, `val_perplexity`,
@@ -68,6 +73,8 @@ def train(
     distributed.broadcast_from_main(lambda: check_trackers(config.train.tracker_names))
     with _locked(directory, config):
         data = _prepare_data(config, directory, stop)
+        if distributed.is_main_process():
+            on_run_created(directory)
         model = build_model(config, data.tokenizer.vocab_size, machine)
         packing = PackingConfig.of(config.data, data.tokenizer.end_of_text)
         batches = _training_batches(config, data, packing, mesh)

@@ -18,6 +18,7 @@ import pytest
 import sample
 import train
 from sheepop_jax import __main__ as tools
+from sheepop_jax import pipeline
 from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.cli.common import command
 from sheepop_jax.errors import InputError
@@ -105,6 +106,10 @@ def log_lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def log_steps(workdir):
+    return [line["step"] for line in log_lines(workdir)]
+
+
 def only_error(result, field):
     """The one line of a program that was refused its input, which begins with the field."""
     assert (result.returncode, result.stdout) == (2, "")
@@ -116,6 +121,9 @@ def only_error(result, field):
 def test_training_leaves_a_whole_run(trained):
     workdir, result = trained
     names = {"config.json", "tokenizer.json", "metrics.jsonl", "training_curve.png", "checkpoints"}
+    # Every line that was printed, also those from before there was a directory for it.
+    logged = [line[24:] for line in (workdir / "train.log").read_text().splitlines()]
+    assert logged == [*result.stderr.splitlines(), result.stdout.strip()]
     assert names <= {entry.name for entry in workdir.iterdir()}
     lines = log_lines(workdir)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -127,7 +135,8 @@ def test_training_leaves_a_whole_run(trained):
 
 def test_the_same_command_on_a_finished_run_changes_nothing(trained, texts, call):
     workdir, first = trained
-    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
+    logs = ("lock", "train.log")
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.name not in logs}
     again = call(train.main, *train_words(texts, workdir))
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert FINISHED_BEFORE.search(again.stderr)
@@ -210,6 +219,52 @@ def test_debug_ends_with_the_traceback_and_the_same_exit_code(tmp_path, call):
     assert "Traceback (most recent call last):" in above
     assert raised.startswith("sheepop_jax.errors.InputError: ")
     assert last.startswith("error: model.num_heads: ")
+
+
+def test_a_log_on_a_full_disk_changes_nothing(texts, trained, tmp_path, call, monkeypatch):
+    workdir = tmp_path / "run"
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        result = call(train.main, *train_words(texts, workdir))
+    assert (result.returncode, result.stdout.startswith(str(workdir))) == (0, True)
+    logged = (workdir / "train.log").read_text()
+    assert logged.count("stderr cannot be written (No space left on device)") == 1
+    assert logged.splitlines()[-1].endswith(result.stdout.strip())
+    assert log_steps(workdir) == log_steps(trained[0])
+
+
+def test_a_log_that_nobody_reads_any_more_changes_nothing(texts, tmp_path):
+    """`train.py … 2>&1 | head -1`: in a process, whose last output is flushed as it ends."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *train_words(texts, tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process.stdout as lines:
+        assert lines.readline()
+    assert process.wait() == 0
+    logged = (tmp_path / "train.log").read_text()
+    assert "stderr cannot be written (Broken pipe)" in logged
+    assert "stdout cannot be written (Broken pipe)" in logged
+    assert logged.count("saved step 6\n") == 1
+
+
+def test_a_broken_pipe_that_is_not_the_logs_is_an_error(texts, tmp_path, call, monkeypatch):
+    """As of a socket to a file server."""
+
+    def broken(*arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(pipeline, "fit", broken)
+    result = call(train.main, *train_words(texts, tmp_path))
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+        1,
+        "error: [Errno 32] Broken pipe",
+    )
+    assert (tmp_path / "train.log").read_text().endswith("error: [Errno 32] Broken pipe\n")
 
 
 def test_another_run_in_the_same_directory_is_refused(trained, texts, call):

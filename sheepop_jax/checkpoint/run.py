@@ -1,8 +1,8 @@
 """A run directory, opened for sampling and evaluation.
 
-It is self-contained: `config.json`, `tokenizer.json`, `metrics.jsonl`, `training_curve.png`,
-`checkpoints/`. Sampling works from a copy on another machine; evaluation there needs a text file
-or the training data.
+It is self-contained: `config.json`, `tokenizer.json`, `metrics.jsonl`, `train.log`,
+`training_curve.png`, `checkpoints/`. Sampling works from a copy on another machine; evaluation
+there needs a text file or the training data.
 """
 
 import contextlib

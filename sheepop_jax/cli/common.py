@@ -126,21 +126,28 @@ def load_params(run: "Run", step: str | int | None, quantize: Any) -> tuple[Any,
 
 
 def best_before_latest(checkpoints: "Checkpoints") -> str:
-    """A note that the best checkpoint is not the latest, with both losses; "" if it is."""
+    """A note that the best checkpoint is not the latest, with both losses.
+
+    "" if it is, or if a checkpoint cannot be read.
+    """
     from sheepop_jax.checkpoint.checkpoints import BEST_METRIC, DamagedCheckpoint
 
-    best, latest = checkpoints.best(), checkpoints.steps()[-1]
-    if best is None or best == latest:
-        return ""
     try:
-        loss = checkpoints.manifest(latest)["figures"].get(BEST_METRIC)
-        shown = "not evaluated" if loss is None else f"validation loss {loss:.4f}"
+        best, steps = checkpoints.best(), checkpoints.steps()
+        if best is None or not steps or best == steps[-1]:
+            return ""
+        lowest = checkpoints.best_score()
+        loss = checkpoints.manifest(steps[-1])["figures"].get(BEST_METRIC)
+    except InputError:
+        return ""
     except DamagedCheckpoint:
         shown = "damaged"
+    else:
+        shown = "not evaluated" if loss is None else f"validation loss {loss:.4f}"
     return (
-        f"the best checkpoint is step {best} (validation loss {checkpoints.best_score():.4f}), the "
-        f"latest is step {latest} ({shown}); sample.py, evaluate and bench use the best unless "
-        "--step latest is given"
+        f"the best checkpoint is step {best} (validation loss {lowest:.4f}), the latest is step "
+        f"{steps[-1]} ({shown}); sample.py, evaluate and bench use the best unless --step latest "
+        "is given"
     )
 
 
@@ -176,7 +183,7 @@ def command(flags: argparse.Namespace) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        line = _explained(error, set(vars(flags)))
+        line = explained(error, set(vars(flags)))
         if not line:
             raise
         if debug:
@@ -219,7 +226,7 @@ def as_flags(text: str, flags: Collection[str]) -> str:
     return re.sub("`([^`]+)`", flag, text)
 
 
-def _explained(error: Exception, flags: Collection[str]) -> str:
+def explained(error: Exception, flags: Collection[str]) -> str:
     """Returns a one-line message for an error that a user can fix; "" for a bug."""
     match error:
         case InputError() if error.expected:

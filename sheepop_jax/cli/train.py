@@ -1,15 +1,19 @@
 """`train.py`: train a language model or resume a run."""
 
 import argparse
+import contextlib
 import functools
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from sheepop_jax.cli.common import Parser, best_before_latest, command, path_argument
+from sheepop_jax.cli.common import Parser, best_before_latest, command, explained, path_argument
 from sheepop_jax.config.schema import Config
-from sheepop_jax.errors import InputError
-from sheepop_jax.runtime import distributed
+from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax.runtime import distributed, streams
+from sheepop_jax.training.run_log import RunLog, only_in_file
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ automatically; on Cloud TPU, set --coordinator_address auto; elsewhere, set --co
 (docs/scaling.md).
 
 exit codes: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after saving (run the same command
-again to resume), 130 or 143 stopped immediately by a second signal"""
+again to resume), 130 or 143 stopped immediately by a second SIGINT or SIGTERM"""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -59,8 +63,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program with the flags `argv` (None: `sys.argv`); returns the exit code."""
+    streams.never_fail()
     flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-    with distributed.leaving_at_once(), command(flags):
+    with distributed.leaving_at_once(), command(flags), _recorded(flags) as run_log:
         member = distributed.DistributedConfig(
             flags.coordinator_address, flags.num_processes, flags.process_id
         )
@@ -79,19 +84,40 @@ def main(argv: list[str] | None = None) -> int:
         from sheepop_jax.pipeline import train
 
         try:
-            figures = train(config, workdir, machine, stop)
+            figures = train(config, workdir, machine, stop, run_log.open)
         except StopRequested:
-            if distributed.is_main_process():
-                print("stopped; run the same command again to resume", file=sys.stderr)
+            _tell("stopped; run the same command again to resume", sys.stderr)
             return EXIT_STOPPED
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         if distributed.is_main_process():
             from sheepop_jax.checkpoint.checkpoints import Checkpoints
 
             if note := best_before_latest(Checkpoints(Path(workdir) / "checkpoints")):
-                print(note, file=sys.stderr)
-            print(f"{workdir}: {shown or 'no metrics: the run is past its last step'}")
+                _tell(note, sys.stderr)
+        _tell(f"{workdir}: {shown or 'no metrics: the run is past its last step'}", sys.stdout)
     return 0
+
+
+def _tell(line: str, stream: TextIO) -> None:
+    """Prints a line of the main process and adds it to the log of the run."""
+    if distributed.is_main_process():
+        print(line, file=stream, flush=True)
+        only_in_file.info("%s", line)
+
+
+@contextlib.contextmanager
+def _recorded(flags: argparse.Namespace) -> Iterator[RunLog]:
+    """Keeps the log of the run, with the error that ends it."""
+    with RunLog() as run_log:
+        try:
+            yield run_log
+        except Exception as error:
+            line = explained(error, set(vars(flags)))
+            only_in_file.info("error: %s", line or "", exc_info=None if line else error)
+            if isinstance(error, BrokenPipeError):
+                # Not the reader of the log, which `command` would take it for.
+                raise RunFailed(line) from error
+            raise
 
 
 def choose(flags: argparse.Namespace, overrides: list[str]) -> tuple[Config, Path]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax.runtime import streams
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -139,7 +140,7 @@ def _leave_stdout_to_results() -> None:
     """Redirects descriptor 1 to stderr, as Gloo and NCCL log to it; `sys.stdout` is unchanged."""
     results = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w")
+    sys.stdout = streams.lenient(results, "stdout", sys.stdout)
 
 
 def count() -> int:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sheepop_jax.formatting import format_count, format_flops, format_seconds, printable
+from sheepop_jax.training.run_log import only_in_file
 
 
 class Progress:
@@ -62,6 +63,8 @@ class Progress:
             self._bar.write(text, file=sys.stderr)
         elif self._show:
             print(text, file=sys.stderr, flush=True)
+        if self._show:
+            only_in_file.info("%s", text)
 
     def close(self) -> None:
         """Closes the bar and leaves it on screen."""

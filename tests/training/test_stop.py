@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sheepop_jax.training import signals
 from sheepop_jax.training.signals import StopRequested, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +19,7 @@ libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 while True: libc.pthread_mutex_lock(mutex)"""
 HEARS = "import time\nwhile True:\n    time.sleep(0.01)\n    stop.check()"
 PROGRAM = """
+{before}
 import sys
 from sheepop_jax.training import signals as module
 {grace}
@@ -34,13 +36,16 @@ except StopRequested as error:
 """
 
 
-def start(phase, saves=False, after="", grace=None):
-    """A process in this phase. `grace` are seconds for the main thread, if not its own."""
+def start(phase, saves=False, after="", grace=None, before=""):
+    """A process in this phase. `grace` are seconds for the main thread, if not its own.
+
+    `before` is code that it runs first.
+    """
     indented = phase.replace("\n", "\n    ")
     saves = "stop.something_to_save()" if saves else ""
     after = after.replace("\n", "\n    ")
     grace = f"module._GRACE_SECONDS = {grace}" if grace else ""
-    code = PROGRAM.format(phase=indented, saves=saves, after=after, grace=grace)
+    code = PROGRAM.format(phase=indented, saves=saves, after=after, grace=grace, before=before)
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
@@ -86,6 +91,38 @@ def test_the_second_signal_ends_a_deaf_process_at_once(saves):
         assert process.poll() is None  # it waits for the step in hand
     process.send_signal(signal.SIGINT)
     assert end(process)[0] == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_closed_terminal_and_a_schedulers_warning_are_waited_for(name):
+    """Though they come again, and SIGTERM after them; and though nobody reads stderr any more."""
+    after = "time.sleep(1.0)\nprint('saved', flush=True)"
+    process = start(HEARS, saves=True, after=after)
+    process.stderr.close()
+    process.send_signal(getattr(signal, name))
+    assert process.stdout.readline() == f"asked {name}\n"
+    for again in (getattr(signal, name), signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(again)
+    process.stderr = None
+    assert end(process)[:2] == (75, "saved\n")
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    process = start(HEARS, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[:2] == (75, "asked SIGTERM\n")
+
+
+def test_a_platform_without_these_signals(monkeypatch):
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):
+        monkeypatch.delattr(signal, name)
+    code = Path(signals.__file__).read_text()
+    without = {"__name__": "without"}
+    exec(compile(code, signals.__file__, "exec"), without)
+    assert without["_OTHERS"] == ()
 
 
 def test_other_signals_are_not_meant():
