@@ -225,6 +225,19 @@ def written(name: str, content: str) -> Callable[[Path], object]:
     return lambda run: (run / name).write_text(content)
 
 
+def instead(name: str, target: str = "") -> Callable[[Path], object]:
+    """A link to a target in place of what is in a run; without one, a file."""
+
+    def damage(run: Path) -> None:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target) if target else path.write_text("in the way")
+
+    return damage
+
+
 def only_a_damaged_one(run: Path) -> None:
     shutil.rmtree(run / "checkpoints/00000002")
     shutil.rmtree(run / "checkpoints/00000004/params")
@@ -346,6 +359,18 @@ CONFIGURATION = [
         ]
     ),
     Row("train", "--workdir {run} --config.seed=1", "{run}", "seed 42 -> 1", hint="--workdir"),
+    # What would be found at the first save.
+    *(
+        Row("train", "--workdir {run}", f"{{run}}/{name}", got, expected, damage=damage)
+        for name, got, expected, damage in [
+            ("checkpoints", "a link to nothing", "directory", instead("checkpoints", "nowhere")),
+            ("checkpoints", "a file", "directory", instead("checkpoints")),
+            ("checkpoints", "", "writable directory", instead("checkpoints", "/proc")),
+            ("tensorboard", "a file", "directory", instead("tensorboard")),
+            ("metrics.jsonl", "no regular file", "a file", instead("metrics.jsonl", "/proc")),
+            ("train.log", "no regular file", "a file", instead("train.log", "/dev/null")),
+        ]
+    ),
     # What only the tokenizer can tell: the prompt of the samples in the log.
     *(
         Row(

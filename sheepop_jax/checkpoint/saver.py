@@ -24,6 +24,7 @@ from sheepop_jax.checkpoint.checkpoints import (
 )
 from sheepop_jax.checkpoint.host_copy import all_finite, host_copy, not_finite
 from sheepop_jax.checkpoint.state import TrainState
+from sheepop_jax.checkpoint.workdir import DirectoryLost, HeldDirectory
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_during, fault_point
 from sheepop_jax.files import sealed, sha256_of_file, write_atomic
@@ -39,12 +40,13 @@ class SaveFailed(RunFailed):
 class CheckpointSaver(Checkpoints):
     """Saves, restores, quarantines and prunes checkpoints during training.
 
-    A background thread writes the files while training continues.
+    A background thread writes the files while training continues. With a held run directory, it
+    follows a rename of that directory.
     """
 
-    def __init__(self, directory: Path, keep: int = 1):
+    def __init__(self, directory: Path, keep: int = 1, held: HeldDirectory | None = None):
         super().__init__(directory)
-        self._keep = keep
+        self._keep, self._held = keep, held
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -128,7 +130,10 @@ class CheckpointSaver(Checkpoints):
     def _commit(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
         try:
             self._write(step, state, figures)
+        except DirectoryLost:
+            raise
         except Exception as error:  # orbax reports a full disk by several exception types
+            self._follow()  # raises if the directory was deleted meanwhile
             free = shutil.disk_usage(self.directory.parent).free / 1e6
             reason = " ".join(str(error).split())
             if len(reason) > 240:  # keep the file name at the start and the cause at the end
@@ -143,16 +148,26 @@ class CheckpointSaver(Checkpoints):
     def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
         """Every process writes its shards; the main process commits, the others wait."""
         fault_point("save-begun")
+        self._follow()
         if distributed.is_main_process():
             self._sweep()
         pending = self.directory / f".pending-{step:08d}"
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         fault_during("save-writing", begun=lambda: storage.has_begun(pending))
-        storage.write(pending, items)
+        # By its path, a directory that is renamed meanwhile would be created again. Several
+        # processes need the same path.
+        follow = self._held and distributed.count() == 1
+        storage.write(self._held.fixed(pending) if self._held and follow else pending, items)
         fault_point("save-written")
+        self._follow()
         if distributed.is_main_process():
-            self._publish(pending, step, figures)
+            self._publish(self.directory / pending.name, step, figures)
         storage.wait_for_all(f"commit {step}")
+
+    def _follow(self) -> None:
+        """Continues in the run directory if it was renamed."""
+        if self._held:
+            self.directory = self._held.where() / self.directory.name
 
     def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
         own = [name for name in file_names(pending) if not _is_foreign(name)]

@@ -1,9 +1,11 @@
-"""The run directory of a training process: created or checked, and locked."""
+"""The run directory of a training process: created or checked, locked, and held."""
 
+import contextlib
 import json
 import logging
 import os
 import socket
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from sheepop_jax.checkpoint.run import difference, open_run
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.shards import PreparedData
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_point
 from sheepop_jax.files import try_lock, write_atomic
 
@@ -30,14 +32,19 @@ IDENTITY = (
     "train.grad_accum_steps",
 )
 SAME_NUMBERS = ("model.remat",)  # trades memory for time; same results
+# What training writes in the run directory, hours after it began.
+_FILES = ("tokenizer.json", "metrics.jsonl", "train.log", "training_curve.png")
+_DIRECTORIES = (".", "checkpoints", "tensorboard")
 
 
 def check_run(directory: Path, config: Config) -> None:
-    """Checks that the run in a directory, if any, can resume with a configuration.
+    """Checks that a directory can be written, and that its run, if any, fits a configuration.
 
     Raises:
-        InputError: a fixed field differs; the message lists the differences.
+        InputError: something is in the way or not writable, or a fixed field differs; the message
+            lists the differences.
     """
+    _check_places(directory)
     if not (directory / "config.json").exists():
         return
     saved = open_run(directory).config
@@ -66,6 +73,23 @@ def _certainly_other_data(saved: Config, config: Config) -> set[str]:
     if {saved.data.tokenizer, config.data.tokenizer} == {"bpe", "char"}:
         fields.add("data.tokenizer")
     return fields
+
+
+def _check_places(directory: Path) -> None:
+    """Checks before training what is otherwise found at the first save; leaves no trace."""
+    for path in (directory / name for name in _FILES):
+        if path.exists() and not path.is_file():
+            raise InputError(str(path), "no regular file", "a file or nothing", "removing it")
+    for path in (directory / name for name in _DIRECTORIES):
+        if not os.path.lexists(path):
+            continue
+        if not path.is_dir():
+            got = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+            raise InputError(str(path), got, "a directory or nothing", "removing it")
+        try:
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise InputError(str(path), error.strerror, "a writable directory") from None
 
 
 def create_run(directory: Path, config: Config, data: PreparedData) -> None:
@@ -97,6 +121,61 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy", "grain")},
     }
     write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+class DirectoryLost(RunFailed):
+    """The run directory was deleted, or moved to a place that cannot be found."""
+
+
+class HeldDirectory:
+    """A directory held open, so that a rename or a deletion is noticed, and a rename is followed.
+
+    Attributes:
+        path: its path when it was opened.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self._by_descriptor = Path(f"/proc/self/fd/{self._descriptor}")
+
+    def where(self) -> Path:
+        """Its path now: `path` unless it was renamed; costs one stat if it was not.
+
+        Raises:
+            DirectoryLost: it was deleted, or its new path is unknown.
+        """
+        try:
+            mine = os.fstat(self._descriptor)
+            if _is_same(self.path, mine):
+                return self.path
+            if mine.st_nlink and self._by_descriptor.is_dir():  # Linux
+                renamed = self._by_descriptor.readlink()
+                # Another machine may have renamed it, without this kernel knowing the new name.
+                return renamed if _is_same(renamed, mine) else self._by_descriptor
+        except OSError as error:
+            raise DirectoryLost(f"{self.path}: lost during training ({error.strerror})") from None
+        raise DirectoryLost(f"{self.path}: deleted or renamed during training; nothing is saved")
+
+    def fixed(self, path: Path) -> Path:
+        """A path below `where()` that stays valid if the directory is renamed; Linux only."""
+        if not self._by_descriptor.is_dir():
+            return path
+        return self._by_descriptor / path.relative_to(self.where())
+
+    def close(self) -> None:
+        """Releases the directory."""
+        os.close(self._descriptor)
+
+
+def _is_same(path: Path, found: os.stat_result) -> bool:
+    """Whether a path leads to a directory; also if that cannot be told at the moment."""
+    try:
+        return os.path.samestat(os.stat(path), found)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 class WorkdirLock:
@@ -135,11 +214,12 @@ class WorkdirLock:
         self._file.flush()
 
     def __exit__(self, *exception: object) -> None:
-        if [entry.name for entry in self._directory.iterdir()] == ["lock"]:
-            # Input was rejected before the run was created: leave nothing behind.
-            (self._directory / "lock").unlink()
-            if self._made:
-                self._directory.rmdir()
+        with contextlib.suppress(OSError):  # it was renamed or deleted meanwhile
+            if os.listdir(self._directory) == ["lock"]:
+                # Input was rejected before the run was created: leave nothing behind.
+                (self._directory / "lock").unlink()
+                if self._made:
+                    self._directory.rmdir()
         self._file.close()
 
 

@@ -14,12 +14,14 @@ import jax
 from jax.sharding import Mesh
 
 from sheepop_jax.checkpoint.checkpoints import BEST_METRIC
-from sheepop_jax.checkpoint.saver import CheckpointSaver, SaveFailed
+from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.checkpoint.storage import wait_for_all
+from sheepop_jax.checkpoint.workdir import DirectoryLost, HeldDirectory
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import TrainBatches
+from sheepop_jax.errors import RunFailed
 from sheepop_jax.formatting import format_seconds
 from sheepop_jax.model.loss import CHUNK_ELEMENTS
 from sheepop_jax.model.partitioning import global_batch
@@ -89,6 +91,7 @@ def fit(job: Job, stop: StopSignal) -> dict[str, float]:
         StopRequested: a signal arrived; the state is saved.
         TrainingDiverged: `train.max_skipped_steps` consecutive updates were skipped.
         SaveFailed: a checkpoint could not be written.
+        RunFailed: the run directory was renamed (the state is saved there) or deleted.
         JaxRuntimeError: a step failed, e.g. out of memory or a lost process.
         InputError: every checkpoint is damaged.
     """
@@ -108,7 +111,10 @@ class _Loop:
         self.job, self.stop = job, stop
         self.schedule = make_schedule(config.optimizer, job.num_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.checkpoints = CheckpointSaver(job.directory / "checkpoints", config.checkpoint.keep)
+        self.held = HeldDirectory(job.directory)
+        self.checkpoints = CheckpointSaver(
+            job.directory / "checkpoints", config.checkpoint.keep, self.held
+        )
         self.state, self.shardings, saved = restore_or_init(
             job.model, self.optimizer, config.seed, job.mesh, self.checkpoints
         )
@@ -135,6 +141,7 @@ class _Loop:
         self.data_wait, self.save_postponed = 0.0, False
         self.mean_loss = MeanLoss(saved.get("loss_sum", 0.0), int(saved.get("loss_steps", 0)))
         self.in_flight: StepMetrics | None = None
+        self.moved = False  # whether a rename of the run directory was noticed
 
     def run(self) -> dict[str, float]:
         last = self.job.num_steps
@@ -168,6 +175,11 @@ class _Loop:
             if self.step > self.saved_step:
                 self._save()
             self.checkpoints.wait()
+            if (moved := self.held.where()) != self.job.directory:
+                raise RunFailed(
+                    f"{self.job.directory}: renamed to {moved} during training; stopped, and saved "
+                    f"step {self.step} there; resume it from there"
+                ) from None
             raise
         self.checkpoints.wait()
         return self.figures
@@ -179,11 +191,13 @@ class _Loop:
         self.progress.close()
         try:
             self.checkpoints.wait()
-        except SaveFailed as error:
+        except RunFailed as error:
             log.error("%s", error)
         if self.metrics:
             self.metrics.close()
-            draw_curve(self.job.directory)
+            with contextlib.suppress(DirectoryLost):
+                draw_curve(self.held.where())
+        self.held.close()
 
     def _device_batches(self) -> Iterator[Batch]:
         """Yields batches on the device; transfers the next one while the current one is in use."""
@@ -242,6 +256,7 @@ class _Loop:
             **self.throughput.interval(self.step),
         }
         self.data_wait = 0.0
+        self._stop_if_moved()
         self.progress.report(self.step, values, seconds_left)
         if self.metrics:
             self.metrics.write(self.step, values)
@@ -301,14 +316,30 @@ class _Loop:
         self.best = min(self.best, figures[BEST_METRIC])
         return better
 
+    def _stop_if_moved(self) -> Path:
+        """Where the run directory is now; stops with a save there if it was renamed.
+
+        Raises:
+            DirectoryLost: it was deleted.
+        """
+        where = self.held.where()
+        if where != self.job.directory and not self.moved:
+            self.moved = True
+            log.warning(
+                "%s was renamed to %s: saving there and stopping", self.job.directory, where
+            )
+            self.stop.request("renamed run directory")
+        return where
+
     def _save(self) -> None:
+        where = self._stop_if_moved()
         mean = self.mean_loss
         saved = {"train_seconds": self.throughput.seconds}
         saved |= {"loss_sum": mean.sum, "loss_steps": mean.steps} if mean.steps else {}
         self.checkpoints.save(self.state, {**self.figures, **saved})
         self.saved_step = self.step
         if self.metrics:
-            draw_curve(self.job.directory)
+            draw_curve(where)
 
 
 @dataclass

@@ -4,18 +4,22 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import os
+import shutil
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from sheepop_jax.checkpoint import storage
 from sheepop_jax.checkpoint.checkpoints import MANIFEST
 from sheepop_jax.checkpoint.saver import CheckpointSaver
+from sheepop_jax.checkpoint.workdir import HeldDirectory
 from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.model.partitioning import make_mesh
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.runtime import distributed
@@ -537,3 +541,64 @@ def test_the_clock_stands_still_when_stopped(monkeypatch):
     assert values["flops_per_second"] == 12.0
     assert values["mfu"] == 0.12
     assert json.dumps(values)
+
+
+@pytest.fixture
+def run_directory(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    return directory
+
+
+@pytest.mark.parametrize("when", ["between saves", "during a save"])
+def test_a_renamed_run_directory_stops_the_run_with_a_save_there(
+    make_job, run_directory, tmp_path, monkeypatch, when
+):
+    """It is not created again under its old name, and the run resumes in the new one."""
+    moved, write, evaluated = tmp_path / "moved", storage.write, []
+
+    def evaluate(params):
+        evaluated.append(params)
+        if when == "between saves":
+            run_directory.rename(moved)
+        return {"val_loss": 3.0, **FIGURES}
+
+    def write_late(directory, items):
+        if when == "during a save" and run_directory.exists():
+            run_directory.rename(moved)
+        write(directory, items)
+
+    monkeypatch.setattr(storage, "write", write_late)
+    job = make_job(num_steps=90, evaluate=evaluate, directory=run_directory)
+    with pytest.raises(RunFailed) as error:
+        fit(job, StopSignal())
+    assert str(error.value).startswith(f"{run_directory}: renamed to {moved} ")
+    assert not run_directory.exists()
+    steps = CheckpointSaver(moved / "checkpoints").steps()
+    assert f"step {steps[-1]} " in str(error.value) and 2 <= steps[-1] < 9
+
+    fit(make_job(num_steps=9, directory=moved), StopSignal())
+    assert [line["step"] for line in training_lines(moved)] == list(range(1, 10))
+
+
+def test_a_deleted_run_directory_is_an_error_and_stays_deleted(make_job, run_directory):
+    def evaluate(params):
+        shutil.rmtree(run_directory)
+        return {"val_loss": 3.0, **FIGURES}
+
+    job = make_job(num_steps=90, evaluate=evaluate, directory=run_directory)
+    with pytest.raises(RunFailed, match=f"{run_directory}: .*deleted"):
+        fit(job, StopSignal())
+    assert not run_directory.exists()
+
+
+def test_a_directory_that_another_machine_renames_is_still_reached(run_directory, monkeypatch):
+    """This one's kernel does not know the new name."""
+    held = HeldDirectory(run_directory)
+    samestat = os.path.samestat
+    monkeypatch.setattr(os.path, "samestat", lambda *stats: False)
+    where = held.where()
+    monkeypatch.setattr(os.path, "samestat", samestat)
+    (where / "file").write_text("x")
+    assert where != run_directory and (run_directory / "file").read_text() == "x"
+    held.close()
