@@ -151,23 +151,29 @@ class CheckpointSaver(Checkpoints):
         self._follow()
         if distributed.is_main_process():
             self._sweep()
-        pending = self.directory / f".pending-{step:08d}"
+        pending = self._fixed() / f".pending-{step:08d}"
         items = {"params": state.params, "optimizer": _optimizer_item(state)}
         fault_during("save-writing", begun=lambda: storage.has_begun(pending))
-        # By its path, a directory that is renamed meanwhile would be created again. Several
-        # processes need the same path.
-        follow = self._held and distributed.count() == 1
-        storage.write(self._held.fixed(pending) if self._held and follow else pending, items)
+        storage.write(pending, items)
         fault_point("save-written")
-        self._follow()
         if distributed.is_main_process():
-            self._publish(self.directory / pending.name, step, figures)
+            self._publish(pending, step, figures)
         storage.wait_for_all(f"commit {step}")
 
     def _follow(self) -> None:
         """Continues in the run directory if it was renamed."""
         if self._held:
             self.directory = self._held.where() / self.directory.name
+
+    def _fixed(self) -> Path:
+        """The directory by a path that a rename does not change.
+
+        By name, writing would create a directory again that is renamed meanwhile. Several processes
+        need the same path.
+        """
+        if self._held is None or distributed.count() > 1:
+            return self.directory
+        return self._held.fixed(self.directory)
 
     def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
         own = [name for name in file_names(pending) if not _is_foreign(name)]
@@ -178,7 +184,7 @@ class CheckpointSaver(Checkpoints):
         fault_point("before-rename")
         if self.path(step).exists():  # from an earlier run of the same step
             self.delete(step)
-        os.rename(pending, self.path(step))
+        os.rename(pending, pending.with_name(self.path(step).name))
         fault_point("after-rename")
         log.info("saved step %d", step)
 

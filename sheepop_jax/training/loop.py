@@ -182,6 +182,7 @@ class _Loop:
                 ) from None
             raise
         self.checkpoints.wait()
+        self._stop_if_moved()  # all is done: only says so
         return self.figures
 
     def close(self) -> None:
