@@ -3,15 +3,15 @@
 import re
 
 _SECRET_NAME = (
-    r"[^=&\s]*(?:token|passw|secret|signature|credential|auth|api[-_]?key|access[-_]?key)[^=&\s]*"
-    r"|key|sig|pwd|pass|jwt"
+    r"[^=&?#;\s]*(?:token(?!iz)|passw|secret|signature|credential|auth(?!or)|hmac"
+    r"|(?:api|access|private|subscription)[-_]?key)[^=&?#;\s]*|key|sig|sas|pwd|pass|jwt"
 )
 # The second pattern is for passwords that are not quoted as a URL requires.
 _USER_AND_PASSWORD = re.compile(
     r"(?<=://)(?:[^\s/?#:@]*:[^\s/?#]*@|[^\s/?#:@]*:(?!\d+(?:[/?#,\s'\")]|$))\S*@)"
 )
 _USER_OF_THE_WEB = re.compile(r"(https?://)[^\s/?#@]+@", re.IGNORECASE)  # often a token
-_SECRET_PARAMETER = re.compile(rf"([?&#;](?:{_SECRET_NAME})=)[^&#\s'\"]+", re.IGNORECASE)
+_SECRET_PARAMETER = re.compile(rf"([?&#;](?:{_SECRET_NAME})=)[^&#\s'\",]+", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
@@ -21,6 +21,11 @@ def masked(text: str) -> str:
     text = _USER_AND_PASSWORD.sub("…@", text)
     text = _USER_OF_THE_WEB.sub(r"\1…@", text)
     return _SECRET_PARAMETER.sub(r"\1…", text)
+
+
+def is_masked(text: str) -> bool:
+    """Whether `masked` has replaced something in a URL."""
+    return "://" in text and "…" in text
 
 
 class InputError(ValueError):

@@ -25,14 +25,17 @@ log = logging.getLogger(__name__)
 def cache_directory() -> Path:
     """The user's cache directory for this program; it need not exist.
 
-    A user without a home directory, as in a container, has one in the temporary directory.
+    A user without a home directory that can be written, as in a container, has one in the temporary
+    directory.
     """
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "sheepop_jax"
     try:
-        return Path.home() / ".cache" / "sheepop_jax"
+        home = Path.home()
     except RuntimeError:
         return _temporary_cache()
+    usable = (home / ".cache").is_dir() or os.access(home, os.W_OK)
+    return home / ".cache" / "sheepop_jax" if usable else _temporary_cache()
 
 
 @functools.cache  # logs once

@@ -195,8 +195,11 @@ def _log_compression(bits_per_byte: float, data: PreparedData, num_tokens: int) 
     part, same, gzip_figure = "", "the same bytes", data.gzip_bits_per_byte
     if num_tokens < len(data.validation):
         part = f", first {num_tokens / len(data.validation):.1%}"
-        text = data.tokenizer.decode(data.validation.read(0, num_tokens))
-        gzip_figure = gzip_bits_per_byte([text.encode()])
+        text = data.tokenizer.decode(data.validation.read(0, num_tokens)).encode()
+        gzip_figure = gzip_bits_per_byte([text])
+        # Metrics take the bytes per token of all validation text; here, those of this part.
+        mean = data.validation.num_bytes / (len(data.validation) - 1)
+        bits_per_byte *= (num_tokens - 1) * mean / len(text)
     elif data.validation.num_bytes > GZIP_BYTES:
         same = f"the first {GZIP_BYTES / 1e6:.0f} MB"
     line = "validation text%s: %.3f bits per byte; gzip -9 needs %.3f on %s"

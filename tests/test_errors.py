@@ -363,12 +363,11 @@ CONFIGURATION = [
     *(
         Row("train", "--workdir {run}", f"{{run}}/{name}", got, expected, damage=damage)
         for name, got, expected, damage in [
-            ("checkpoints", "a link to nothing", "directory", instead("checkpoints", "nowhere")),
+            ("checkpoints", "a broken link", "directory", instead("checkpoints", "nowhere")),
             ("checkpoints", "a file", "directory", instead("checkpoints")),
             ("checkpoints", "", "writable directory", instead("checkpoints", "/proc")),
-            ("tensorboard", "a file", "directory", instead("tensorboard")),
-            ("metrics.jsonl", "no regular file", "a file", instead("metrics.jsonl", "/proc")),
-            ("train.log", "no regular file", "a file", instead("train.log", "/dev/null")),
+            ("metrics.jsonl", "not a regular file", "a file", instead("metrics.jsonl", "/proc")),
+            ("train.log", "not a regular file", "a file", instead("train.log", "/dev/null")),
         ]
     ),
     # What only the tokenizer can tell: the prompt of the samples in the log.

@@ -228,7 +228,7 @@ def test_a_log_on_a_full_disk_changes_nothing(texts, trained, tmp_path, call, mo
         result = call(train.main, *train_words(texts, workdir))
     assert (result.returncode, result.stdout.startswith(str(workdir))) == (0, True)
     logged = (workdir / "train.log").read_text()
-    assert logged.count("stderr cannot be written (No space left on device)") == 1
+    assert logged.count("cannot write to stderr (No space left on device)") == 1
     assert logged.splitlines()[-1].endswith(result.stdout.strip())
     assert log_steps(workdir) == log_steps(trained[0])
 
@@ -247,8 +247,8 @@ def test_a_log_that_nobody_reads_any_more_changes_nothing(texts, tmp_path):
         assert lines.readline()
     assert process.wait() == 0
     logged = (tmp_path / "train.log").read_text()
-    assert "stderr cannot be written (Broken pipe)" in logged
-    assert "stdout cannot be written (Broken pipe)" in logged
+    assert "cannot write to stderr (Broken pipe)" in logged
+    assert "cannot write to stdout (Broken pipe)" in logged
     assert logged.count("saved step 6\n") == 1
 
 

@@ -92,26 +92,28 @@ class Checkpoints:
     def read(self, step: str | int | None, load: Callable[[int], T]) -> T:
         """Returns `load` of the step that `resolve` finds for `step`.
 
-        A training process may delete that step meanwhile. So a failure counts only if the
-        checkpoints did not change since the step was resolved; else the newest is resolved again.
+        A training process may delete that step meanwhile; then `step` is resolved again.
 
         Raises:
             InputError: no such step; the message lists the available ones.
         """
         while True:
-            before = self.steps()
+            before, found = self.steps(), None
             try:
-                return load(self.resolve(step))
+                found = self.resolve(step)
+                return load(found)
             except Exception as error:
-                if self.steps() == before:
+                gone = self.steps() != before if found is None else not self.path(found).is_dir()
+                if not gone:
                     raise
-                log.info("the checkpoints changed while %s was read (%s); again", step, error)
+                read = "the checkpoints" if found is None else f"step {found}"
+                log.info("%s changed while being read (%s); trying again", read, error)
 
     def resolve(self, step: str | int | None = None) -> int:
         """Resolves "latest", "best" or a number to a committed step.
 
-        None is the best among the checkpoints whose manifest is valid, or the latest if none was
-        evaluated.
+        None is the best among the checkpoints whose manifest is valid, or the latest of them if
+        none was evaluated.
 
         Raises:
             InputError: no such step; the message lists the available ones.
@@ -122,8 +124,9 @@ class Checkpoints:
             raise InputError(str(self.directory), "no checkpoint", "at least one", "training first")
         best = self.best() if step in (None, "best") else None
         if step is None:
-            self._warn_of_damaged_manifests()
-            return steps[-1] if best is None else best
+            damaged = self._warn_of_damaged_manifests()
+            whole = [step for step in steps if step not in damaged] or steps
+            return whole[-1] if best is None else best
         found = {"latest": steps[-1], "best": best}.get(str(step))
         if found is None and str(step).isdecimal() and int(step) in steps:
             found = int(step)
@@ -135,7 +138,8 @@ class Checkpoints:
             raise InputError("step", step, rule)
         return found
 
-    def _warn_of_damaged_manifests(self) -> None:
+    def _warn_of_damaged_manifests(self) -> set[int]:
+        damaged = set()
         for step in self.steps():
             try:
                 self.manifest(step)
@@ -143,6 +147,8 @@ class Checkpoints:
                 if not self.path(step).exists():  # a training process has deleted it
                     continue
                 log.warning("step %d is damaged and may have been the best (%s)", step, damage)
+                damaged.add(step)
+        return damaged
 
     def verify(self, step: int) -> dict[str, Any]:
         """Compares every file with the manifest and returns the manifest.
@@ -192,7 +198,7 @@ class Checkpoints:
             found = [self.directory / name for name in os.listdir(self.directory)]
             return [path for path in found if re.fullmatch(pattern, path.name) and path.is_dir()]
         except _ABSENT:
-            got = "a link to nothing" if self.directory.is_symlink() else "a file"
+            got = "a broken link" if self.directory.is_symlink() else "a file"
             raise InputError(str(self.directory), got, "a directory") from None
         except OSError as error:
             raise _unreadable(self.directory, error) from None
@@ -244,5 +250,6 @@ def _digest(path: Path) -> str:
 
 def _unreadable(path: Path, error: OSError) -> InputError:
     """An error for what cannot be read at the moment; its content may well be whole."""
-    hint = "again once it can be read (no checkpoint was renamed or deleted)"
-    return InputError(str(path), error.strerror or str(error), "a file that can be read", hint)
+    hint = "again once it can be read (it was left unchanged)"
+    expected = "a file or directory that can be read"
+    return InputError(str(path), error.strerror or str(error), expected, hint)

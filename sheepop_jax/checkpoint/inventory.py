@@ -133,7 +133,7 @@ def _delete(
         if (best := checkpoints.best()) in doomed:
             rule = "not to delete" if flag == "delete" else "to keep"
             expected = f"{rule} step {best}, the best by {BEST_METRIC}"
-            raise InputError(flag, _listed(sorted(named)), expected, "`force` to delete it, too")
+            raise InputError(flag, _listed(sorted(named)), expected, "`force` to delete it anyway")
     for step in sorted(doomed):
         checkpoints.delete(step)
     return sorted(doomed)

@@ -8,6 +8,7 @@ time leaves older checkpoints intact. The next save or resume removes leftover `
 import json
 import logging
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -135,7 +136,8 @@ class CheckpointSaver(Checkpoints):
         except Exception as error:  # orbax reports a full disk by several exception types
             self._follow()  # raises if the directory was deleted meanwhile
             free = shutil.disk_usage(self.directory.parent).free / 1e6
-            reason = " ".join(str(error).split())
+            named = re.sub(r"/proc/self/fd/[0-9]+", str(self.directory.parent), str(error))
+            reason = " ".join(named.split())
             if len(reason) > 240:  # keep the file name at the start and the cause at the end
                 reason = f"{reason[:100]} ... {reason[-140:]}"
             raise SaveFailed(
@@ -173,7 +175,7 @@ class CheckpointSaver(Checkpoints):
         """
         if self._held is None or distributed.count() > 1:
             return self.directory
-        return self._held.fixed(self.directory)
+        return self._held.fixed(self.directory.name)
 
     def _publish(self, pending: Path, step: int, figures: dict[str, Any]) -> None:
         own = [name for name in file_names(pending) if not _is_foreign(name)]
@@ -205,8 +207,9 @@ class CheckpointSaver(Checkpoints):
                     log.warning("%s: not deleted (%s)", self.path(step), error.strerror or error)
 
     def _sweep(self) -> None:
-        self.directory.mkdir(exist_ok=True)
-        for entry in self.directory.iterdir():
+        directory = self._fixed()
+        directory.mkdir(exist_ok=True)
+        for entry in directory.iterdir():
             if entry.name.startswith((".pending-", ".deleted-")):
                 _remove(entry)
 

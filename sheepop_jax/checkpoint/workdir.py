@@ -34,7 +34,7 @@ IDENTITY = (
 SAME_NUMBERS = ("model.remat",)  # trades memory for time; same results
 # What training writes in the run directory, hours after it began.
 _FILES = ("tokenizer.json", "metrics.jsonl", "train.log", "training_curve.png")
-_DIRECTORIES = (".", "checkpoints", "tensorboard")
+_DIRECTORIES = (".", "checkpoints")
 
 
 def check_run(directory: Path, config: Config) -> None:
@@ -79,12 +79,12 @@ def _check_places(directory: Path) -> None:
     """Checks before training what is otherwise found at the first save; leaves no trace."""
     for path in (directory / name for name in _FILES):
         if path.exists() and not path.is_file():
-            raise InputError(str(path), "no regular file", "a file or nothing", "removing it")
+            raise InputError(str(path), "not a regular file", "a file or nothing", "removing it")
     for path in (directory / name for name in _DIRECTORIES):
         if not os.path.lexists(path):
             continue
         if not path.is_dir():
-            got = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+            got = "a broken link" if path.is_symlink() and not path.exists() else "a file"
             raise InputError(str(path), got, "a directory or nothing", "removing it")
         try:
             tempfile.TemporaryFile(dir=path).close()
@@ -105,7 +105,7 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
         if data.identity != run.data_identity:
             said = [f"{name} {changes[name]}" for name in sorted(changes) if _decides_data(name)]
             if not said and data.identity["source"] != run.data_identity["source"]:
-                said = ["the text has changed since the run started"]
+                said = ["the text, or how this version reads it, has changed since the run started"]
             why = ", ".join([*said, difference(run.data_identity, data.identity)])
             expected = "the data of the existing run"
             raise InputError(str(directory), f"other data ({why})", expected, "another `workdir`")
@@ -157,11 +157,9 @@ class HeldDirectory:
             raise DirectoryLost(f"{self.path}: lost during training ({error.strerror})") from None
         raise DirectoryLost(f"{self.path}: deleted or renamed during training; nothing is saved")
 
-    def fixed(self, path: Path) -> Path:
-        """A path below `where()` that stays valid if the directory is renamed; Linux only."""
-        if not self._by_descriptor.is_dir():
-            return path
-        return self._by_descriptor / path.relative_to(self.where())
+    def fixed(self, name: str) -> Path:
+        """The path of an entry that stays valid if the directory is renamed, on Linux."""
+        return (self._by_descriptor if self._by_descriptor.is_dir() else self.where()) / name
 
     def close(self) -> None:
         """Releases the directory."""
@@ -215,9 +213,12 @@ class WorkdirLock:
 
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(OSError):  # it was renamed or deleted meanwhile
-            if os.listdir(self._directory) == ["lock"]:
+            lock = self._directory / "lock"
+            # After a rename, another run may have a directory of the old name.
+            own = os.path.samestat(lock.stat(), os.fstat(self._file.fileno()))
+            if own and os.listdir(self._directory) == ["lock"]:
                 # Input was rejected before the run was created: leave nothing behind.
-                (self._directory / "lock").unlink()
+                lock.unlink()
                 if self._made:
                     self._directory.rmdir()
         self._file.close()

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 from sheepop_jax.cli.common import Parser, checked_step, command, load_params, path_argument
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, masked
 
 DESCRIPTION = "Compute loss, perplexity, bits per byte and accuracy on validation text."
 EPILOG = """\
@@ -98,14 +98,15 @@ def run(flags: argparse.Namespace) -> None:
     found: dict[str, float | int | None] = {**metrics.to_dict(), **compressed}
     if not lossless:  # its bytes are not all predicted
         print(
-            "bits_per_byte is left out: the tokenizer loses text, decoding does not restore it",
+            "bits_per_byte is left out: the tokenizer loses text, so decoding does not restore it",
             file=sys.stderr,
         )
         found["bits_per_byte"] = None
     if flags.json:
         print(json.dumps(found))
         return
-    print(f"step {step} of {opened.directory}, on {flags.data or 'its validation split'}:")
+    shown = masked(flags.data) if flags.data else "its validation split"
+    print(f"step {step} of {opened.directory}, on {shown}:")
     for name, value in found.items():
         if value is not None:
             print(f"  {name:20}{value:,}" if isinstance(value, int) else f"  {name:20}{value:.4f}")

@@ -70,7 +70,9 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
         if value is not None and not 0 < value < 1e30:
             raise InputError(name, value, "a positive finite number", "12e9 for 12 GB")
         if value is not None and not flags.device:
-            raise InputError(name, value, "nothing without `device`", "--device NAME, any name")
+            raise InputError(
+                name, value, "no value unless `device` is set", "`device` with any name"
+            )
     if not 0 < flags.mfu <= 1:
         raise InputError("mfu", flags.mfu, "a number in (0, 1]")
     from sheepop_jax.config.loading import load_config

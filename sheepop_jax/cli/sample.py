@@ -200,7 +200,7 @@ def sample(flags: argparse.Namespace) -> None:
         tokenizer.check(text, name)
         ids = tokenizer.encode(text)
         kept = ids
-        if flags.truncate == "left":
+        if flags.truncate == "left" and (learned or len(ids) >= context):
             kept = truncate_left(ids, None if beyond else flags.max_new_tokens, context)
         if len(kept) < len(ids):
             log.warning("dropped the first %d of %d prompt tokens", len(ids) - len(kept), len(ids))

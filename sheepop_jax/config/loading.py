@@ -1,5 +1,6 @@
 """Configuration loading: a config file, preset or saved run, plus field overrides."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,12 +20,12 @@ from sheepop_jax.config.data import (
     DataConfig,
     inner_suffix,
 )
-from sheepop_jax.config.schema import Config
+from sheepop_jax.config.schema import Config, with_added_fields
 from sheepop_jax.config.suggestions import suggest
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, is_masked
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout and in an installation
-# A preset's prompt is for its own text.
+# They choose another text than the preset's.
 _SOURCE = ("data.source", "data.path", "data.name", "data.subset", "data.query")
 _KINDS = {bool: "True or False", int: "an integer", float: "a number"}
 
@@ -39,7 +40,8 @@ def load_config(name: str, assignments: Sequence[str] = ()) -> Config:
     Raises:
         InputError: the file or a field is invalid.
     """
-    return _with_overrides(_run(_find(name)), assignments)
+    path = _find(name)
+    return _with_overrides(_run(path), assignments, preset=Path(path).parent == PRESETS)
 
 
 def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Config:
@@ -53,11 +55,17 @@ def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Confi
         expected = "the directory of an existing run, or `config` for a new run"
         raise InputError("workdir", str(run), expected, "--config quickstart")
     try:
-        values = ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        plain = json.loads(path.read_text(encoding="utf-8"))["config"]
+        values = ConfigDict(with_added_fields(plain))
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise InputError(str(path), got, "a valid run configuration") from None
-    return _with_overrides(values, assignments)
+    given = {assignment.partition("=")[0] for assignment in assignments}
+    for field, value in _flatten(values):
+        if field not in given and isinstance(value, str) and is_masked(value):
+            expected = "the whole URL (its password or token is not saved)"
+            raise InputError(field, value, expected, f"`{field}=URL`")
+    return _with_overrides(values, assignments, saved=True)
 
 
 def default_workdir(name: str, config: Config) -> Path:
@@ -74,7 +82,7 @@ def default_workdir(name: str, config: Config) -> Path:
     data, own = config.data, _run(_find(name)).data
     if Path(data.path or data.name).name == Path(own.path or own.name).name:
         return directory
-    if (directory / "config.json").is_file():
+    with contextlib.suppress(InputError):  # no run, or one that cannot be opened
         saved = load_saved_config(directory).data
         if (saved.path, saved.name) == (data.path, data.name):
             return directory
@@ -85,14 +93,22 @@ def _text_name(data: DataConfig) -> str:
     """A short name for a text, from the names of its files or its dataset."""
     names = []
     for item in filter(None, map(str.strip, (data.path or data.name).split(","))):
-        path = Path(item.partition("?")[0]).absolute()
+        # Of a URL, neither user and password nor the query.
+        shown = item.partition("?")[0].rpartition("@")[2] if "://" in item else item
+        path = Path(shown).absolute()
         # The part before the suffix; a glob such as texts/*.txt has none, but its directory does.
         parts = (re.sub(r"[^\w-]+", "_", p.name.partition(".")[0]) for p in (path, path.parent))
         names.append(next((part for part in parts if part.strip("_")), ""))
     return "-".join(filter(None, names))[:40] or "stdlib"
 
 
-def _with_overrides(plain: ConfigDict, assignments: Sequence[str]) -> Config:
+def _with_overrides(
+    plain: ConfigDict, assignments: Sequence[str], *, preset: bool = False, saved: bool = False
+) -> Config:
+    """Applies overrides to the fields of a config file or, if `saved`, of a run, and validates.
+
+    The sample prompt of a preset is for the preset's own text. A run was checked when it started.
+    """
     values = dict(_flatten(plain))
     assigned = dict(assignment.split("=", 1) for assignment in assignments)
     for field, value in assigned.items():
@@ -100,7 +116,8 @@ def _with_overrides(plain: ConfigDict, assignments: Sequence[str]) -> Config:
             hint = suggest(field, values) or "one of the fields in configs/base.py"
             raise InputError(field, value, "a field of the configuration", hint)
     prompt = "train.sample_prompt"
-    if prompt in values and prompt not in assigned and any(field in _SOURCE for field in assigned):
+    other_text = any(f in _SOURCE or f.startswith("data.mixture.") for f in assigned)
+    if preset and other_text and prompt in values and prompt not in assigned:
         assignments = [*assignments, f"{prompt}="]
     try:
         config = Config.from_dict(_assign(plain, assignments))
@@ -113,9 +130,9 @@ def _with_overrides(plain: ConfigDict, assignments: Sequence[str]) -> Config:
                 expected = _KINDS.get(kind, f"a value of type {kind.__name__}")
                 raise InputError(field, value, expected) from None
         raise
-    if "data.source" not in assigned:
+    if "data.source" not in assigned and not saved:
         _check_tables(config.data)
-    _check_unused(config.data, set(assigned))
+    _check_unused(config.data, set(assigned), saved)
     return config
 
 
@@ -161,18 +178,21 @@ def _check_tables(config: DataConfig) -> None:
         for name in part.config.path.split(","):
             if inner_suffix(Path(name)) in TABLE_SUFFIXES:
                 where = f"data.mixture.{part.name}.path" if part.name else "data.path"
-                expected = "only text files (the rows of a table would be read as text)"
-                hint = "only tables to read their rows, or `data.source=files` to read plain text"
+                expected = "text files only, since the rows of a table would be read as text"
+                hint = "tables alone to read their rows, or `data.source=files` to read plain text"
                 raise InputError(where, name.strip(), expected, hint)
 
 
-def _check_unused(config: DataConfig, assigned: set[str]) -> None:
+def _check_unused(config: DataConfig, assigned: set[str], saved: bool) -> None:
     """Rejects source fields that are set but have no effect on the chosen source.
 
-    If an override chooses another source than the file, the file's fields may be unused.
+    If an override chooses another source than the file, the file's fields may be unused; so may
+    those of a saved run.
     """
     defaults = _run(f"{PRESETS}/base.py").data
-    chosen = not assigned.isdisjoint(("data.source", "data.path", "data.name", "data.mixture"))
+    chosen = saved or not assigned.isdisjoint(
+        ("data.source", "data.path", "data.name", "data.mixture")
+    )
     sources = {part.name: part.config.resolved_source for part in config.parts}
     used = {field for source in sources.values() for field in FIELDS_OF[source]}
     values = {

@@ -143,7 +143,7 @@ class TrainConfig(Section):
         self.require(
             set(self.tracker_names) <= set(TRACKERS),
             "trackers",
-            f"{' or '.join(TRACKERS)}, both with a comma between, or nothing",
+            f"{' or '.join(TRACKERS)}, both separated by a comma, or nothing",
         )
         self.require(
             (self.num_steps > 0) != (self.num_epochs > 0),
@@ -235,14 +235,17 @@ class Config(Section):
         Raises:
             InputError: see `from_dict`.
         """
-        return cls.from_dict(
-            {**values, **{name: {**ADDED[name], **values[name]} for name in ADDED}}
-        )
+        return cls.from_dict(with_added_fields(values))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, as saved in `config.json`: secrets in URLs are masked."""
         values = dataclasses.asdict(self)
         return {**values, "data": _masked(values["data"])}
+
+
+def with_added_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a saved run, with those that have been added since."""
+    return {**values, **{name: {**ADDED[name], **values[name]} for name in ADDED}}
 
 
 def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:

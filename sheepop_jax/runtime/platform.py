@@ -72,7 +72,7 @@ def prepare(platform: str = "auto", connect: Callable[[], None] = lambda: None) 
     # An installed backend that fails raises RuntimeError; a missing backend raises a bare
     # AssertionError in jax 0.12.
     except (RuntimeError, AssertionError) as error:
-        chosen = jax.config.jax_platforms or jax.config.jax_platform_name
+        chosen = jax.config.jax_platforms or jax.config.values["jax_platform_name"]
         reason = str(error).partition("\n")[0] or f"no {chosen} backend is installed"
         if platform == "auto" and chosen:
             variable = "JAX_PLATFORMS" if jax.config.jax_platforms else "JAX_PLATFORM_NAME"
@@ -103,12 +103,12 @@ def prepare(platform: str = "auto", connect: Callable[[], None] = lambda: None) 
 def _settle(config: Any) -> None:
     """Pins the settings in `PINNED` and reports those in `REPORTED`; versions of JAX lack some."""
     for name, value in PINNED.items():
-        if getattr(config, name, value) != value:
-            shown = f"{name.upper()}={getattr(config, name)}"
+        if config.values.get(name, value) != value:
+            shown = f"{name.upper()}={config.values[name]}"
             log.warning("%s is ignored: runs use %s", shown, value)
             config.update(name, value)
     for name, effect in REPORTED.items():
-        if value := getattr(config, name, None):
+        if value := config.values.get(name):
             log.warning("%s=%s: %s", name.upper(), value, effect)
 
 

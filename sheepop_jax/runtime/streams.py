@@ -31,12 +31,14 @@ def never_fail() -> None:
 
 def lenient(descriptor: int, name: str, like: TextIO) -> TextIO:
     """A text stream on a descriptor that never fails, with the encoding and buffering of `like`."""
+    unbuffered = getattr(like, "write_through", False)
     return io.TextIOWrapper(
         _LenientBuffer(_Lenient(descriptor, name)),
         encoding=like.encoding,
         errors=like.errors,
-        line_buffering=getattr(like, "line_buffering", False),
-        write_through=getattr(like, "write_through", False),
+        # Under `python -u`, a text stream has no buffer, but this one does.
+        line_buffering=getattr(like, "line_buffering", False) or unbuffered,
+        write_through=unbuffered,
     )
 
 
@@ -62,5 +64,5 @@ class _Lenient(io.FileIO):
             except OSError as error:
                 self._off = True  # do not log here: the log may be what failed
                 reason = os.strerror(error.errno or 0)
-                turned_off.append(f"{self._label} cannot be written ({reason}): turned off")
+                turned_off.append(f"cannot write to {self._label} ({reason}); turned off")
         return memoryview(data).nbytes

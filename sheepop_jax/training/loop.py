@@ -176,13 +176,15 @@ class _Loop:
                 self._save()
             self.checkpoints.wait()
             if (moved := self.held.where()) != self.job.directory:
+                saved = f"saved step {self.step} there" if self.step else "with nothing to save"
                 raise RunFailed(
-                    f"{self.job.directory}: renamed to {moved} during training; stopped, and saved "
-                    f"step {self.step} there; resume it from there"
+                    f"{self.job.directory}: renamed to {moved} during training; stopped, {saved}; "
+                    "resume it from there"
                 ) from None
             raise
         self.checkpoints.wait()
-        self._stop_if_moved()  # all is done: only says so
+        if (moved := self.held.where()) != self.job.directory:
+            log.warning("%s is now %s", self.job.directory, moved)
         return self.figures
 
     def close(self) -> None:

@@ -62,9 +62,10 @@ class RunLog(logging.Handler):
     def close(self) -> None:
         """Closes the file."""
         self._report_streams()
-        if self._file:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file:
+            with self._giving_up():  # a network file system reports a full disk here
+                file.close()
         super().close()
 
     def _report_streams(self) -> None:

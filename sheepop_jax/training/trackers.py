@@ -115,7 +115,7 @@ class Wandb:
             if self._process.wait(max(until - time.monotonic(), 0)):
                 self._turn_off("it failed")
         except subprocess.TimeoutExpired:
-            log.info("Weights & Biases still sends metrics, in process %d", self._process.pid)
+            log.info("Weights & Biases is still sending metrics (process %d)", self._process.pid)
 
     def _write(self) -> None:
         try:
@@ -123,7 +123,7 @@ class Wandb:
                 self._behind = self._behind[os.write(self._pipe, self._behind) :]
         except BlockingIOError:
             if len(self._behind) > _MAX_BEHIND:
-                self._turn_off("it does not keep up")
+                self._turn_off("it cannot keep up")
         except OSError:
             self._turn_off("it failed")
 

@@ -52,7 +52,7 @@ def test_a_stream_that_cannot_be_written_is_turned_off_once(monkeypatch, broken,
             with tqdm(total=2, file=replaced) as bar:
                 bar.update()
         replaced.flush()  # as at exit
-        assert streams.turned_off == [f"{name} cannot be written ({reason}): turned off"]
+        assert streams.turned_off == [f"cannot write to {name} ({reason}); turned off"]
 
 
 def test_a_reader_that_is_slow_gets_everything(monkeypatch):

@@ -116,7 +116,7 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trackers, "_PROGRAM", hangs)
     monkeypatch.setattr(trackers, "_CLOSE_SECONDS", 0.01)
     monkeypatch.setattr(trackers, "_MAX_BEHIND", 1000)
-    for lines, said in ((1, "still sends metrics"), (3, "does not keep up")):
+    for lines, said in ((1, "still sending metrics"), (3, "cannot keep up")):
         tracker = Wandb(tmp_path, {})
         process = tracker._process
         for _ in range(lines):

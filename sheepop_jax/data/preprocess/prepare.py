@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig, Part
+from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig, Part, inner_suffix
 from sheepop_jax.data.compression import GZIP_BYTES, gzip_bits_per_byte
 from sheepop_jax.data.preprocess.cache import Cache, delete, delete_leftovers
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
@@ -26,11 +26,14 @@ from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.data.sources.documents import Corpus
 from sheepop_jax.data.stream import TokenStream, encode_pieces
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, masked
 from sheepop_jax.files import write_atomic
 from sheepop_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+# Kinds of source that a directory may hold, besides text.
+_IN_DIRECTORIES = ("json", "csv", "quoted_tsv", "parquet", "pdf")
 
 _SOURCES_FORMAT = 2  # incremented when the same sources would give another text
 
@@ -130,31 +133,40 @@ def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str)
         InputError: the text cannot be read, or has a character that is not in the vocabulary.
     """
     try:
-        is_table = config.source in ("json", "csv", "parquet", "pdf")
-        source = config.source if is_table and os.path.isdir(os.path.expanduser(path)) else "auto"
+        kind, source = config.resolved_source, "auto"
+        if os.path.isdir(os.path.expanduser(path)) and kind in _IN_DIRECTORIES:
+            source = kind
+        elif config.source == "files":
+            source = "files"
+        elif kind == "quoted_tsv" and inner_suffix(Path(path)) == ".tsv":
+            source = kind
         config = replace(config, path=path, source=source, name="", val_path="", mixture={})
+        if config.resolved_source == "sql" and not config.query:
+            raise InputError(field, path, "a text or a table; this run has no query for a database")
         config = replace(config, max_bytes=0)
         corpus = open_corpus(config, field)
         with tempfile.TemporaryDirectory(prefix="sheepop-") as directory:
             spool = write_corpus_store(Path(directory), [(config.parts[0], corpus)])
             if skipped := spool.sources[0]["skipped"]:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
-                logger.info("%s: skipped: %s", path, reasons)
+                logger.info("%s: skipped: %s", masked(path), reasons)
             split = Split(["source"], np.full(len(spool.documents), VAL), {}, 0)
             pieces = split_pieces(spool, split, 0, spool.num_bytes, tokenizer)
-            batches = list(encode_pieces(tokenizer, pieces))
+            tokens, lossless = [], True
+            for batch in encode_pieces(tokenizer, pieces):
+                tokens.append(batch.sides[VAL])
+                lossless = lossless and bool(batch.restored[VAL])
             content = Path(directory, "text.bin").read_bytes()
     except InputError as error:
         # The options of the run are fixed: do not suggest others.
-        hint = "" if "data." in error.hint else error.hint
+        hint = "" if "`data." in error.hint else error.hint
         raise InputError(error.field, error.got, error.expected, hint) from error
-    tokens = [batch.sides[VAL] for batch in batches]
     stream = TokenStream.from_array(
         np.concatenate([*tokens, np.array([tokenizer.end_of_text], np.int32)]),
         len(content),
         len(spool.documents),
     )
-    return EncodedText(stream, content, all(batch.restored[VAL] for batch in batches))
+    return EncodedText(stream, content, lossless)
 
 
 def _require_windows(config: DataConfig, data: PreparedData) -> None:

@@ -49,7 +49,7 @@ def open_corpus(config: DataConfig, field: str = "data.path") -> Corpus:
         return training
     if _real_path(config.val_path) == _real_path(config.path):
         # Each document would count as a copy of a validation document.
-        raise InputError("data.val_path", config.val_path, "other files than data.path")
+        raise InputError("data.val_path", config.val_path, "files other than those of data.path")
     return _WithValidation(training, _open_path(config, "data.val_path", config.val_path))
 
 

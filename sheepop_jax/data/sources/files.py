@@ -154,6 +154,8 @@ class TextFiles:
         if self._errors == "skip":
             return SkipDocument("binary files")
         kind, hint = kind_of(check.head, path)
+        if kind == "a zip archive" and path.suffix.lower() == ".zip":
+            hint = "leaving out `data.source=files`, or unpacking it"
         what = kind or f"{check.share:.0%} of its bytes are control characters"
         hint = f"{hint}, or {_SKIP_BINARY}" if hint else _SKIP_BINARY
         return InputError(self.field, f"binary file {path} ({what})", "UTF-8 text", hint)

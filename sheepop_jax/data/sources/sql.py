@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sheepop_jax.data.sources.documents import Document, SkipDocument
 from sheepop_jax.data.sources.paths import export_of, signature_of
 from sheepop_jax.data.sources.rows import REPAIR, Decoder, missing_column
-from sheepop_jax.errors import InputError, masked
+from sheepop_jax.errors import InputError
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection, Engine
@@ -217,7 +217,7 @@ def _parse(path: str) -> "Path | URL":
         url = make_url(path).set(drivername=_DRIVERS[scheme.lower()])
     except (ArgumentError, ValueError):
         raise InputError(_FIELD, f"{scheme}://... (not a valid URL)", _EXPECTED) from None
-    if url.password is not None or masked(path) != path:
+    if url.password is not None or any("password" in name.lower() for name in url.query):
         expected = "a URL without a password (the configuration is saved with the run)"
         hint = "the environment variable PGPASSWORD, or ~/.pgpass"
         raise InputError(_FIELD, f"a {scheme}:// URL with a password", expected, hint)

@@ -59,7 +59,11 @@ def cached_text(field: str, url: str, directory: Path) -> Path:
     Raises:
         InputError: there is no copy, and the text cannot be downloaded or is too large.
     """
-    path = directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{_name(url)[-80:]}"
+    try:
+        name = _name(url).encode()[-80:].decode(errors="ignore")
+    except ValueError as error:  # such as of https://[host]/
+        raise _refusal(field, url, error) from None
+    path = directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     about = path.with_name(f"{path.name}.http")  # what the server needs to compare
     try:
         headers = json.loads(about.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -68,11 +72,15 @@ def cached_text(field: str, url: str, directory: Path) -> Path:
     made = [parent for parent in (directory, directory.parent) if not parent.exists()]
     pending = pending_name(path)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"{directory} ({error.strerror})"
+        raise InputError("data.cache_dir", got, "a writable directory") from None
+    try:
         with _open_url(url, headers) as answer:
             if answer.headers.get_content_type() == "text/html":
                 if not _name(url).endswith((".html", ".htm")):
                     raise OSError("an HTML page, not a text file")
-            directory.mkdir(parents=True, exist_ok=True)
             _copy(answer, pending, url, _MAX_TEXT_BYTES)
             named = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
             sent = answer.headers
@@ -81,11 +89,12 @@ def cached_text(field: str, url: str, directory: Path) -> Path:
         os.replace(pending, path)
         write_atomic(about, json.dumps(headers))
     except Exception as error:  # HTTP, socket and disk errors
-        pending.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pending.unlink(missing_ok=True)
         if isinstance(error, urllib.error.HTTPError) and error.code == 304:
             error.close()  # the exception is also the open response
         elif path.is_file():
-            said = "%s: not downloaded again (%s); using the copy of an earlier run"
+            said = "%s: not downloaded again (%s); using the copy from an earlier run"
             logger.warning(said, masked(url), masked(_network_reason(error)))
         else:
             for parent in made:
@@ -122,7 +131,7 @@ def _open_url(url: str, headers: Mapping[str, str]) -> Any:
         import fsspec  # a dependency of `datasets`; handles hf:// and more
 
         return fsspec.open(url, "rb").open()
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"))
     user, at, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=dict(headers))
     if at:

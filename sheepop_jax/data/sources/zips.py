@@ -58,6 +58,9 @@ def _reason(info: zipfile.ZipInfo, walk: Walk) -> str:
         return f"{name.suffix.lower() or 'suffixless'} files"
     if 0 < walk.max_file_bytes < info.file_size:
         return "files larger than data.max_file_bytes"
+    # Python decompresses other methods without a limit on the memory.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "files compressed by other methods than deflate"
     return "encrypted files" if info.flag_bits & 1 else ""
 
 

@@ -472,7 +472,7 @@ class TestWeb:
         ]
         answers["/in.txt"] = 500
         assert texts(f"{url}/in.txt") == [(f"{url}/in.txt", "two")]
-        assert "HTTP 500" in caplog.text and "using the copy of an earlier run" in caplog.text
+        assert "HTTP 500" in caplog.text and "using the copy from an earlier run" in caplog.text
         assert len(list((tmp_path / "cache" / "downloads").iterdir())) == 2
 
     def test_suffixes_count(self, served, texts):
