@@ -482,7 +482,8 @@ def test_a_named_table_is_never_read_as_text_unasked(preset, path, assigned, ref
         ("quickstart", ["data.path=play.txt.gz"], "quickstart-play"),
         ("quickstart", ["data.path=a.txt, b/c d.txt"], "quickstart-a-c_d"),
         ("quickstart", ["data.path=texts/*.txt"], "quickstart-texts"),
-        ("quickstart", ["data.path=https://host/x.parquet?a=b"], "quickstart-x"),
+        ("quickstart", ["data.path=https://me:pw@host/x.parquet?a=b"], "quickstart-x"),
+        ("quickstart", ["data.path=https://me:pw@host.org"], "quickstart-host"),
         ("tinystories", ["data.name=./copy/"], "tinystories-copy"),
         ("shakespeare_char", ["data.path=/x/tinyshakespeare.txt"], "shakespeare_char"),
         ("shakespeare_char", ["data.path="], "shakespeare_char-stdlib"),
@@ -511,6 +512,43 @@ def test_a_saved_configuration_is_loaded_with_overrides(tmp_path):
     changed = load_saved_config(tmp_path, ["optimizer.b1=0.5", "data.mixture.a.weight=2"])
     assert (changed.optimizer.b1, changed.data.mixture["a"]["weight"]) == (0.5, 2)
     assert changed.optimizer.b2 == values["optimizer"]["b2"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("openwebtext", ["data.path=a.txt"]),  # the preset's data.name has no effect then
+        ("shakespeare_char", ["data.source=stdlib"]),
+        ("quickstart", ["data.source=files", "data.path=notes.csv"]),
+        ("quickstart", ["train.sample_prompt=Once", "data.path=a.txt"]),
+    ],
+)
+def test_what_started_a_run_resumes_it(tmp_path, preset, words):
+    started = load_config(preset, words)
+    saved = started.to_dict()
+    del saved["train"]["trackers"]  # as in a run from before that field
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    assert load_saved_config(tmp_path) == started
+    moved = load_saved_config(tmp_path, ["data.path=/new/a.txt", "data.source=files"])
+    assert moved.train == started.train
+
+
+def test_a_secret_that_was_not_saved_is_asked_for(tmp_path):
+    url = "https://host/a.txt?token=x"
+    saved = load_config("quickstart", [f"data.path={url}"]).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    with pytest.raises(InputError) as error:
+        load_saved_config(tmp_path)
+    assert (error.value.field, error.value.got) == ("data.path", "https://host/a.txt?token=…")
+    assert load_saved_config(tmp_path, [f"data.path={url}"]).data.path == url
+
+
+def test_a_preset_sample_prompt_is_for_its_own_text(tmp_path):
+    assert load_config("quickstart").train.sample_prompt
+    assert load_config("quickstart", ["data.path=a.txt"]).train.sample_prompt == ""
+    mine = tmp_path / "mine.py"
+    mine.write_text("from configs.quickstart import get_config\n")
+    assert load_config(str(mine), ["data.path=a.txt"]).train.sample_prompt
 
 
 def test_a_config_file_may_be_anywhere(tmp_path):

@@ -158,10 +158,17 @@ def test_any_value_is_shown_in_one_line(got: object, hint: str) -> None:
             "s3://k:s@b/x,https://h/y?X-Amz-Signature=s&X-Amz-Date=1&sig=t (HTTP 403)",
             "s3://\u2026@b/x,https://h/y?X-Amz-Signature=\u2026&X-Amz-Date=1&sig=\u2026 (HTTP 403)",
         ),
+        ("https://h/y?token=s,local.txt", "https://h/y?token=…,local.txt"),
+        (
+            "https://h/y?subscription-key=s&private_key=s",
+            "https://h/y?subscription-key=…&private_key=…",
+        ),
         *(
             (text, text)
             for text in (
                 "postgresql://me@h:5432/d",
+                "https://h/y?author=kafka&tokenizer=gpt2",
+                "https://h/" + ";token" * 2000,  # in linear time
                 "https://h:8080/a@v1/x.csv?page=2",
                 "hf://datasets/a/b@~parquet/x",
                 "a:b@c?token=d",  # no URL

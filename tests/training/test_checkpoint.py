@@ -319,6 +319,20 @@ def test_a_reader_takes_the_next_newest_when_training_deletes_its_step(tmp_path,
     assert checkpoints.resolve("latest") == 4  # though a listing missed it
 
 
+def test_a_reader_that_fails_for_another_reason_does_not_try_again(tmp_path):
+    """Although training saves meanwhile."""
+    checkpoints = CheckpointSaver(tmp_path, keep=9)
+    save_all(checkpoints, [1])
+
+    def load(step):
+        save_all(checkpoints, [step + 1])
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        checkpoints.read("latest", load)
+    assert checkpoints.steps() == [1, 2]
+
+
 def test_the_inventory_leaves_out_what_training_deletes_meanwhile(tmp_path, monkeypatch):
     checkpoints = CheckpointSaver(tmp_path, keep=2)
     save_all(checkpoints, [1, 2])

@@ -1,5 +1,6 @@
 """The log survives its reader, a closed terminal and a full disk; train.log has all of it."""
 
+import io
 import logging
 import os
 import pty
@@ -53,6 +54,15 @@ def test_a_stream_that_cannot_be_written_is_turned_off_once(monkeypatch, broken,
                 bar.update()
         replaced.flush()  # as at exit
         assert streams.turned_off == [f"cannot write to {name} ({reason}); turned off"]
+
+
+def test_a_stream_without_a_buffer_stays_so():
+    """As under `python -u`: a line is there even if the process ends at once."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb") as reader, os.fdopen(write_end, "wb", buffering=0) as raw:
+        unbuffered = io.TextIOWrapper(raw, write_through=True)
+        print("line", file=streams.lenient(write_end, "stderr", unbuffered))
+        assert reader.read(5) == b"line\n"
 
 
 def test_a_reader_that_is_slow_gets_everything(monkeypatch):

@@ -395,9 +395,10 @@ class TestZip:
         with pytest.raises(InputError, match="a zip archive"):
             texts(path, as_they_are=True)
 
-    def test_links_and_encrypted_members_are_skipped(self, a, texts):
+    def test_links_and_encrypted_or_unbounded_members_are_skipped(self, a, texts):
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("b.txt", "x", zipfile.ZIP_BZIP2)
             link = zipfile.ZipInfo("l.txt")
             link.external_attr = 0o120777 << 16
             archive.writestr(link, "/etc/passwd")
@@ -406,7 +407,11 @@ class TestZip:
         entry = content.rindex(b"PK\x01\x02")
         content[entry + 8] |= 1  # the flag of the last member
         path = a(bytes(content), "a.zip")
-        assert texts(path) == [("a.zip/l.txt", "links"), ("a.zip/s.txt", "encrypted files")]
+        assert texts(path) == [
+            ("a.zip/b.txt", "files compressed by other methods than deflate"),
+            ("a.zip/l.txt", "links"),
+            ("a.zip/s.txt", "encrypted files"),
+        ]
 
     def test_bad_text_in_it_is_named(self, a, texts):
         path = a(zipped(**{"d/a.txt": b"caf\xe9"}), "a.zip")
