@@ -71,10 +71,14 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{flag}" in out
 
 
-def test_debug_raises_what_is_otherwise_one_line() -> None:
-    with pytest.raises(InputError) as caught:
+def test_debug_adds_the_traceback_to_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
         sample.main(["--ckpt", "x", "--seed", "-1", "--debug"])
-    assert (caught.value.field, caught.value.got) == ("seed", -1)
+    error = left.value.__context__
+    assert isinstance(error, InputError) and (error.field, error.got) == ("seed", -1)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.splitlines()[-1].startswith("error: --seed: got -1")
 
 
 LONG = """

@@ -186,7 +186,7 @@ class TestSeveralProcesses:
             monkeypatch.setattr(distributed, "_index", of)
             monkeypatch.setattr(pipeline, "wait_for_all", lambda what, timeout_seconds: None)
             monkeypatch.setattr(distributed, "_from_first", exchange)
-            return pipeline._shards(made, StopSignal())
+            return pipeline._shards(made, tmp_path / "run", StopSignal())
 
         return shards
 
@@ -197,7 +197,7 @@ class TestSeveralProcesses:
         assert (other.directory, other.identity) == (first.directory, first.identity)
 
     def test_they_fail_as_the_first_one_does(self, shards, monkeypatch):
-        def refuse(config, check):
+        def refuse(config, check, format):
             raise InputError("data.path", "a", "b")
 
         monkeypatch.setattr(pipeline, "prepare", refuse)

@@ -102,6 +102,7 @@ def test_default_is_the_users(config, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert prepare(config(cache_dir="")).directory.parent == tmp_path / "xdg" / "sheepop_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
+    (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     directory = prepare(config(cache_dir="")).directory
     assert directory.parent == tmp_path / "home" / ".cache" / "sheepop_jax"

@@ -32,9 +32,10 @@ def test_pieces_go_to_their_sides_in_order(monkeypatch, batch_chars):
         Piece("f", False, False),
     ]
     given, sides = [], ([], [])
-    for batch, tokens in encode_pieces(tokenizer, iter(pieces)):
-        given += batch
-        for side, found in zip(sides, tokens, strict=True):
+    for batch in encode_pieces(tokenizer, iter(pieces)):
+        given += batch.pieces
+        assert batch.restored == [True, True]
+        for side, found in zip(sides, batch.sides, strict=True):
             assert found.dtype == np.int32
             side += found.tolist()
     assert given == pieces

@@ -217,7 +217,8 @@ def _parse(path: str) -> "Path | URL":
         url = make_url(path).set(drivername=_DRIVERS[scheme.lower()])
     except (ArgumentError, ValueError):
         raise InputError(_FIELD, f"{scheme}://... (not a valid URL)", _EXPECTED) from None
-    if url.password is not None or any("password" in name.lower() for name in url.query):
+    secret = any(word in name.lower() for name in url.query for word in ("password", "secret"))
+    if url.password is not None or secret:
         expected = "a URL without a password (the configuration is saved with the run)"
         hint = "the environment variable PGPASSWORD, or ~/.pgpass"
         raise InputError(_FIELD, f"a {scheme}:// URL with a password", expected, hint)
