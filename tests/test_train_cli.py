@@ -320,8 +320,11 @@ def test_each_error_has_its_line_and_its_exit_code(capsys, error, code, shown):
     assert (left.value.code, out) == (code, "")
     assert err.startswith(shown) and err.count("\n") == bool(shown)
     if shown:
-        with pytest.raises(type(error)), command(argparse.Namespace(debug=True)):
+        with pytest.raises(SystemExit) as left, command(argparse.Namespace(debug=True)):
             raise error
+        assert left.value.code == code
+        traced = capsys.readouterr().err
+        assert "Traceback" in traced and traced.endswith(err)
 
 
 def test_a_reader_that_is_gone_is_no_error():

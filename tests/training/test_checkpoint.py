@@ -134,7 +134,7 @@ def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path
 def test_the_default_says_that_a_damaged_step_may_have_been_the_best(tmp_path, caplog):
     checkpoints = CheckpointSaver(tmp_path, keep=3)
     save_all(checkpoints, [2, 7, 9], {2: 1.5, 7: 1.0, 9: 2.0})
-    assert checkpoints.resolve(None) == 7 and not caplog.text
+    assert checkpoints.resolve(None) == 7 and "damaged" not in caplog.text
     (checkpoints.path(7) / MANIFEST).unlink()
     assert checkpoints.resolve(None) == 2
     assert "step 7 is damaged" in caplog.text
