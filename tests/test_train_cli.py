@@ -431,7 +431,9 @@ def test_damage_to_a_sampled_checkpoint_is_an_error(copy, call):
     assert "params/" in only_error(result, "--step: ")
 
 
-@pytest.mark.parametrize(("main", "words"), [(sample.main, []), (tools.main, ["evaluate"])])
+@pytest.mark.parametrize(
+    ("main", "words"), [(sample.main, ["--prompt", "x"]), (tools.main, ["evaluate"])]
+)
 def test_a_directory_that_is_no_run(main, words, trained, tmp_path, call):
     only_error(call(main, *words, "--ckpt", tmp_path), "--ckpt: ")
     beside = call(main, *words, "--ckpt", trained[0].parent / "tnyi")

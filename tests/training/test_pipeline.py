@@ -403,9 +403,10 @@ def test_a_sample_prompt_that_fills_the_context_is_refused(plan):
     assert plan({**prompt, "train.sample_tokens": 0})[0].sample is None
 
 
-def test_a_sample_of_no_prompt_leaves_room_for_end_of_text(plan):
+def test_a_sample_without_a_prompt_fills_the_context_after_the_validation_text(plan):
     job, _ = plan({"train.sample_prompt": "", "train.sample_tokens": 99})
-    assert job.sample.config.max_new_tokens == 28  # of 29 positions
+    assert len(job.sample.prompt_tokens) == 14  # half of the 29 positions
+    assert job.sample.config.max_new_tokens == 15
 
 
 def test_the_loss_is_chunked_as_its_platform_needs(plan, monkeypatch):

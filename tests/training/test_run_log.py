@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tqdm import tqdm
@@ -68,18 +69,14 @@ def test_a_stream_without_a_buffer_stays_so():
 def test_a_reader_that_is_slow_gets_everything(monkeypatch):
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)  # as a terminal that another program left so
-    text, read = "0123456789" * 50_000, b""
-    child = os.fork()
-    if child == 0:
-        while len(read) < len(text):
-            read += os.read(read_end, 1 << 16)
-        os._exit(read != text.encode())
-    os.close(read_end)
-    with os.fdopen(write_end, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        streams.never_fail()
-        print(text, end="", flush=True)
-    assert os.waitpid(child, 0)[1] == 0
+    text = "0123456789" * 50_000
+    with os.fdopen(read_end) as reader, ThreadPoolExecutor(1) as other:
+        read = other.submit(reader.read)
+        with os.fdopen(write_end, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            streams.never_fail()
+            print(text, end="", flush=True)
+        assert read.result() == text
 
 
 def test_streams_in_memory_and_closed_ones_are_left_alone(monkeypatch, capsys):
