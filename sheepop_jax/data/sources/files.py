@@ -7,6 +7,7 @@ their cells, and zip archives the text files in them.
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import logging
@@ -111,18 +112,20 @@ class TextFiles:
             yield Document(name, self._text(path, _blocks(self.field, path)))
             return
         bound = size_of(path) * _MAX_EXPANSION + _FREE_EXPANSION_BYTES
-        for member, blocks in members(self.field, path, self._walk, bound):
-            yield Document(f"{name}/{member}", self._text(path / member, blocks))
+        with contextlib.closing(members(self.field, path, self._walk, bound)) as found:
+            for member, blocks in found:
+                yield Document(f"{name}/{member}", self._text(path / member, blocks))
 
-    def _text(self, path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
-        if self._walk is None or inner_suffix(path) != ".ipynb":
-            yield from self._decoded(path, blocks)
-            return
-        content = "".join(self._decoded(path, blocks))
-        try:
-            yield notebook_text(content)
-        except ValueError:
-            raise SkipDocument("damaged notebooks") from None
+    def _text(self, path: Path, blocks: Generator[bytes, None, None]) -> Iterator[str]:
+        with contextlib.closing(blocks):  # also the file, after an error in the text
+            if self._walk is None or inner_suffix(path) != ".ipynb":
+                yield from self._decoded(path, blocks)
+                return
+            content = "".join(self._decoded(path, blocks))
+            try:
+                yield notebook_text(content)
+            except ValueError:
+                raise SkipDocument("damaged notebooks") from None
 
     def _decoded(self, path: Path, blocks: Iterator[bytes]) -> Iterator[str]:
         errors = "replace" if self._errors == "replace" else "strict"
@@ -224,7 +227,7 @@ def standard_library() -> TextFiles:
     return TextFiles("data.source", "stdlib", found, "skip")
 
 
-def _blocks(field: str, path: Path) -> Iterator[bytes]:
+def _blocks(field: str, path: Path) -> Generator[bytes, None, None]:
     """Yields the bytes of a file, decompressed by suffix, and an empty block at the end.
 
     Raises:

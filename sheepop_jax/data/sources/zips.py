@@ -2,7 +2,7 @@
 
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 
 from sheepop_jax.data.sources.documents import SkipDocument
@@ -14,7 +14,7 @@ _BLOCK_BYTES = 2**20
 
 def members(
     field: str, path: Path, walk: Walk, max_bytes: int
-) -> Iterator[tuple[str, Iterator[bytes]]]:
+) -> Generator[tuple[str, Generator[bytes, None, None]], None, None]:
     """Yields the name and the blocks of each member of an archive.
 
     Reading the blocks of a member that is not text raises `SkipDocument`. Nothing is written to
@@ -38,7 +38,7 @@ def members(
                 raise OSError(f"its text has {text} bytes; unpack it first")
             for name in sorted(inside):
                 if reason := reasons[name]:
-                    yield name, map(_skip, (reason,))
+                    yield name, _skip(reason)
                 else:
                     yield name, _blocks(field, path, archive, inside[name])
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
@@ -64,13 +64,14 @@ def _reason(info: zipfile.ZipInfo, walk: Walk) -> str:
     return "encrypted files" if info.flag_bits & 1 else ""
 
 
-def _skip(reason: str) -> bytes:
+def _skip(reason: str) -> Generator[bytes, None, None]:
+    yield from ()
     raise SkipDocument(reason)
 
 
 def _blocks(
     field: str, path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """Yields the bytes of a member, and an empty block at the end."""
     try:
         with archive.open(info) as file:

@@ -155,6 +155,21 @@ class TestBadBytes:
         assert (caught.value.field, caught.value.got) == ("data.path", got)
         assert "`data.encoding_errors=replace`" in caught.value.hint
 
+    @pytest.mark.parametrize("name", ["a.txt", "a.zip"])
+    def test_the_file_is_closed_after_an_error_in_its_text(self, a, monkeypatch, name):
+        path = a(zipped(**{"b.txt": b"abc\xe9"}) if name == "a.zip" else b"abc\xe9", name)
+        opened = []
+        monkeypatch.setattr(
+            module, "open_file", lambda path: opened.append(path.open("rb")) or opened[0]
+        )
+        real = zipfile.ZipFile.open
+        monkeypatch.setattr(
+            zipfile.ZipFile, "open", lambda *words: opened.append(real(*words)) or opened[0]
+        )
+        with pytest.raises(InputError) as caught:  # its traceback holds the frames that read
+            read(path)
+        assert caught.value.field == "data.path" and [file.closed for file in opened] == [True]
+
     def test_offset_in_a_later_block_of_the_usual_size(self, a):
         content = "\u20ac".encode() * 800_000 + b"\xff"
         with pytest.raises(InputError, match=r"byte 0xff at offset 2400000 "):
