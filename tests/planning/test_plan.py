@@ -128,7 +128,7 @@ def test_as_a_person_reads_it(capsys):
         (["--device", "x", "--device_memory", "nan"], "--device_memory: got nan"),
         (
             ["--device_memory", "12e9"],
-            "--device_memory: got 12000000000.0; expected nothing without",
+            "--device_memory: got 12000000000.0; expected no value unless",
         ),
         (["--device", "H100", "--devices", "0"], "--devices: got 0"),
         (["--device", "H100", "--devices", "5"], "train.batch_size: got 32"),
