@@ -111,7 +111,10 @@ def test_commands_copied_in_order_into_one_directory_fit(
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    saved = lambda run: SimpleNamespace(config=load_saved_config(run))  # noqa: E731
+
+    def saved(run):
+        return SimpleNamespace(config=load_saved_config(run))
+
     monkeypatch.setattr(workdir, "open_run", saved)
     shown = [(words[0], words[1:]) for words in recipe()]
     pages = ("README.md", "docs/getting-started.md", "docs/data.md", "docs/configuration.md")

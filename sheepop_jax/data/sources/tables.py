@@ -245,6 +245,7 @@ def _csv_texts(path: str, column: str, quoted_tsv: bool) -> Iterator[object]:
     }
     # Read apart, since pandas renames the second column of a name.
     with open_file(Path(path)) as file:
+        # `open_file` returns buffered readers, whose `peek` the type IO lacks: hence the ignore.
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # type: ignore[attr-defined]
             raise ValueError("UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it")
         header = pandas.read_csv(file, header=None, nrows=1, **options).iloc[0].tolist()
