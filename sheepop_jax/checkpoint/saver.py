@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ class CheckpointSaver(Checkpoints):
     def __init__(self, directory: Path, keep: int = 1, held: HeldDirectory | None = None):
         super().__init__(directory)
         self._keep, self._held = keep, held
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, state: TrainState, figures: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class CheckpointSaver(Checkpoints):
                 f"{self.path(step)}: not saved (not finite: {not_finite(state.params)}); older "
                 "checkpoints are intact; try resuming with a lower optimizer.learning_rate"
             )
-        self._pending = self._writer.submit(self._commit, step, host_copy(state), figures)
+        self._pending = self._start(step, host_copy(state), figures)
 
     def record(self, step: int, figures: dict[str, Any]) -> None:
         """Adds figures to the manifest of a committed step.
@@ -127,6 +127,25 @@ class CheckpointSaver(Checkpoints):
         while os.path.lexists(path := self.directory / f"{name}-{number}"):
             number += 1
         return path
+
+    def _start(self, step: int, state: TrainState, figures: dict[str, Any]) -> Future[None]:
+        """Starts `_commit` in a daemon thread.
+
+        The threads of orbax inherit that. After a failed save some of them wait ten minutes for a
+        directory that was not made, and the process must not wait for them when it ends.
+        """
+        done: Future[None] = Future()
+
+        def commit() -> None:
+            try:
+                self._commit(step, state, figures)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        threading.Thread(target=commit, name=f"checkpoint {step}", daemon=True).start()
+        return done
 
     def _commit(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
         try:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import threading
 import time
 
 import jax
@@ -591,6 +592,8 @@ def test_a_deleted_run_directory_is_an_error_and_stays_deleted(make_job, run_dir
     with pytest.raises(RunFailed, match=f"{run_directory}: .*deleted"):
         fit(job, StopSignal())
     assert not run_directory.exists()
+    saving = [t for t in threading.enumerate() if type(t).__module__.startswith("orbax")]
+    assert [t for t in saving if not t.daemon] == []  # the process would wait for them when it ends
 
 
 def test_a_directory_that_another_machine_renames_is_still_reached(run_directory, monkeypatch):
