@@ -115,7 +115,7 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
     mesh = make_mesh(MeshConfig(*mesh_sizes), devices[: np.prod(mesh_sizes)])
     check_mesh(config, mesh)
     m, train, dtype = config.model, config.train, jnp.dtype(jnp.bfloat16)
-    attention = choose_implementation(platform, dtype, m.head_dim, m.attention_dropout)
+    attention = choose_implementation(platform, dtype, m.head_width, m.attention_dropout)
     model = Transformer(m, vocab, dtype, attention)
     schedule = make_schedule(config.optimizer, train.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule)

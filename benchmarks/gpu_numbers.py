@@ -46,7 +46,7 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(0, shape.vocab, (shape.batch, shape.time + 1))
     rows, norms = [], {}
     for name, dtype in dtypes.items():
-        attention = choose_implementation(machine.platform, dtype, config.head_dim, 0.0)
+        attention = choose_implementation(machine.platform, dtype, config.head_width, 0.0)
         model = Transformer(config, shape.vocab, dtype, attention)
 
         def loss(params, model=model):

@@ -18,15 +18,32 @@ def get_config() -> ConfigDict:
     c.model.num_layers = 6
     c.model.num_heads = 8
     c.model.num_kv_heads = 0  # key/value heads of grouped-query attention; 0 = num_heads
+    c.model.head_dim = 0  # width of one head; 0 = d_model / num_heads
     c.model.d_ff = 2048  # width of the feed-forward layer
     c.model.max_seq_len = 512  # maximum context in tokens
     c.model.dropout = 0.1  # on the embedding and each sublayer output
     c.model.attention_dropout = 0.0  # on attention weights; above 0 disables cuDNN attention
-    c.model.activation = "gelu"  # gelu (exact) | gelu_tanh | relu
+    c.model.norm = "layernorm"  # layernorm | rmsnorm
+    c.model.norm_eps = 1e-5  # added to the variance (layernorm) or the mean square (rmsnorm)
+    c.model.feed_forward = "mlp"  # mlp: W2 act(W1 x) | gated: W2 (act(Wg x) * W1 x), as SwiGLU
+    c.model.activation = "gelu"  # gelu (exact) | gelu_tanh | relu | relu2 | silu
     c.model.position = "rope"  # rope | sinusoidal | learned
     c.model.rope_theta = 10000.0  # base of the RoPE wavelengths
-    c.model.norm_eps = 1e-5  # added to the LayerNorm variance
+    c.model.partial_rotary = 1.0  # fraction of each head's width that RoPE rotates
+    # For contexts longer than a model was trained on: none | linear (positions divided by the
+    # factor) | llama3 (only wavelengths above original_length / high_freq_factor, fully above
+    # original_length / low_freq_factor)
+    c.model.rope_scaling = "none"
+    c.model.rope_scaling_factor = 8.0
+    c.model.rope_low_freq_factor = 1.0  # llama3 only, as the next two
+    c.model.rope_high_freq_factor = 4.0
+    c.model.rope_original_length = 8192  # context before the scaling
     c.model.use_bias = False  # biases in linear layers (LayerNorm always has one)
+    c.model.qkv_bias = False  # biases in the query, key and value layers alone
+    c.model.qk_norm = False  # RMSNorm of each head's queries and keys, before RoPE
+    c.model.parallel_residual = False  # x + attention(norm x) + feed_forward(norm x)
+    c.model.sliding_window = 0  # tokens that a query attends to, itself included; 0 = all before it
+    c.model.logit_softcap = 0.0  # logits become cap * tanh(logits / cap); 0 = off
     c.model.tie_embeddings = True  # share the output layer with the token embedding
     # Rematerialization: none | dots (recompute all but weight matmuls: about half the memory for a
     # few percent of time) | full (recompute each block: a third more time)

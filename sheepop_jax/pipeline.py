@@ -224,7 +224,7 @@ def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transforme
         choose_implementation,
         machine.platform,
         dtype,
-        config.model.head_dim,
+        config.model.head_width,
         config.model.attention_dropout,
         flash_attention=machine.ampere,
     )

@@ -18,7 +18,7 @@ from sheepop_jax.config.loading import (
     load_config,
     load_saved_config,
 )
-from sheepop_jax.config.schema import Config
+from sheepop_jax.config.schema import ADDED, Config
 from sheepop_jax.config.suggestions import ALIASES, suggest
 from sheepop_jax.errors import InputError
 
@@ -374,7 +374,7 @@ class TestMixture:
 
 def test_head_width_and_groups():
     config = Config.from_dict(base.get_config()).model
-    assert (config.head_dim, config.kv_heads) == (64, 8)
+    assert (config.head_width, config.kv_heads) == (64, 8)
     assert dataclasses.replace(config, num_kv_heads=2).kv_heads == 2
 
 
@@ -526,7 +526,9 @@ def test_a_saved_configuration_is_loaded_with_overrides(tmp_path):
 def test_what_started_a_run_resumes_it(tmp_path, preset, words):
     started = load_config(preset, words)
     saved = started.to_dict()
-    del saved["train"]["trackers"]  # as in a run from before that field
+    for section, fields in ADDED.items():  # as in a run from before these fields
+        for field in fields:
+            del saved[section][field]
     (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
     assert load_saved_config(tmp_path) == started
     moved = load_saved_config(tmp_path, ["data.path=/new/a.txt", "data.source=files"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.lib.contest import first_tokens, serve
 from benchmarks.lib.shapes import SHAPES, Shape
-from sheepop_jax.config.schema import ModelConfig, OptimizerConfig
+from sheepop_jax.config.schema import ADDED, ModelConfig, OptimizerConfig
 from sheepop_jax.runtime import platform
 from sheepop_jax.runtime.allocator import tune_allocator
 
@@ -53,6 +53,7 @@ def model_config(shape: Shape, context: int = 0) -> ModelConfig:
         use_bias=False,
         tie_embeddings=True,
         remat=shape.remat,
+        **ADDED["model"],
     )
 
 
@@ -75,7 +76,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 
     config = model_config(shape)
     dtype = machine.compute_dtype(flags.dtype)
-    attention = choose_implementation(machine.platform, dtype, config.head_dim, 0.0)
+    attention = choose_implementation(machine.platform, dtype, config.head_width, 0.0)
     model = Transformer(config, shape.vocab, dtype, attention)
     schedule = make_schedule(ADAMW, 10_000)
     optimizer = make_optimizer(ADAMW, schedule)

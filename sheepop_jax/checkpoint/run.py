@@ -139,11 +139,12 @@ def open_run(path: str | Path) -> Run:
         raise InputError("ckpt", str(path), "a run directory (with config.json)", hint)
     try:
         saved = json.loads((directory / "config.json").read_text())
-        config = Config.from_saved(saved["config"])
+        config = Config.from_saved(saved)
         identity, gzip_figure = dict(saved["data"]), saved["gzip_bits_per_byte"]
         shards, vocab_size = Path(saved["shards"]), int(saved["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        got = f"{kind}{error}"
         raise InputError(str(directory / "config.json"), got, "a valid run configuration") from None
     if not (directory / "tokenizer.json").is_file():
         raise InputError(str(directory / "tokenizer.json"), "no file", "the run's tokenizer")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sheepop_jax.checkpoint.run import difference, open_run
-from sheepop_jax.config.schema import Config
+from sheepop_jax.config.schema import SCHEMA, Config
 from sheepop_jax.data.shards import PreparedData
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.faults import fault_point
@@ -113,6 +113,7 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
         (directory / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
         fault_point("config-write")
     record = {
+        "schema": SCHEMA,
         "config": config.to_dict(),
         "vocab_size": data.tokenizer.vocab_size,
         "data": data.identity,

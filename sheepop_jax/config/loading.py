@@ -20,7 +20,7 @@ from sheepop_jax.config.data import (
     DataConfig,
     inner_suffix,
 )
-from sheepop_jax.config.schema import Config, with_added_fields
+from sheepop_jax.config.schema import Config, saved_fields
 from sheepop_jax.config.suggestions import suggest
 from sheepop_jax.errors import InputError, is_masked
 
@@ -55,10 +55,10 @@ def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Confi
         expected = "the directory of an existing run, or `config` for a new run"
         raise InputError("workdir", str(run), expected, "--config quickstart")
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))["config"]
-        values = ConfigDict(with_added_fields(plain))
+        values = ConfigDict(saved_fields(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"{type(error).__name__}: {error}"
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        got = f"{kind}{error}"
         raise InputError(str(path), got, "a valid run configuration") from None
     given = {assignment.partition("=")[0] for assignment in assignments}
     for field, value in _flatten(values):

@@ -15,11 +15,36 @@ from sheepop_jax.errors import InputError, masked
 
 _T = TypeVar("_T")
 
+NORMS = ("layernorm", "rmsnorm")
+FEED_FORWARDS = ("mlp", "gated")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
+POSITIONS = ("rope", "sinusoidal", "learned")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 DTYPES = ("auto", "float32", "bfloat16")
 TRACKERS = ("tensorboard", "wandb")
-# Fields that older runs lack, with the value that they were trained with.
-ADDED = {"train": {"trackers": "tensorboard"}}
+# The version of `config.json`: 2 since the model options of `ADDED`; 1 had no version.
+SCHEMA = 2
+# Fields that runs of an older version lack, with the values that they were trained with.
+ADDED: dict[str, dict[str, Any]] = {
+    "model": {
+        "head_dim": 0,
+        "partial_rotary": 1.0,
+        "rope_scaling": "none",
+        "rope_scaling_factor": 8.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_original_length": 8192,
+        "norm": "layernorm",
+        "feed_forward": "mlp",
+        "qkv_bias": False,
+        "qk_norm": False,
+        "parallel_residual": False,
+        "sliding_window": 0,
+        "logit_softcap": 0.0,
+    },
+    "train": {"trackers": "tensorboard"},
+}
 HUGE_INT = 10**300  # beyond the range of every float field
 
 
@@ -31,15 +56,29 @@ class ModelConfig(Section):
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     d_ff: int
     max_seq_len: int
     dropout: float
     attention_dropout: float
+    norm: str
+    norm_eps: float
+    feed_forward: str
     activation: str
     position: str
     rope_theta: float
-    norm_eps: float
+    partial_rotary: float
+    rope_scaling: str
+    rope_scaling_factor: float
+    rope_low_freq_factor: float
+    rope_high_freq_factor: float
+    rope_original_length: int
     use_bias: bool
+    qkv_bias: bool
+    qk_norm: bool
+    parallel_residual: bool
+    sliding_window: int
+    logit_softcap: float
     tie_embeddings: bool
     remat: str
 
@@ -47,35 +86,71 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         self.count(1, "d_model", "num_layers", "num_heads", "d_ff", "max_seq_len")
-        self.count(0, "num_kv_heads")
+        self.count(0, "num_kv_heads", "head_dim", "sliding_window")
+        self.count(1, "rope_original_length")
         self.fraction("dropout", "attention_dropout")
-        self.one_of("activation", "gelu", "gelu_tanh", "relu")
-        self.one_of("position", "rope", "sinusoidal", "learned")
+        self.one_of("norm", *NORMS)
+        self.one_of("feed_forward", *FEED_FORWARDS)
+        self.one_of("activation", *ACTIVATIONS)
+        self.one_of("position", *POSITIONS)
+        self.one_of("rope_scaling", *ROPE_SCALINGS)
         self.one_of("remat", "none", "dots", "full")
-        self.positive("rope_theta", "norm_eps")
+        self.positive("rope_theta", "norm_eps", "rope_low_freq_factor")
+        self.not_negative("logit_softcap")
         self.require(
-            self.d_model % self.num_heads == 0,
+            self.head_dim > 0 or self.d_model % self.num_heads == 0,
             "num_heads",
-            f"a divisor of {self.d_model} (model.d_model)",
+            f"a divisor of {self.d_model} (model.d_model), or model.head_dim above 0",
         )
         self.require(
             self.num_heads % self.kv_heads == 0,
             "num_kv_heads",
             f"0 or a divisor of {self.num_heads} (model.num_heads)",
         )
+        self.require(0 < self.partial_rotary <= 1, "partial_rotary", "a number in (0, 1]")
+        self.require(self.rope_scaling_factor >= 1, "rope_scaling_factor", "at least 1")
+        self.require(
+            self.rope_high_freq_factor > self.rope_low_freq_factor,
+            "rope_high_freq_factor",
+            f"more than {self.rope_low_freq_factor} (model.rope_low_freq_factor)",
+        )
         if self.position == "rope":
-            self.require(
-                self.head_dim % 2 == 0,
-                "num_heads",
-                f"an even head width for rope (model.d_model / model.num_heads = {self.head_dim})",
-            )
+            self._check_rope()
+        else:
+            rope = "model.position=rope (the only one that rotates)"
+            self.require(self.partial_rotary == 1, "partial_rotary", f"1, or {rope}")
+            self.require(self.rope_scaling == "none", "rope_scaling", f"none, or {rope}")
         if self.position == "sinusoidal":
             self.require(self.d_model % 2 == 0, "d_model", "an even width for sinusoidal positions")
+        self.require(
+            not (self.use_bias and self.qkv_bias), "qkv_bias", "False where model.use_bias is True"
+        )
+
+    def _check_rope(self) -> None:
+        if self.head_dim or self.partial_rotary == 1:
+            field = "head_dim" if self.head_dim else "num_heads"
+            named = "model.head_dim" if self.head_dim else "model.d_model / model.num_heads"
+            self.require(
+                self.head_width % 2 == 0,
+                field,
+                f"an even head width for rope ({named} = {self.head_width})",
+            )
+        self.require(
+            self.rotary_width > 0 and self.rotary_width % 2 == 0,
+            "partial_rotary",
+            f"a fraction of the head width, {self.head_width}, that gives an even number above 0 "
+            f"(not {self.rotary_width})",
+        )
 
     @property
-    def head_dim(self) -> int:
-        """C, the width of one head."""
-        return self.d_model // self.num_heads
+    def head_width(self) -> int:
+        """C, the width of one head: `head_dim`, or D / H if that is 0."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """R, how many of a head's C components RoPE rotates: the first ones."""
+        return int(self.head_width * self.partial_rotary)
 
     @property
     def kv_heads(self) -> int:
@@ -229,13 +304,13 @@ class Config(Section):
         return _build(cls, values, "")
 
     @classmethod
-    def from_saved(cls, values: Mapping[str, Any]) -> Self:
-        """As `from_dict`, for the `config.json` of a run, which may lack fields added since.
+    def from_saved(cls, saved: Mapping[str, Any]) -> Self:
+        """The configuration of a run, from its parsed `config.json`.
 
         Raises:
-            InputError: see `from_dict`.
+            InputError: see `from_dict` and `saved_fields`.
         """
-        return cls.from_dict(with_added_fields(values))
+        return cls.from_dict(saved_fields(saved))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, as saved in `config.json`: secrets in URLs are masked."""
@@ -243,9 +318,18 @@ class Config(Section):
         return {**values, "data": _masked(values["data"])}
 
 
-def with_added_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a saved run, with those that have been added since."""
-    return {**values, **{name: {**ADDED[name], **values[name]} for name in ADDED}}
+def saved_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a run's parsed `config.json`, with those added since.
+
+    Raises:
+        InputError: a newer version wrote it.
+        TypeError, KeyError: it is not what `create_run` writes.
+    """
+    fields, version = saved["config"], saved.get("schema", 1)
+    if version > SCHEMA:
+        expected = f"at most {SCHEMA}, the version that this program reads"
+        raise InputError("schema", version, expected, "a newer sheepop_jax")
+    return {**fields, **{name: {**ADDED[name], **fields[name]} for name in ADDED}}
 
 
 def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:

@@ -251,7 +251,7 @@ def decode(
     num_prompts, prompt_slots = request.prompts_PT.shape
     slots = prompt_slots + new_slots
     cache = init_cache(
-        cfg.num_layers, request.start_P, slots, cfg.kv_heads, cfg.head_dim, model.dtype
+        cfg.num_layers, request.start_P, slots, cfg.kv_heads, cfg.head_width, model.dtype
     )
     hidden_PTD, cache = _forward(model, params, request.prompts_PT, cache)
 

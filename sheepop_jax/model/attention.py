@@ -192,7 +192,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, rope, mask, layer_cache, index, dropout_keys_B):
         cfg = self.config
         b, t, d = x_BTD.shape
-        h, k, c = cfg.num_heads, cfg.kv_heads, cfg.head_dim
+        h, k, c = cfg.num_heads, cfg.kv_heads, cfg.head_width
         x_MD = x_BTD.reshape(b * t, d)
 
         def project(heads: int, axis: str, name: str) -> jax.Array:

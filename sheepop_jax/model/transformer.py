@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         rope = None
         match cfg.position:
             case "rope":
-                rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
+                rope = rope_tables(positions, cfg.head_width, cfg.rope_theta)
             case "sinusoidal":
                 x_BTD = x_BTD + sinusoidal_embedding(positions, cfg.d_model)
             case "learned":

@@ -37,7 +37,7 @@ def _forward(model: Transformer, layers: int, time: int) -> int:
 
     def logits(params: Any, tokens: jax.Array) -> jax.Array:
         start = jnp.zeros(1, jnp.int32)
-        cache = init_cache(layers, start, time, config.kv_heads, config.head_dim, model.dtype)
+        cache = init_cache(layers, start, time, config.kv_heads, config.head_width, model.dtype)
         hidden, _ = model.apply({"params": params}, tokens, cache)
         return unembed(hidden, output_embedding(params), model.vocab_size)
 

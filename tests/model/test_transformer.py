@@ -82,7 +82,7 @@ def jit_hidden(model, **options):
 def empty_cache(model, start, slots, dtype=jnp.float32) -> kv_cache.Cache:
     cfg = model.config
     start_B = jnp.asarray(start, jnp.int32)
-    return kv_cache.init_cache(cfg.num_layers, start_B, slots, cfg.kv_heads, cfg.head_dim, dtype)
+    return kv_cache.init_cache(cfg.num_layers, start_B, slots, cfg.kv_heads, cfg.head_width, dtype)
 
 
 def relative_error(got, expected) -> float:
