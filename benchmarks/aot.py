@@ -98,7 +98,7 @@ def row(config: Any, platform: str, devices: Any, mesh_sizes: tuple[int, ...], v
 
     from sheepop_jax.config.schema import MeshConfig
     from sheepop_jax.data.batch import Batch
-    from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.flash_attention import choose_implementation
     from sheepop_jax.model.loss import chunk_elements
     from sheepop_jax.model.partitioning import (
         batch_sharding,

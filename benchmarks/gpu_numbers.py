@@ -33,7 +33,7 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.flash_attention import choose_implementation
     from sheepop_jax.model.loss import chunk_length, cross_entropy_sum
     from sheepop_jax.model.transformer import Transformer, init_params, output_embedding
     from sheepop_jax.training.step import jit_init
@@ -53,7 +53,7 @@ def main() -> None:
             hidden, _ = model.apply({"params": params}, ids[:, :-1])
             table, weights = output_embedding(params), jnp.ones(ids[:, 1:].shape)
             chunk = chunk_length(weights.size, table.shape[0])
-            total = cross_entropy_sum(hidden, table, ids[:, 1:], weights, shape.vocab, chunk)
+            total = cross_entropy_sum(hidden, table, ids[:, 1:], weights, shape.vocab, 0.0, chunk)
             return total / weights.size
 
         # Autotuning fp32 matmuls takes minutes and does not affect the comparison.

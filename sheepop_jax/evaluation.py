@@ -53,8 +53,9 @@ def _batch_sums(model: Transformer, params: Any, batch: Batch) -> EvaluationSums
     def sums(embedding_VD: Any, rows: tuple[jax.Array, ...]) -> EvaluationSums:
         hidden_BTD, targets_BT, weights_BT = rows
         chunk = chunk_length(targets_BT.size, embedding_VD.shape[0])
+        softcap = model.config.logit_softcap
         return evaluation_sums(
-            hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, chunk
+            hidden_BTD, embedding_VD, targets_BT, weights_BT, model.vocab_size, softcap, chunk
         )
 
     def over_fsdp(embedding_VD: Any, rows: tuple[jax.Array, ...]) -> EvaluationSums:

@@ -20,7 +20,7 @@ from sheepop_jax.data.shards import FORMAT, PreparedData, format_of, open_shards
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import Evaluator
 from sheepop_jax.generation.preview import PROMPT_TOKENS, Preview
-from sheepop_jax.model.attention import choose_implementation
+from sheepop_jax.model.flash_attention import choose_implementation
 from sheepop_jax.model.loss import chunk_elements
 from sheepop_jax.model.partitioning import check_mesh, make_mesh, own_rows
 from sheepop_jax.model.transformer import Transformer

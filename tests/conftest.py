@@ -65,35 +65,37 @@ def small_config(make_config: Callable[..., Config]) -> Config:
     return make_config()
 
 
-@pytest.fixture(scope="session")
-def random_params() -> Callable[..., Any]:
-    """`random_params(model, seed=0)`: parameters of which none is at 0 or 1, as init leaves some.
+def draw_params(model: Any, seed: int = 0) -> Any:
+    """Parameters of which none is at 0 or 1, as init leaves some.
 
-    Biases and LayerNorm's γ and β are random too, and the linear layers are wide enough for every
+    Biases and the norms' γ and β are random too, and the linear layers are wide enough for every
     part of the model to show in its output.
     """
     import jax
     from flax import linen as nn
 
-    def make(model: Any, seed: int = 0) -> Any:
-        tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
-        shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))["params"]
-        generator = np.random.default_rng(seed)
+    tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))["params"]
+    generator = np.random.default_rng(seed)
 
-        def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-            x = generator.standard_normal(leaf.shape)
-            match path[-1].key:
-                case "kernel":
-                    x = x / np.sqrt(leaf.shape[0])
-                case "scale":
-                    x = 1 + 0.3 * x
-                case "bias":
-                    x = 0.5 * x
-            return jax.numpy.asarray(x, leaf.dtype)
+    def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        x = generator.standard_normal(leaf.shape)
+        match path[-1].key:
+            case "kernel":
+                x = x / np.sqrt(leaf.shape[0])
+            case "scale":
+                x = 1 + 0.3 * x
+            case "bias":
+                x = 0.5 * x
+        return jax.numpy.asarray(x, leaf.dtype)
 
-        return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
-    return make
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """`random_params(model, seed=0)`: see `draw_params`."""
+    return draw_params
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ def load(name):
 
 
 def test_the_promised_configurations_are_there():
-    promised = "base quickstart shakespeare_char wikitext103 gpt2_124m mixture tinystories"
+    promised = (
+        "base quickstart shakespeare_char wikitext103 gpt2_124m modern_124m mixture tinystories"
+    )
     assert set(promised.split()) | {"openwebtext", "fineweb_edu"} <= set(NAMES)
 
 
@@ -84,7 +86,7 @@ def counts_in_the_documents():
 
 def test_most_presets_and_some_changes_have_a_count():
     assert {name for name, words, _ in counts_in_the_documents() if not words} == {
-        *("base", "quickstart", "shakespeare_char", "tinystories", "gpt2_124m")
+        *("base", "quickstart", "shakespeare_char", "tinystories", "gpt2_124m", "modern_124m")
     }
     assert len(counts_in_the_documents()) >= 11
 

@@ -67,7 +67,7 @@ def train_step(shape: Shape, flags: argparse.Namespace) -> Work:
 
     from sheepop_jax.config.schema import MeshConfig
     from sheepop_jax.data.batch import Batch
-    from sheepop_jax.model.attention import choose_implementation
+    from sheepop_jax.model.flash_attention import choose_implementation
     from sheepop_jax.model.loss import chunk_elements
     from sheepop_jax.model.partitioning import batch_sharding, make_mesh, state_shardings
     from sheepop_jax.model.transformer import Transformer, boxed_shapes
@@ -192,10 +192,10 @@ def loss(shape: Shape, flags: argparse.Namespace) -> Work:
 
     def chunked(hidden: Any, table: Any) -> Any:
         chunk = chunk_length(targets.size, rows, chunk_elements(machine.platform))
-        return cross_entropy_sum(hidden, table, targets, weights, shape.vocab, chunk)
+        return cross_entropy_sum(hidden, table, targets, weights, shape.vocab, 0.0, chunk)
 
     def whole(hidden: Any, table: Any) -> Any:
-        logits = unembed(hidden, table, shape.vocab)
+        logits = unembed(hidden, table, shape.vocab, 0.0)
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
     function = jax.value_and_grad({"chunked": chunked, "whole": whole}[flags.way], (0, 1))

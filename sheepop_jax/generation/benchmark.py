@@ -19,7 +19,7 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.generation.engine import NO_END, bucket, build_request, decode
 from sheepop_jax.generation.requests import SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import most_probable
-from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
+from sheepop_jax.model.transformer import Transformer, logits
 
 MEMORY = (
     "peak memory: arguments + outputs + temporaries of the compiled program, as reported by XLA"
@@ -225,7 +225,7 @@ def _decode_uncached(
         # Slots from `slot` on are still empty; the causal mask hides them.
         hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
         hidden_BD = jax.lax.dynamic_index_in_dim(hidden_BTD, slot - 1, axis=1, keepdims=False)
-        logits_BV = unembed(hidden_BD, output_embedding(params), model.vocab_size)
+        logits_BV = logits(model, params, hidden_BD)
         zero = jnp.zeros((), jnp.int32)
         token_B1 = most_probable(logits_BV)[:, None]
         return jax.lax.dynamic_update_slice(tokens_BT, token_B1, (zero, slot))

@@ -8,7 +8,9 @@ many requests. A row's random key is folded from the seed, the prompt's tokens, 
 and the token's place in the text, so a sample does not depend on the batch or the padding.
 
 A text longer than the context of C tokens is written with a sliding window: each time it reaches C
-tokens, the cache is prefilled again with the last C // 2, whose positions restart at 0.
+tokens, the cache is prefilled again with the last C // 2, whose positions restart at 0. A model
+with a sliding window of its own and rotary positions needs no restart: it writes on, in a cache of
+that size.
 """
 
 import functools
@@ -25,7 +27,7 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.generation.requests import GenerationConfig, Kind, SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import sample
 from sheepop_jax.model.kv_cache import Cache, init_cache
-from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
+from sheepop_jax.model.transformer import Transformer, logits
 
 NO_END = -1  # end-of-text id that matches no token
 SMALLEST_BUCKET = 16
@@ -138,6 +140,9 @@ def generate(
             raise InputError(
                 "prompt", [min(ids), max(ids)], f"token ids from 0 to {model.vocab_size - 1}"
             )
+    if config.slide and model.config.sliding_window and model.config.position == "rope":
+        longest = max((n + len(ids) for n, ids in zip(limits, prompts, strict=True)), default=0)
+        context = max(context, longest)
     if not prompts or max_new_tokens == 0:
         return [Completion([], "length") for _ in range(len(prompts) * num_samples)]
 
@@ -247,12 +252,8 @@ def decode(
         `SamplerState.tokens_BN` and `SamplerState.length_B`.
     """
     params = _cast_matrices(params, model.dtype)
-    cfg = model.config
     num_prompts, prompt_slots = request.prompts_PT.shape
-    slots = prompt_slots + new_slots
-    cache = init_cache(
-        cfg.num_layers, request.start_P, slots, cfg.kv_heads, cfg.head_width, model.dtype
-    )
+    cache = init_cache(model.config, request.start_P, prompt_slots + new_slots, model.dtype)
     hidden_PTD, cache = _forward(model, params, request.prompts_PT, cache)
 
     def repeat(x: jax.Array) -> jax.Array:
@@ -301,7 +302,7 @@ def _choose(
     hidden_BD: jax.Array,
 ) -> SamplerState:
     """Samples each row's next token from its last hidden state and stores it."""
-    logits_BV = unembed(hidden_BD, output_embedding(params), model.vocab_size)
+    logits_BV = logits(model, params, hidden_BD)
     position_B = state.dropped_B + state.cache.index - state.cache.start
     token_B = sample(
         jax.vmap(jax.random.fold_in)(state.key_B, position_B),

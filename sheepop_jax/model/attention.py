@@ -14,8 +14,9 @@ from flax import linen as nn
 
 from sheepop_jax.config.schema import ModelConfig
 from sheepop_jax.model.dropout import ATTENTION_WEIGHTS, dropout
-from sheepop_jax.model.kv_cache import write_cache
+from sheepop_jax.model.kv_cache import extend
 from sheepop_jax.model.linear import INIT_STDDEV, linear, residual_stddev
+from sheepop_jax.model.norms import RMSNorm
 from sheepop_jax.model.positions import apply_rope
 
 Implementation = Literal["xla", "cudnn"]
@@ -25,47 +26,20 @@ Implementation = Literal["xla", "cudnn"]
 CAUSAL_BLOCK, CAUSAL_BLOCKS = 128, 8
 
 
-def choose_implementation(
-    platform: str,
-    dtype: jnp.dtype,
-    head_dim: int,
-    attention_dropout: float,
-    document_mask: bool = False,
-    flash_attention: bool = True,
-) -> Implementation:
-    """Selects the attention implementation of a training step. Decoding always uses XLA.
-
-    cuDNN flash attention requires an NVIDIA GPU (Ampere or newer), bf16, and a head width that is a
-    multiple of 8 and at most 128. It supports neither attention dropout nor any mask other than the
-    causal one, so no document mask.
-
-    Args:
-        platform: "cpu", "cuda" or "tpu".
-        dtype: dtype of the activations.
-        head_dim: C.
-        attention_dropout: dropout rate of the attention weights.
-        document_mask: whether attention stops at document boundaries.
-        flash_attention: whether the GPU supports flash attention (Ampere or newer).
-    """
-    fits = dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
-    causal_alone = attention_dropout == 0 and not document_mask
-    there = platform == "cuda" and flash_attention
-    return "cudnn" if there and fits and causal_alone else "xla"
+def causal_mask(length: int, window: int = 0) -> jax.Array:
+    """Boolean [1, T, S]: query t attends to key s if s <= t and, with a window, s > t - window."""
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    return mask & ~jnp.tril(mask, -window) if window else mask
 
 
-def causal_mask(length: int) -> jax.Array:
-    """Boolean [1, T, S]: query t attends to key s if s <= t."""
-    return jnp.tril(jnp.ones((1, length, length), bool))
-
-
-def segment_mask(segments_BT: jax.Array) -> jax.Array:
-    """Boolean [B, T, S]: query t attends to key s if s <= t and both belong to the same document.
+def segment_mask(segments_BT: jax.Array, window: int = 0) -> jax.Array:
+    """`causal_mask` within documents, boolean [B, T, S]: both tokens belong to the same one.
 
     With `segment_positions`, each document of a packed window (int32 [B, T]) gets the same outputs
     as in a window of its own.
     """
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return same_BTS & causal_mask(segments_BT.shape[1])
+    return same_BTS & causal_mask(segments_BT.shape[1], window)
 
 
 # The scores are the largest array. XLA computes batched matmuls as [M, K] x [K, N] and transposes
@@ -135,11 +109,12 @@ def attend_causal(
     v_BTKC: jax.Array,
     mask_BTT: jax.Array,
     drop: Callable[[int, jax.Array], jax.Array] = lambda first_query, weights: weights,
+    window: int = 0,
 ) -> jax.Array:
     """Causal `attend`, computed in blocks of queries to skip most of the masked scores.
 
     Each of the n blocks attends to the keys up to its own end, so (n + 1) / 2n of all scores are
-    computed.
+    computed; with a sliding window, to those from its first query's window on.
 
     Args:
         q_BTHC: queries, as in `attend`.
@@ -147,6 +122,7 @@ def attend_causal(
         v_BTKC: values.
         mask_BTT: boolean; must be false for every later key; B may be 1.
         drop: attention dropout; called with the block's first query and the block's weights.
+        window: the sliding window that `mask_BTT` has; 0 for none.
 
     Returns:
         [B, T, H, C] in the dtype of the values.
@@ -154,31 +130,23 @@ def attend_causal(
     outs = [
         attend(
             q_BTHC[:, begin:end],
-            k_BTKC[:, :end],
-            v_BTKC[:, :end],
-            mask_BTT[:, begin:end, :end],
+            k_BTKC[:, first:end],
+            v_BTKC[:, first:end],
+            mask_BTT[:, begin:end, first:end],
             functools.partial(drop, begin),
         )
-        for begin, end in _causal_blocks(q_BTHC.shape[1])
+        for first, begin, end in _causal_blocks(q_BTHC.shape[1], window)
     ]
     return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
 
 
-def causal_share(length: int) -> float:
-    """The fraction of the T · T scores that `attend_causal` computes."""
-    return sum((end - begin) * end for begin, end in _causal_blocks(length)) / length**2
-
-
-def _causal_blocks(length: int) -> list[tuple[int, int]]:
+def _causal_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+    """Of each block: the first key, the first query, and the end of both."""
     size = max(CAUSAL_BLOCK, -(-length // CAUSAL_BLOCKS))
-    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
-
-
-def attend_causal_cudnn(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array) -> jax.Array:
-    """Causal `attend` by cuDNN flash attention, which never materializes the scores."""
-    return jax.nn.dot_product_attention(
-        q_BTHC, k_BSKC, v_BSKC, is_causal=True, implementation="cudnn"
-    )
+    return [
+        (max(0, begin - window + 1) if window else 0, begin, min(begin + size, length))
+        for begin in range(0, length, size)
+    ]
 
 
 class Attention(nn.Module):
@@ -196,12 +164,16 @@ class Attention(nn.Module):
         x_MD = x_BTD.reshape(b * t, d)
 
         def project(heads: int, axis: str, name: str) -> jax.Array:
-            y = linear(cfg, heads * c, ("embed", axis), name, self.dtype, INIT_STDDEV)(x_MD)
+            bias = cfg.use_bias or cfg.qkv_bias
+            y = linear(cfg, heads * c, ("embed", axis), name, self.dtype, INIT_STDDEV, bias)(x_MD)
             return y.reshape(b, t, heads, c)
 
         q_BTHC = project(h, "heads", "query")
         k_BTKC = project(k, "kv_heads", "key")
         v_BTKC = project(k, "kv_heads", "value")
+        if cfg.qk_norm:
+            q_BTHC = RMSNorm(cfg.norm_eps, self.dtype, "head_width", name="query_norm")(q_BTHC)
+            k_BTKC = RMSNorm(cfg.norm_eps, self.dtype, "head_width", name="key_norm")(k_BTKC)
         if rope is not None:
             q_BTHC, k_BTKC = apply_rope(q_BTHC, *rope), apply_rope(k_BTKC, *rope)
 
@@ -211,14 +183,16 @@ class Attention(nn.Module):
 
         if layer_cache is not None:
             keys, values = layer_cache
-            keys = write_cache(keys, k_BTKC, index)
-            values = write_cache(values, v_BTKC, index)
+            keys, all_keys = extend(keys, k_BTKC, index, cfg.sliding_window)
+            values, all_values = extend(values, v_BTKC, index, cfg.sliding_window)
             layer_cache = (keys, values)
-            out_BTHC = attend(q_BTHC, keys, values, mask)
+            out_BTHC = attend(q_BTHC, all_keys, all_values, mask)
         elif self.implementation == "cudnn":
-            out_BTHC = attend_causal_cudnn(q_BTHC, k_BTKC, v_BTKC)
+            from sheepop_jax.model.flash_attention import attend_causal_cudnn  # lazy: GPUs only
+
+            out_BTHC = attend_causal_cudnn(q_BTHC, k_BTKC, v_BTKC, cfg.sliding_window)
         else:
-            out_BTHC = attend_causal(q_BTHC, k_BTKC, v_BTKC, mask, drop)
+            out_BTHC = attend_causal(q_BTHC, k_BTKC, v_BTKC, mask, drop, cfg.sliding_window)
         stddev = residual_stddev(cfg)
         out = linear(cfg, d, ("heads", "embed"), "output", self.dtype, stddev)
         return out(out_BTHC.reshape(b * t, h * c)).reshape(b, t, d), layer_cache

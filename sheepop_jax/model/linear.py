@@ -127,12 +127,21 @@ INIT_STDDEV = 0.02
 
 
 def linear(
-    config: ModelConfig, features: int, axes: tuple[str, str], name: str, dtype: Any, stddev: float
+    config: ModelConfig,
+    features: int,
+    axes: tuple[str, str],
+    name: str,
+    dtype: Any,
+    stddev: float,
+    use_bias: bool | None = None,
 ) -> nn.Dense:
-    """A dense layer x W (+ b) with W [in, out] ~ N(0, stddev²) and logical axis names `axes`."""
+    """A dense layer x W (+ b) with W [in, out] ~ N(0, stddev²) and logical axis names `axes`.
+
+    `use_bias` None is that of the configuration.
+    """
     return nn.Dense(
         features,
-        use_bias=config.use_bias,
+        use_bias=config.use_bias if use_bias is None else use_bias,
         dtype=dtype,
         promote_dtype=promote_dtype,
         dot_general=dot_general,

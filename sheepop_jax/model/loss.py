@@ -68,9 +68,9 @@ def _partition(x_MV):
     return largest_M, jnp.exp(x_MV - largest_M[:, None]).sum(-1)
 
 
-def _terms(hidden_MD, embedding_VD, targets_M, vocab_size):
+def _terms(hidden_MD, embedding_VD, targets_M, vocab_size, softcap):
     """Returns a chunk's logits, max logit, Σ exp(logit - max) and -log p(target), all fp32."""
-    logits_MV = unembed(hidden_MD, embedding_VD, vocab_size)
+    logits_MV = unembed(hidden_MD, embedding_VD, vocab_size, softcap)
     # Memory-bound on a GPU, so one pass. On a CPU two passes measured faster.
     largest_M, total_M = jax.lax.platform_dependent(
         logits_MV, cuda=_partition_in_one_pass, default=_partition
@@ -108,20 +108,21 @@ def _over_chunks(
     return carry, jax.tree.map(join, ys)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy_sum(
     hidden_BTD: jax.Array,
     embedding_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     vocab_size: int,
+    softcap: float,
     chunk: int,
 ) -> jax.Array:
-    """Σ weight · -log softmax(h Eᵀ)[target], in nats; an fp32 scalar.
+    """Σ weight · -log softmax(logits)[target], in nats; an fp32 scalar. The logits are `unembed`'s.
 
     Differentiable with respect to the hidden states and the embedding. The forward pass computes
     the gradients of each chunk from its logits, so no logits are stored or recomputed:
-    d logits = weight · (softmax - onehot).
+    d logits = weight · (softmax - onehot), and with z = c tanh(u / c), du = (1 - (z / c)²) dz.
 
     Args:
         hidden_BTD: hidden states, in the activations' dtype.
@@ -129,23 +130,30 @@ def cross_entropy_sum(
         targets_BT: int32 token ids below `vocab_size`.
         weights_BT: fp32; 0 for targets to ignore.
         vocab_size: vocabulary size without padding.
+        softcap: c, `model.logit_softcap`; 0 for none.
         chunk: Mc, from `chunk_length`.
     """
-    return evaluation_sums(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk).loss
+    arrays = hidden_BTD, embedding_VD, targets_BT, weights_BT
+    return evaluation_sums(*arrays, vocab_size, softcap, chunk).loss
 
 
-def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk):
+def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, softcap, chunk):
     dtype = hidden_BTD.dtype
     # Gather the rows once for all chunks.
     embedding_in_dtype = constrain(embedding_VD.astype(dtype), "vocab", "activation")
 
     def body(carry, hidden, targets, weights):
         loss, d_embedding = carry
-        logits, largest, total, nll = _terms(hidden, embedding_in_dtype, targets, vocab_size)
+        logits, largest, total, nll = _terms(
+            hidden, embedding_in_dtype, targets, vocab_size, softcap
+        )
         # A comparison instead of a scatter: XLA fuses it into the loop over the logits.
         is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
         probabilities = jnp.exp(logits - largest[:, None]) * (1 / total)[:, None]
-        d_logits = ((probabilities - is_target) * weights[:, None]).astype(dtype)
+        d_logits = (probabilities - is_target) * weights[:, None]
+        if softcap:  # the padding's logits are -inf, and their gradient 0
+            d_logits *= jnp.where(jnp.isneginf(logits), 0, 1 - jnp.square(logits / softcap))
+        d_logits = d_logits.astype(dtype)
         d_hidden = d_logits @ embedding_in_dtype
         d_embedding += jnp.matmul(d_logits.T, hidden, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(weights * nll), d_embedding), d_hidden
@@ -156,7 +164,7 @@ def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, chunk
     return loss, (d_hidden, d_embedding)
 
 
-def _backward(vocab_size, chunk, gradients, cotangent):
+def _backward(vocab_size, softcap, chunk, gradients, cotangent):
     d_hidden, d_embedding = gradients
     return cotangent.astype(d_hidden.dtype) * d_hidden, cotangent * d_embedding, None, None
 
@@ -170,12 +178,13 @@ def evaluation_sums(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     vocab_size: int,
+    softcap: float,
     chunk: int,
 ) -> EvaluationSums:
     """The sum of `cross_entropy_sum` plus the correct predictions; computes no gradients."""
 
     def body(sums, hidden, targets, weights):
-        logits, *_, nll = _terms(hidden, embedding_VD, targets, vocab_size)
+        logits, *_, nll = _terms(hidden, embedding_VD, targets, vocab_size, softcap)
         correct = jnp.argmax(logits, axis=-1) == targets
         added = EvaluationSums(jnp.sum(weights * nll), jnp.sum(weights * correct), jnp.sum(weights))
         return jax.tree.map(jnp.add, sums, added), None

@@ -1,39 +1,62 @@
 """Positions: rotary and sinusoidal embeddings, and positions within packed documents.
 
-Alphabet: B batch, T time, H heads, C head width, D model width.
+Alphabet: B batch, T time, H heads, C head width, R its components that RoPE rotates, D model width.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
+from sheepop_jax.config.schema import ModelConfig
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the RoPE angles position · theta^(-2i / C), i = 0 … C/2 - 1.
+
+def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the RoPE angles position · theta^(-2i / R), i = 0 … R/2 - 1.
+
+    With `rope_scaling` = linear, the angles are divided by s = `rope_scaling_factor`. With llama3,
+    those of long wavelengths λ are: with n = `rope_original_length` / λ turns in the original
+    context, an angle is multiplied by w + (1 - w) / s, where w rises linearly from 0 at n =
+    `rope_low_freq_factor` to 1 at n = `rope_high_freq_factor`.
 
     Args:
         positions: integers [..., T].
-        head_dim: C, even.
-        theta: base of the wavelengths.
+        config: R, theta and the scaling.
 
     Returns:
-        Two fp32 arrays [..., T, 1, C/2] that broadcast over heads.
+        Two fp32 arrays [..., T, 1, R/2] that broadcast over heads.
 
-    Source: Su et al. 2021, "RoFormer", equation 34.
+    Sources: Su et al. 2021, "RoFormer", equation 34; linear: Chen et al. 2023; llama3: Grattafiori
+    et al. 2024, with the numbers of Llama 3.1.
     """
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions[..., None].astype(jnp.float32) / theta**exponents
+    width = config.rotary_width
+    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+    angles = positions[..., None].astype(jnp.float32) / config.rope_theta**exponents
+    match config.rope_scaling:
+        case "linear":
+            angles = angles / config.rope_scaling_factor
+        case "llama3":
+            low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+            wavelengths = 2 * math.pi * config.rope_theta**exponents
+            turns = config.rope_original_length / wavelengths
+            kept = jnp.clip((turns - low) / (high - low), 0, 1)
+            angles = angles * (kept + (1 - kept) / config.rope_scaling_factor)
     return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
 
 
 def apply_rope(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + C/2) of each head by their angles; keeps shape and dtype.
+    """Rotates the pairs (i, i + R/2) of each head by their angles; keeps shape and dtype.
 
-    Uses the half-split pairing of public checkpoints. Computed in fp32, since bf16 cannot
-    distinguish neighboring angles.
+    R is twice the tables' width; components from R on are unchanged. Uses the half-split pairing of
+    public checkpoints. Computed in fp32, since bf16 cannot distinguish neighboring angles.
     """
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHC.dtype)
+    half = cos.shape[-1]
+    wide = x_BTHC.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if rest.shape[-1]:
+        parts.append(rest)
+    return jnp.concatenate(parts, axis=-1).astype(x_BTHC.dtype)
 
 
 def sinusoidal_embedding(positions: jax.Array, d_model: int) -> jax.Array:

@@ -25,7 +25,7 @@ from sheepop_jax.model.dropout import (
 from sheepop_jax.model.feed_forward import FeedForward
 from sheepop_jax.model.kv_cache import Cache
 from sheepop_jax.model.linear import INIT_STDDEV, dot_general, promote_dtype
-from sheepop_jax.model.norms import LayerNorm
+from sheepop_jax.model.norms import norm
 from sheepop_jax.model.partitioning import VOCAB_MULTIPLE, constrain
 from sheepop_jax.model.positions import rope_tables, segment_positions, sinusoidal_embedding
 
@@ -43,7 +43,11 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Dropout(MHA(LN x)), then x + Dropout(FFN(LN x))."""
+    """Pre-norm transformer block: x + Dropout(MHA(norm x)), then x + Dropout(FFN(norm x)).
+
+    With a parallel residual, both read the block's input: x + Dropout(MHA(norm x)) +
+    Dropout(FFN(norm' x)) (Wang & Komatsuzaki 2021; with two norms as in GPT-NeoX).
+    """
 
     config: ModelConfig
     dtype: Any
@@ -55,22 +59,16 @@ class Block(nn.Module):
         attention = Attention(cfg, self.dtype, self.implementation, name="attention")
         feed_forward = FeedForward(cfg, self.dtype, name="feed_forward")
 
-        def add(y_BTD: jax.Array, site: int) -> jax.Array:
+        def add(x_BTD: jax.Array, y_BTD: jax.Array, site: int) -> jax.Array:
             y_BTD = x_BTD + dropout(y_BTD, cfg.dropout, dropout_keys_B, site)
             return constrain(y_BTD, "batch", "length", "activation")
 
-        y_BTD, layer_cache = attention(
-            LayerNorm(cfg.norm_eps, self.dtype, name="attention_norm")(x_BTD),
-            rope,
-            mask,
-            layer_cache,
-            index,
-            dropout_keys_B,
-        )
-        x_BTD = add(y_BTD, ATTENTION_OUTPUT)
-        norm = LayerNorm(cfg.norm_eps, self.dtype, name="feed_forward_norm")
-        y_BTD = feed_forward(norm(x_BTD))
-        return add(y_BTD, FEED_FORWARD_OUTPUT), layer_cache
+        normed_BTD = norm(cfg, "attention_norm", self.dtype)(x_BTD)
+        y_BTD, layer_cache = attention(normed_BTD, rope, mask, layer_cache, index, dropout_keys_B)
+        sum_BTD = add(x_BTD, y_BTD, ATTENTION_OUTPUT)
+        read_BTD = x_BTD if cfg.parallel_residual else sum_BTD
+        y_BTD = feed_forward(norm(cfg, "feed_forward_norm", self.dtype)(read_BTD))
+        return add(sum_BTD, y_BTD, FEED_FORWARD_OUTPUT), layer_cache
 
 
 class Transformer(nn.Module):
@@ -80,7 +78,7 @@ class Transformer(nn.Module):
         config: the architecture.
         vocab_size: the tokenizer's vocabulary size; the embedding has `padded_vocab_size` rows.
         dtype: dtype of the activations.
-        implementation: attention of a training step, from `attention.choose_implementation`.
+        implementation: attention of a training step, from `flash_attention.choose_implementation`.
     """
 
     config: ModelConfig
@@ -100,14 +98,14 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BT: int32 ids below `vocab_size`.
-            cache: key/value cache; the tokens are then the next T slots of each row. None: the
+            cache: key/value cache; the tokens are then the next T tokens of each row. None: the
                 tokens are a full context.
             dropout_keys_B: one random key per row; None disables dropout.
             segments_BT: int32, document index of each token within its window. Attention stops at
                 document boundaries and positions restart there. None: one document per window.
 
         Returns:
-            Hidden states [B, T, D] after the final LayerNorm, in `dtype`; and the cache advanced by
+            Hidden states [B, T, D] after the final norm, in `dtype`; and the cache advanced by
             T, or None.
 
         Raises:
@@ -122,13 +120,13 @@ class Transformer(nn.Module):
         if segments_BT is not None and (cache is not None or self.implementation == "cudnn"):
             where = "a cache" if cache is not None else "cuDNN attention"
             raise ValueError(f"segments are not supported with {where}: no document mask")
-        index = None
+        index, window = None, cfg.sliding_window
         if segments_BT is not None:
-            positions, mask = segment_positions(segments_BT), segment_mask(segments_BT)
+            positions, mask = segment_positions(segments_BT), segment_mask(segments_BT, window)
         elif cache is None:
-            positions, mask = jnp.arange(t, dtype=jnp.int32), causal_mask(t)
+            positions, mask = jnp.arange(t, dtype=jnp.int32), causal_mask(t, window)
         else:
-            positions, mask, index = cache.positions(t), cache.mask(t), cache.index
+            positions, mask, index = cache.positions(t), cache.mask(t, window), cache.index
 
         embedding_VD = self._table("embedding", padded_vocab_size(self.vocab_size), "vocab")
         # Gather whole rows for the lookup: with a table sharded along D, XLA would exchange the
@@ -140,7 +138,7 @@ class Transformer(nn.Module):
         rope = None
         match cfg.position:
             case "rope":
-                rope = rope_tables(positions, cfg.head_width, cfg.rope_theta)
+                rope = rope_tables(positions, cfg)
             case "sinusoidal":
                 x_BTD = x_BTD + sinusoidal_embedding(positions, cfg.d_model)
             case "learned":
@@ -163,7 +161,7 @@ class Transformer(nn.Module):
         if cache is not None:
             keys, values = zip(*layers, strict=True)
             cache = dataclasses.replace(cache, keys=keys, values=values, index=cache.index + t)
-        return LayerNorm(cfg.norm_eps, self.dtype, name="final_norm")(x_BTD), cache
+        return norm(cfg, "final_norm", self.dtype)(x_BTD), cache
 
     def _table(self, name: str, rows: int, axis: str) -> jax.Array:
         normal = nn.initializers.normal(INIT_STDDEV)
@@ -176,7 +174,15 @@ def output_embedding(params: dict[str, Any]) -> jax.Array:
     return params.get("output_embedding", params["embedding"])
 
 
-def unembed(hidden_D: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> jax.Array:
+def logits(model: Transformer, params: dict[str, Any], hidden_D: jax.Array) -> jax.Array:
+    """The model's logits, fp32 [..., V], of hidden states [..., D]; see `unembed`."""
+    softcap = model.config.logit_softcap
+    return unembed(hidden_D, output_embedding(params), model.vocab_size, softcap)
+
+
+def unembed(
+    hidden_D: jax.Array, embedding_VD: jax.Array, vocab_size: int, softcap: float
+) -> jax.Array:
     """Maps hidden states to logits.
 
     The embedding is cast to the hidden states' dtype; the matmul accumulates in fp32.
@@ -185,6 +191,7 @@ def unembed(hidden_D: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> ja
         hidden_D: hidden states [..., D].
         embedding_VD: output embedding; V is padded.
         vocab_size: vocabulary size without padding.
+        softcap: logits become softcap · tanh(logits / softcap) (Gemma 2, 2024); 0 for none.
 
     Returns:
         Logits, fp32 [..., V]; -inf for the padding.
@@ -198,6 +205,8 @@ def unembed(hidden_D: jax.Array, embedding_VD: jax.Array, vocab_size: int) -> ja
         embedding_VD, hidden_MD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     logits_MV = logits_VM.T
+    if softcap:
+        logits_MV = softcap * jnp.tanh(logits_MV / softcap)
     if vocab_size < logits_MV.shape[-1]:
         padding = jnp.arange(logits_MV.shape[-1]) >= vocab_size
         logits_MV = jnp.where(padding, -jnp.inf, logits_MV)

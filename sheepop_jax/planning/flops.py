@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sheepop_jax.model.kv_cache import init_cache
-from sheepop_jax.model.transformer import Transformer, boxed_shapes, output_embedding, unembed
+from sheepop_jax.model.transformer import Transformer, boxed_shapes, logits
 from sheepop_jax.planning.program import dot_flops
 
 
@@ -17,30 +17,28 @@ def flops_per_token(model: Transformer, time: int) -> float:
 
     Equals 6 N + 12 L T D with N weights and L layers (Chowdhery et al. 2022, "PaLM", appendix B).
     The backward pass has two matmuls for each one of the forward pass, so the total is three times
-    the forward FLOPs. The forward pass is traced with a key/value cache of T slots, in which
-    attention computes all T · T scores, so causal masking saves nothing. Vectors (norm scales,
-    biases) count 2 FLOPs per component; tables used only for lookup count 0.
+    the forward FLOPs. The forward pass is that of a decoding step with a full key/value cache of T
+    slots, or of the sliding window: causal masking saves nothing. Vectors (norm scales, biases)
+    count 2 FLOPs per component; tables used only for lookup count 0.
 
     Args:
         model: the model, with its vocabulary.
         time: T, the sequence length.
     """
     one, two = (_forward(model, layers, time) for layers in (1, 2))
-    return 3.0 * (one + (model.config.num_layers - 1) * (two - one)) / time
+    return 3.0 * (one + (model.config.num_layers - 1) * (two - one))
 
 
 def _forward(model: Transformer, layers: int, time: int) -> int:
-    """FLOPs of one window's forward pass through `layers` blocks and the logits."""
+    """FLOPs of one token's forward pass through `layers` blocks and the logits."""
     model = model.clone(config=replace(model.config, num_layers=layers), implementation="xla")
-    config = model.config
     params = nn.meta.unbox(boxed_shapes(model))
 
-    def logits(params: Any, tokens: jax.Array) -> jax.Array:
-        start = jnp.zeros(1, jnp.int32)
-        cache = init_cache(layers, start, time, config.kv_heads, config.head_width, model.dtype)
+    def step(params: Any, tokens: jax.Array) -> jax.Array:
+        cache = init_cache(model.config, jnp.zeros(1, jnp.int32), time, model.dtype)
         hidden, _ = model.apply({"params": params}, tokens, cache)
-        return unembed(hidden, output_embedding(params), model.vocab_size)
+        return logits(model, params, hidden)
 
-    jaxpr = jax.make_jaxpr(logits)(params, jax.ShapeDtypeStruct((1, time), jnp.int32))
+    jaxpr = jax.make_jaxpr(step)(params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     vectors = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 1)
-    return dot_flops(jaxpr.jaxpr) + 2 * vectors * time
+    return dot_flops(jaxpr.jaxpr) + 2 * vectors

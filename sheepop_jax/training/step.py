@@ -96,7 +96,10 @@ def make_train_step(
 
         def loss(embedding_VD: jax.Array, rows: tuple[jax.Array, ...]) -> jax.Array:
             chunk = chunk_length(rows[1].size, embedding_VD.shape[0], chunk_elements)
-            return cross_entropy_sum(rows[0], embedding_VD, *rows[1:], model.vocab_size, chunk)
+            softcap = model.config.logit_softcap
+            return cross_entropy_sum(
+                rows[0], embedding_VD, *rows[1:], model.vocab_size, softcap, chunk
+            )
 
         rows = hidden_BTD, targets_BT, weights_BT
         return sum_over_replicas("fsdp", loss, output_embedding(params), rows, row_axis=0)

@@ -26,7 +26,7 @@ from sheepop_jax.generation.requests import (
     resolve_context,
     truncate_left,
 )
-from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
+from sheepop_jax.model.transformer import Transformer, logits
 from tests import reference
 from tests.writing import generate
 
@@ -47,7 +47,7 @@ def tokens_of(completions: list[Completion]) -> list[list[int]]:
 @functools.partial(jax.jit, static_argnums=0)
 def logits_at(model: Transformer, params: Any, tokens_BT: jax.Array, last: jax.Array) -> jax.Array:
     hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
-    return unembed(hidden_BTD[0, last], output_embedding(params), model.vocab_size)
+    return logits(model, params, hidden_BTD[0, last])
 
 
 def uncached(
@@ -264,6 +264,19 @@ def test_second_call_compiles_nothing(build: Build, compilations: list[str]) -> 
         context=CONTEXT - 2,
     )
     assert not compilations
+
+
+def test_a_models_own_window_writes_past_the_context_without_a_restart(build: Build) -> None:
+    model, params = build({"model.sliding_window": 9, "model.num_layers": 3})
+    context = model.config.max_seq_len
+    count, slots = 3 * context, 4 * context
+    settings = {"sampling": GREEDY, "end_of_text": NO_END, "max_new_tokens": count}
+    got = generate(model, params, PROMPTS[:2], slide=True, **settings)
+    for prompt, completion in zip(PROMPTS, got, strict=False):
+        assert completion.tokens == uncached(model, params, prompt, count, slots)
+    assert len(set().union(*tokens_of(got))) > 12
+    with pytest.raises(InputError):
+        generate(model, params, PROMPTS[:2], slide=False, **settings)
 
 
 SHORT = 11  # a context in which a text of 40 tokens slides several times

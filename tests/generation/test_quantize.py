@@ -16,7 +16,7 @@ from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.evaluation import Evaluator
 from sheepop_jax.generation.engine import NO_END, build_request, decode
 from sheepop_jax.model.linear import Quantized, dot_general, quantized
-from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
+from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.step import init_state, make_train_step
 from tests import reference
 from tests.generation.conftest import VOCAB
@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_formula(build: Build, options: dict[str, Any], 
     def logits(params: Any) -> jax.Array:
         hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
         assert hidden_BTD.dtype == dtype  # activations keep their dtype
-        return unembed(hidden_BTD, output_embedding(params), VOCAB)[..., :VOCAB]
+        return logits(model, params, hidden_BTD)[..., :VOCAB]
 
     got = np.asarray(logits(quantized(params)), np.float64)
     formula = reference.logits(dequantized(params), model.config, tokens_BT)[..., :VOCAB]

@@ -1,6 +1,5 @@
 """Attention's pure functions against closed forms, literal tables and numpy float64."""
 
-import dataclasses
 import math
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.model import attention as attn
-from sheepop_jax.model import kv_cache
+from sheepop_jax.model import flash_attention, kv_cache
 from sheepop_jax.model import positions as pos
 from tests import reference
 
@@ -37,16 +36,22 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 )
 def test_choose_implementation(platform, dtype, head_dim, attention_dropout, expected):
     conditions = platform, dtype, head_dim, attention_dropout
-    assert attn.choose_implementation(*conditions) == expected
-    assert attn.choose_implementation(*conditions, document_mask=False) == expected
-    assert attn.choose_implementation(*conditions, document_mask=True) == "xla"
-    assert attn.choose_implementation(*conditions, flash_attention=False) == "xla"
+    assert flash_attention.choose_implementation(*conditions) == expected
+    assert flash_attention.choose_implementation(*conditions, document_mask=False) == expected
+    assert flash_attention.choose_implementation(*conditions, document_mask=True) == "xla"
+    assert flash_attention.choose_implementation(*conditions, flash_attention=False) == "xla"
+
+
+def rope(make_config, theta=10000.0):
+    config = make_config({"model.rope_theta": theta}).model
+    assert config.head_width == config.rotary_width == C
+    return config
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
-def test_rope_tables_are_the_closed_form(theta):
+def test_rope_tables_are_the_closed_form(make_config, theta):
     positions = np.array([[0, 1, 2], [3, 11, 400]], np.int32)
-    cos, sin = pos.rope_tables(jnp.asarray(positions), C, theta)
+    cos, sin = pos.rope_tables(jnp.asarray(positions), rope(make_config, theta))
     angles = [
         [[p * theta ** (-2 * i / C) for i in range(C // 2)] for p in row] for row in positions
     ]
@@ -58,13 +63,13 @@ def test_rope_tables_are_the_closed_form(theta):
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angles[0]), atol=1e-6)
 
 
-def test_rope_is_a_product_of_complex_numbers():
+def test_rope_is_a_product_of_complex_numbers(make_config):
     """With positions of each row's own, as in the cached case, and with one row for all."""
     x_BTHC = normal(B, T, H, C)
 
     @jax.jit
     def rotate(positions):
-        return pos.apply_rope(x_BTHC, *pos.rope_tables(positions, C, 10000.0))
+        return pos.apply_rope(x_BTHC, *pos.rope_tables(positions, rope(make_config)))
 
     firsts = (3, 17)
     positions_BT = jnp.asarray(firsts)[:, None] + jnp.arange(T)
@@ -78,9 +83,9 @@ def test_rope_is_a_product_of_complex_numbers():
     np.testing.assert_allclose(rotate(positions_BT[1])[1], rotated_BTHC[1], rtol=1e-5, atol=2e-6)
 
 
-def test_rope_in_bf16_is_the_fp32_rotation_rounded_once():
+def test_rope_in_bf16_is_the_fp32_rotation_rounded_once(make_config):
     x_BTHC = normal(B, T, H, C).astype(jnp.bfloat16)
-    tables = pos.rope_tables(100 + jnp.arange(T), C, 10000.0)
+    tables = pos.rope_tables(100 + jnp.arange(T), rope(make_config))
     rotated_BTHC = pos.apply_rope(x_BTHC, *tables)
     assert rotated_BTHC.dtype == jnp.bfloat16
     expected_BTHC = pos.apply_rope(x_BTHC.astype(jnp.float32), *tables).astype(jnp.bfloat16)
@@ -99,6 +104,8 @@ def test_sinusoidal_is_the_closed_form():
 
 def test_causal_mask_is_a_literal_table():
     expected = [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]
+    windowed = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(attn.causal_mask(4, 2), np.array([windowed], bool))
     mask = attn.causal_mask(4)
     assert mask.dtype == jnp.bool_
     np.testing.assert_array_equal(mask, np.array(expected, bool))
@@ -223,15 +230,19 @@ def test_scores_are_multiplied_and_differentiated_as_they_lie():
 
 
 @pytest.mark.parametrize(
-    ("length", "blocks", "segments"), [(3, 1, True), (4, 2, False), (11, 4, True), (29, 4, False)]
+    ("length", "blocks", "segments", "window"),
+    [(3, 1, True, 0), (4, 2, False, 0), (11, 4, True, 0), (29, 4, False, 0), (29, 4, True, 7)],
 )
-def test_causal_blocks_are_the_whole_without_hidden_scores(monkeypatch, length, blocks, segments):
+def test_causal_blocks_are_the_whole_without_hidden_scores(
+    monkeypatch, length, blocks, segments, window
+):
     monkeypatch.setattr(attn, "CAUSAL_BLOCK", 3)
     monkeypatch.setattr(attn, "CAUSAL_BLOCKS", 4)
     q_BTHC, k_BTKC, v_BTKC = (normal(B, length, heads, C, seed=heads) for heads in (H, K, K))
-    mask_BTT = attn.causal_mask(length)
+    mask_BTT = attn.causal_mask(length, window)
     if segments:
-        mask_BTT = attn.segment_mask(jnp.repeat(jnp.arange(length) // 5, B).reshape(length, B).T)
+        segments_BT = jnp.repeat(jnp.arange(length) // 5, B).reshape(length, B).T
+        mask_BTT = attn.segment_mask(segments_BT, window)
     whole_BTHC = attend_in_float64(
         q_BTHC, k_BTKC, v_BTKC, np.broadcast_to(mask_BTT, (B, length, length))
     )
@@ -242,13 +253,16 @@ def test_causal_blocks_are_the_whole_without_hidden_scores(monkeypatch, length, 
         seen.append(weights_BKGTS.shape[-2:])
         return weights_BKGTS
 
-    out_BTHC = jax.jit(lambda *qkv: attn.attend_causal(*qkv, mask_BTT, drop))(
+    out_BTHC = jax.jit(lambda *qkv: attn.attend_causal(*qkv, mask_BTT, drop, window))(
         q_BTHC, k_BTKC, v_BTKC
     )
     np.testing.assert_allclose(out_BTHC, whole_BTHC, rtol=1e-5, atol=2e-6)
     assert len(seen) == blocks
     assert sum(queries for queries, _ in seen) == length
-    assert [keys for _, keys in seen] == list(np.cumsum([queries for queries, _ in seen]))
+    ends = np.cumsum([queries for queries, _ in seen])
+    before = [min(window - 1, end - queries) for end, (queries, _) in zip(ends, seen, strict=True)]
+    expected = [n + queries for n, (queries, _) in zip(before, seen, strict=True)]
+    assert [keys for _, keys in seen] == (expected if window else list(ends))
 
 
 def test_a_query_that_sees_nothing_gives_the_mean_and_no_nan():
@@ -298,7 +312,8 @@ def test_dropout_is_applied_to_the_weights_after_the_softmax():
     np.testing.assert_allclose(out_BTHC, without_BTHC, rtol=1e-5, atol=2e-6)
 
 
-def test_the_cudnn_call_means_causal_attention(monkeypatch):
+@pytest.mark.parametrize("window", [0, 1, 3, T])
+def test_the_cudnn_call_means_causal_attention(monkeypatch, window):
     """With XLA in cuDNN's place, since the call is ours and the kernel is not."""
     real = jax.nn.dot_product_attention
 
@@ -310,20 +325,23 @@ def test_the_cudnn_call_means_causal_attention(monkeypatch):
     q_BTHC = normal(B, T, H, C, seed=1)
     k_BTKC, v_BTKC = normal(B, T, K, C, seed=2), normal(B, T, K, C, seed=3)
     np.testing.assert_allclose(
-        jax.jit(attn.attend_causal_cudnn)(q_BTHC, k_BTKC, v_BTKC),
-        attend_in_float64(q_BTHC, k_BTKC, v_BTKC, attn.causal_mask(T)),
+        jax.jit(flash_attention.attend_causal_cudnn, static_argnums=3)(
+            q_BTHC, k_BTKC, v_BTKC, window
+        ),
+        attend_in_float64(q_BTHC, k_BTKC, v_BTKC, attn.causal_mask(T, window)),
         rtol=1e-5,
         atol=2e-6,
     )
 
 
 def cache_of(start: list[int], index: int, slots: int = 5) -> kv_cache.Cache:
-    cache = kv_cache.init_cache(2, jnp.array(start, jnp.int32), slots, K, C, jnp.float32)
-    return dataclasses.replace(cache, index=jnp.int32(index))
+    keys = (jnp.zeros((len(start), slots, K, C)),)
+    return kv_cache.Cache(keys, keys, jnp.int32(index), jnp.array(start, jnp.int32))
 
 
-def test_a_new_cache():
-    cache = kv_cache.init_cache(3, jnp.array([0, 2], jnp.int32), 5, K, C, jnp.bfloat16)
+def test_a_new_cache(make_config):
+    config = make_config({"model.num_layers": 3, "model.num_kv_heads": K}).model
+    cache = kv_cache.init_cache(config, jnp.array([0, 2], jnp.int32), 5, jnp.bfloat16)
     assert len(cache.keys) == len(cache.values) == 3
     for layer in cache.keys + cache.values:
         assert layer.shape == (2, 5, K, C) and layer.dtype == jnp.bfloat16
@@ -348,11 +366,11 @@ def test_cache_mask_is_a_literal_table():
         [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]],
         [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]],
     ]
-    mask_BTS = cache_of([0, 1, 2], index=0).mask(3)
+    mask_BTS = cache_of([0, 1, 2], index=0).mask(3, 0)
     assert mask_BTS.dtype == jnp.bool_
     np.testing.assert_array_equal(mask_BTS, np.array(prefill, bool))
     step = [[[1, 1, 1, 1, 0]], [[0, 1, 1, 1, 0]], [[0, 0, 1, 1, 0]]]
-    np.testing.assert_array_equal(cache_of([0, 1, 2], index=3).mask(1), np.array(step, bool))
+    np.testing.assert_array_equal(cache_of([0, 1, 2], index=3).mask(1, 0), np.array(step, bool))
 
 
 def test_write_cache_writes_the_rows_and_nothing_else():

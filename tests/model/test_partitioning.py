@@ -250,7 +250,7 @@ def test_a_mesh_changes_neither_logits_nor_gradients(make_config, random_params)
 
     def loss(params, tokens_BT):
         hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
-        logits_BTV = tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)[..., :VOCAB]
+        logits_BTV = tf.logits(model, params, hidden_BTD)[..., :VOCAB]
         return (logits_BTV * probe_BTV).mean(), logits_BTV
 
     step = jax.value_and_grad(loss, has_aux=True)

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from sheepop_jax.model import attention as attn
-from sheepop_jax.model import feed_forward, kv_cache
+from sheepop_jax.model import feed_forward, flash_attention, kv_cache
 from sheepop_jax.model import transformer as tf
 from sheepop_jax.model.dropout import ATTENTION_WEIGHTS, dropout
 from tests import reference
@@ -61,8 +61,7 @@ def jit_logits(model):
     @jax.jit
     def logits(params, tokens_BT, cache=None):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, cache)
-        embedding_VD = tf.output_embedding(params)
-        return tf.unembed(hidden_BTD, embedding_VD, VOCAB)[..., :VOCAB], cache
+        return tf.logits(model, params, hidden_BTD)[..., :VOCAB], cache
 
     return logits
 
@@ -80,9 +79,7 @@ def jit_hidden(model, **options):
 
 
 def empty_cache(model, start, slots, dtype=jnp.float32) -> kv_cache.Cache:
-    cfg = model.config
-    start_B = jnp.asarray(start, jnp.int32)
-    return kv_cache.init_cache(cfg.num_layers, start_B, slots, cfg.kv_heads, cfg.head_width, dtype)
+    return kv_cache.init_cache(model.config, jnp.asarray(start, jnp.int32), slots, dtype)
 
 
 def relative_error(got, expected) -> float:
@@ -105,9 +102,9 @@ def test_logits_are_the_reference(make_model, random_params, options):
     assert relative_error(got_BTV, expected_BTV) < 1e-5
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu"])
 def test_activations_are_the_closed_form(activation):
-    x = np.linspace(-9, 9, 101)
+    x = np.linspace(-9, 9, 101, dtype=np.float32).astype(np.float64)
     expected = reference.ACTIVATIONS[activation](x)
     step = 1e-4
     slope = (reference.ACTIVATIONS[activation](x + step) - expected) / step
@@ -140,7 +137,7 @@ def test_unembed_is_a_product_with_the_padded_rows_at_minus_infinity(shape):
     generator = np.random.default_rng(0)
     hidden = generator.standard_normal((*shape, 60), np.float32)
     embedding_VD = generator.standard_normal((256, 60), np.float32)
-    logits = tf.unembed(jnp.asarray(hidden), jnp.asarray(embedding_VD), VOCAB)
+    logits = tf.unembed(jnp.asarray(hidden), jnp.asarray(embedding_VD), VOCAB, 0.0)
     assert logits.dtype == jnp.float32 and logits.shape == (*shape, 256)
     expected = hidden.astype(np.float64) @ embedding_VD.astype(np.float64).T
     np.testing.assert_allclose(logits[..., :VOCAB], expected[..., :VOCAB], rtol=1e-5, atol=1e-4)
@@ -149,14 +146,14 @@ def test_unembed_is_a_product_with_the_padded_rows_at_minus_infinity(shape):
 
 def test_unembed_without_padded_rows_masks_nothing():
     ones = jnp.ones((128, 60))
-    np.testing.assert_allclose(tf.unembed(ones[:1], ones, 128), np.full((1, 128), 60.0))
+    np.testing.assert_allclose(tf.unembed(ones[:1], ones, 128, 0.0), np.full((1, 128), 60.0))
 
 
 def test_unembed_in_bf16_sums_in_fp32():
     generator = np.random.default_rng(0)
     hidden_MD = jnp.asarray(generator.standard_normal((7, 512)), jnp.bfloat16)
     embedding_VD = jnp.asarray(generator.standard_normal((128, 512)), jnp.float32)
-    logits_MV = tf.unembed(hidden_MD, embedding_VD, 128)
+    logits_MV = tf.unembed(hidden_MD, embedding_VD, 128, 0.0)
     rounded_VD = np.asarray(embedding_VD.astype(jnp.bfloat16), np.float64)
     assert logits_MV.dtype == jnp.float32
     assert relative_error(logits_MV, np.asarray(hidden_MD, np.float64) @ rounded_VD.T) < 1e-5
@@ -227,7 +224,7 @@ def test_a_packed_window_is_its_documents_alone(make_model, random_params, posit
     def logits(params, tokens_BT, segments_BT):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, segments_BT=segments_BT)
         assert cache is None
-        return tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)[..., :VOCAB]
+        return tf.logits(model, params, hidden_BTD)[..., :VOCAB]
 
     got_BTV = logits(params, tokens_BT, SEGMENTS_BT)
     expected_BTV = by_document(lambda one: reference.logits(params, model.config, one), tokens_BT)
@@ -291,11 +288,11 @@ def test_cached_logits_are_the_full_forward_logits(make_model, random_params, po
 def test_cudnn_attention_is_for_whole_contexts_alone(monkeypatch, make_model, random_params):
     calls = []
 
-    def stand_in(q_BTHC, k_BTKC, v_BTKC):
+    def stand_in(q_BTHC, k_BTKC, v_BTKC, window):
         calls.append((q_BTHC.shape, k_BTKC.shape, v_BTKC.shape))
-        return attn.attend(q_BTHC, k_BTKC, v_BTKC, attn.causal_mask(q_BTHC.shape[1]))
+        return attn.attend(q_BTHC, k_BTKC, v_BTKC, attn.causal_mask(q_BTHC.shape[1], window))
 
-    monkeypatch.setattr(attn, "attend_causal_cudnn", stand_in)
+    monkeypatch.setattr(flash_attention, "attend_causal_cudnn", stand_in)
     model = make_model({"model.num_layers": 1}, implementation="cudnn")
     params, tokens_BT = random_params(model), token_ids()
     calls.clear()
@@ -385,7 +382,7 @@ def test_padded_rows_never_matter(make_model, random_params):
     def nll_and_gradients(params):
         def mean(params):
             hidden_BTD, _ = model.apply({"params": params}, token_ids())
-            logits_BTV = tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)
+            logits_BTV = tf.logits(model, params, hidden_BTD)
             nll_BTV = -jax.nn.log_softmax(logits_BTV)[..., :VOCAB]
             return nll_BTV[..., 0].mean(), nll_BTV
 
@@ -652,7 +649,7 @@ def test_dtypes(make_model, position, dtype, cached):
             cache,
             capture_intermediates=lambda module, _: isinstance(module, tf.Block),
         )
-        logits_BTV = tf.unembed(hidden_BTD, tf.output_embedding(params), VOCAB)
+        logits_BTV = tf.logits(model, params, hidden_BTD)
         return hidden_BTD, logits_BTV, cache, state["intermediates"]
 
     hidden_BTD, logits_BTV, cache, inside = jax.eval_shape(forward, jax.random.key(0))

@@ -38,6 +38,17 @@ def test_grouped_heads_and_biases(make_config):
     )
 
 
+def test_options_of_the_architecture(make_config):
+    """A gated layer has a third matrix, a head its own width, and a window fewer scores."""
+    options = {"feed_forward": "gated", "norm": "rmsnorm", "qk_norm": True, "head_dim": 14}
+    fields = {f"model.{name}": value for name, value in options.items()}
+    config = make_config({**fields, "model.sliding_window": 4})
+    d, f, q, kv = 60, 79, 6 * 14, 3 * 14
+    block = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d + 2 * 14
+    expected = 6 * (128 * d + 2 * block + d) + 12 * 2 * 4 * q
+    assert flops_per_token(Transformer(config.model, VOCAB), config.data.seq_len) == expected
+
+
 def test_inner_jaxprs_are_counted():
     x, w = jnp.ones((3, 5)), jnp.ones((5, 5))
     one = 2 * 3 * 5 * 5

@@ -102,6 +102,24 @@ def test_the_estimate_is_within_15_percent_of_what_the_compiler_says(make_config
     check(make_config, *draw(SEED + number))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "rmsnorm", "feed_forward": "gated", "activation": "silu", "qk_norm": True,
+         "head_dim": 48, "num_kv_heads": 2},
+        {"parallel_residual": True, "partial_rotary": 0.5, "use_bias": True, "sliding_window": 64,
+         "logit_softcap": 15.0, "activation": "relu2", "num_kv_heads": 0},
+    ],
+    ids=["qwen3", "gpt_neox"],
+)  # fmt: skip
+@pytest.mark.parametrize("remat", some(("none", "dots", "full"), ("none",)))
+def test_options_of_the_architecture(make_config, options, remat):
+    fields = {"d_model": 128, "num_heads": 4, "d_ff": 384, "max_seq_len": 512, "num_layers": 3}
+    model = {f"model.{name}": value for name, value in {**fields, **options}.items()}
+    more = {"model.remat": remat, "data.seq_len": 256, "train.batch_size": 4}
+    check(make_config, 1000, model | more)
+
+
 @pytest.mark.parametrize("microbatches", some((1, 3), (1,)))
 def test_where_the_update_holds_most(make_config, microbatches):
     """Few tokens and wide matrices: the moment at which there are gradients and little else."""

@@ -21,33 +21,39 @@ def arrays():
     return hidden, embedding, targets, weights
 
 
-def reference(hidden, embedding, targets, weights):
+def reference(hidden, embedding, targets, weights, softcap=0.0):
     """Loss, d hidden and d embedding from the formula, one token at a time, in float64."""
     hidden, embedding = hidden.astype(np.float64), embedding.astype(np.float64)
     total, d_hidden, d_embedding = 0.0, np.zeros_like(hidden), np.zeros_like(embedding)
     for b in range(hidden.shape[0]):
         for t in range(hidden.shape[1]):
             logits = embedding[:VOCAB] @ hidden[b, t]
+            slope = np.ones(VOCAB)
+            if softcap:
+                slope = 1 / np.cosh(logits / softcap) ** 2
+                logits = softcap * np.tanh(logits / softcap)
             probabilities = np.exp(logits - logits.max())
             probabilities /= probabilities.sum()
             total -= weights[b, t] * np.log(probabilities[targets[b, t]])
             d_logits = probabilities.copy()
             d_logits[targets[b, t]] -= 1
-            d_logits *= weights[b, t]
+            d_logits *= weights[b, t] * slope
             d_hidden[b, t] = d_logits @ embedding[:VOCAB]
             d_embedding[:VOCAB] += np.outer(d_logits, hidden[b, t])
     return total, d_hidden, d_embedding
 
 
 value_and_gradients = jax.jit(
-    jax.value_and_grad(loss.cross_entropy_sum, argnums=(0, 1)), static_argnums=(4, 5)
+    jax.value_and_grad(loss.cross_entropy_sum, argnums=(0, 1)), static_argnums=(4, 5, 6)
 )
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 7, 50])
-def test_value_and_gradients_follow_the_formula_for_any_chunk(arrays, chunk):
-    value, gradients = value_and_gradients(*arrays, VOCAB, chunk)
-    expected, *expected_gradients = reference(*arrays)
+@pytest.mark.parametrize(
+    ("chunk", "softcap"), [(1, 0.0), (5, 0.0), (7, 0.0), (50, 0.0), (5, 2.5), (50, 0.7)]
+)
+def test_value_and_gradients_follow_the_formula_for_any_chunk(arrays, chunk, softcap):
+    value, gradients = value_and_gradients(*arrays, VOCAB, softcap, chunk)
+    expected, *expected_gradients = reference(*arrays, softcap)
     assert float(value) == pytest.approx(expected, rel=1e-6)
     for found, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
@@ -55,7 +61,7 @@ def test_value_and_gradients_follow_the_formula_for_any_chunk(arrays, chunk):
 
 def test_gradients_scale_with_what_follows(arrays):
     def halved(hidden, embedding):
-        return 0.5 * loss.cross_entropy_sum(hidden, embedding, *arrays[2:], VOCAB, 3)
+        return 0.5 * loss.cross_entropy_sum(hidden, embedding, *arrays[2:], VOCAB, 0.0, 3)
 
     found = jax.jit(jax.grad(halved, argnums=(0, 1)))(*arrays[:2])
     _, *expected = reference(*arrays)
@@ -67,7 +73,7 @@ def test_bf16_activations_give_the_embedding_a_gradient_in_fp32(arrays):
     hidden, embedding, targets, weights = arrays
     half, table = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, embedding))
     value, (d_hidden, d_embedding) = value_and_gradients(
-        half, embedding, targets, weights, VOCAB, T
+        half, embedding, targets, weights, VOCAB, 0.0, T
     )
     expected = reference(np.asarray(half), np.asarray(table), targets, weights)
     assert float(value) == pytest.approx(expected[0], rel=1e-2)
@@ -100,9 +106,9 @@ def test_evaluation_sums_are_the_same_loss_and_count_right_predictions(arrays):
     hidden, embedding, targets, weights = arrays
     best = (hidden @ embedding[:VOCAB].T).argmax(-1)
     targets[0] = best[0]
-    evaluate = jax.jit(loss.evaluation_sums, static_argnums=(4, 5))
-    sums = evaluate(hidden, embedding, targets, weights, VOCAB, 5)
-    assert float(sums.loss) == pytest.approx(reference(*arrays)[0], rel=1e-6)
+    evaluate = jax.jit(loss.evaluation_sums, static_argnums=(4, 5, 6))
+    sums = evaluate(hidden, embedding, targets, weights, VOCAB, 2.5, 5)
+    assert float(sums.loss) == pytest.approx(reference(*arrays, 2.5)[0], rel=1e-6)
     assert float(sums.weight) == weights.sum()
     assert float(sums.correct) == (weights * (best == targets)).sum()
 
@@ -110,8 +116,8 @@ def test_evaluation_sums_are_the_same_loss_and_count_right_predictions(arrays):
 def test_what_weighs_nothing_changes_nothing(arrays):
     hidden, embedding, targets, weights = arrays
     other = np.where(weights == 0, (targets + 1) % VOCAB, targets).astype(np.int32)
-    first, _ = value_and_gradients(hidden, embedding, targets, weights, VOCAB, 5)
-    second, _ = value_and_gradients(hidden, embedding, other, weights, VOCAB, 5)
+    first, _ = value_and_gradients(hidden, embedding, targets, weights, VOCAB, 0.0, 5)
+    second, _ = value_and_gradients(hidden, embedding, other, weights, VOCAB, 0.0, 5)
     assert float(first) == float(second)
 
 
@@ -127,7 +133,9 @@ def test_no_array_of_all_logits_exists():
 
     def temporary_bytes(chunk):
         gradient = jax.grad(loss.cross_entropy_sum, argnums=(0, 1))
-        compiled = jax.jit(gradient, static_argnums=(4, 5)).lower(*shapes, vocab, chunk).compile()
+        compiled = (
+            jax.jit(gradient, static_argnums=(4, 5, 6)).lower(*shapes, vocab, 0.0, chunk).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(2 * time) >= 4 * elements  # whole logits: the measure sees them
