@@ -12,13 +12,13 @@ Each folder `golden/<case>/` holds a checkpoint as `save_pretrained` writes it a
     ids_BT         int32     token ids, two rows
     positions_P    int32     the positions whose logits are kept
     logits_BPV     float32   from a forward pass in float64 (norms and rotary angles stay float32)
-    prompt_T       int32     a prompt, and
-    greedy_N       int32     the 16 most likely tokens after it, none of them end-of-text
+    prompt_T       int32     a prompt
+    greedy_N       int32     its greedy continuation, without end-of-text
     greedy_margin  float32   the smallest lead of a greedy token over the next best logit
 
 A case with a tokenizer also holds `tokenizer.json`, `tokenizer_config.json` and
 `tokenizer_cases.json` (see `golden_tokenizers.tokenizer_cases`). `golden/versions.json` names the
-libraries.
+libraries. Run `make_golden_v4.py` afterwards: it adds `config_v4.json` to every folder.
 
 A model is drawn again until greedy decoding is safe from rounding, and refused where a wrongly
 ordered tensor or a wrong field of the configuration would leave the logits as they are.

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 MOST_BYTES = 500_000
-MODEL = {"config.json", "generation_config.json", "golden.npz"}
+MODEL = {"config.json", "config_v4.json", "generation_config.json", "golden.npz"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer_cases.json"}
 WITH_TOKENIZER = {"gpt2", "llama_rope_linear", "llama_rope_llama3", "qwen2"}
 SHARDED = {"llama_sharded_bf16"}
@@ -54,11 +54,12 @@ def test_all_golden_files_together_are_small():
 
 def test_versions_are_named():
     versions = read(GOLDEN / "versions.json")
-    names = {"python", "torch", "transformers", "safetensors", "tokenizers", "numpy"}
-    assert set(versions) == names and all(versions.values())
+    libraries = {"torch", "transformers", "transformers_4", "safetensors", "tokenizers", "numpy"}
+    assert set(versions) == {"python", *libraries} and all(versions.values())
     for name in FAMILIES:
-        config = read(GOLDEN / name / "config.json")
-        assert config["transformers_version"] == versions["transformers"]
+        for suffix, library in (("", "transformers"), ("_v4", "transformers_4")):
+            config = read(GOLDEN / name / f"config{suffix}.json")
+            assert config["transformers_version"] == versions[library]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -77,7 +78,8 @@ def test_checkpoint_is_whole(name):
     assert dtypes == ({"BF16"} if name in SHARDED else {"F32"})
     expected = MODEL | weights | (TOKENIZER if name in WITH_TOKENIZER else set())
     assert {path.name for path in folder.iterdir()} == expected
-    assert read(folder / "config.json")["model_type"] == FAMILIES[name]
+    for file in ("config.json", "config_v4.json"):
+        assert read(folder / file)["model_type"] == FAMILIES[name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
