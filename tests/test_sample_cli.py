@@ -55,11 +55,11 @@ def test_a_bad_flag_is_refused_without_jax() -> None:
     assert done.stderr.startswith(b"error: --top_k: got -1") and done.stderr.count(b"\n") == 1
 
 
-def test_process_and_bytes_that_are_no_text() -> None:
-    done = run("--ckpt", "x", "--prompt_file", "-", stdin=b"ab\xff")
+def test_process_and_bytes_that_are_no_text(tiny_root: Path) -> None:
+    done = run("--ckpt", str(tiny_root / "run"), "--prompt_file", "-", stdin=b"ab\xff")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"error: --prompt_file: got 'stdin, invalid at byte 2'")
-    assert done.stderr.count(b"\n") == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(b"error: --prompt_file: got 'stdin, invalid at byte 2'")
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,13 +98,13 @@ program()[1].block_until_ready()
 
 @pytest.mark.parametrize(
     "arguments",
-    [["sample.py", "--ckpt", "x", "--prompt_file", "-"], ["-c", LONG]],
+    [["sample.py", "--ckpt", "{root}/run"], ["-c", LONG]],
     ids=["waiting for stdin", "in compiled code"],
 )
-def test_interrupt_is_quiet_and_at_once(arguments: list[str]) -> None:
+def test_interrupt_is_quiet_and_at_once(tiny_root: Path, arguments: list[str]) -> None:
     """Ctrl-C ends it with 130 and not a word, also where Python's own handler would wait."""
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *(word.replace("{root}", str(tiny_root)) for word in arguments)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -113,9 +113,9 @@ def test_interrupt_is_quiet_and_at_once(arguments: list[str]) -> None:
     assert process.stdin and process.stdout and process.stderr
     if arguments[0] == "-c":
         assert process.stdout.readline() == b"computing\n"
-        time.sleep(0.5)
     else:
-        _wait_until_reading(process.pid)
+        assert b"reading the prompt from standard input\n" in iter(process.stderr.readline, b"")
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     try:
         assert process.wait(timeout=60) == 130
@@ -124,17 +124,6 @@ def test_interrupt_is_quiet_and_at_once(arguments: list[str]) -> None:
         process.kill()
         for stream in (process.stdin, process.stdout, process.stderr):
             stream.close()
-
-
-def _wait_until_reading(pid: int) -> None:
-    """Until the process has the thread that waits for signals, and sleeps."""
-    for _ in range(2400):
-        time.sleep(0.05)
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        states = [(task / "stat").read_text().rsplit(")", 1)[1].split()[0] for task in tasks]
-        if len(tasks) > 1 and set(states) == {"S"}:
-            return
-    raise TimeoutError("sample.py never came to read stdin")
 
 
 def test_the_best_checkpoint_is_the_default(
@@ -180,6 +169,22 @@ def test_standard_input_is_a_prompt(
     assert code == 0, err
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == prompts
     assert ("standard input" in err) == ("--prompt" not in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("--ckpt {root}/nowhere", "ckpt"),
+        ("--ckpt {root}/run --step 999", "step"),
+    ],
+)
+def test_a_bad_run_is_refused_before_standard_input_is_read(
+    tiny_root: Path, run_program: Any, words: str, field: str
+) -> None:
+    """Else a user types a prompt in vain. What is waiting there is no text, which would be said."""
+    flags = words.format(root=tiny_root).split()
+    code, _, err, error = run_program("sample", flags, b"\xff")
+    assert (code, error.field) == (2, field), err
 
 
 def test_on_a_terminal_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

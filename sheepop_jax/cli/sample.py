@@ -164,7 +164,7 @@ def sample(flags: argparse.Namespace) -> None:
     Raises:
         InputError: a flag, a prompt or the run is invalid.
     """
-    sampling, named = check(flags), read_prompts(flags)
+    sampling = check(flags)
 
     from sheepop_jax.runtime import platform
 
@@ -174,8 +174,10 @@ def sample(flags: argparse.Namespace) -> None:
     from sheepop_jax.generation.engine import generate
 
     run = open_run(flags.ckpt)
-    tokenizer, trained = run.tokenizer, run.config.data.seq_len
+    run.checkpoints.resolve(flags.step or "latest")
     context = resolve_context(run.config.model, flags.context)
+    named = read_prompts(flags)  # last: standard input may wait for a user who types
+    tokenizer, trained = run.tokenizer, run.config.data.seq_len
     if sampling.top_k > tokenizer.vocab_size:
         log.warning(
             "--top_k %d exceeds the vocabulary; using %d", sampling.top_k, tokenizer.vocab_size
