@@ -1,6 +1,8 @@
-"""Progress of long data passes: a bar on a terminal, log lines elsewhere."""
+"""Progress of long data passes: a bar on a terminal, log lines elsewhere; the seconds of a call."""
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -87,3 +89,24 @@ class Progress:
             yield f"{rate / 1e6:.2f} MB/s"
         if rate and self._total > self._done:
             yield f"{(self._total - self._done) / rate:.0f} s left"
+
+
+@contextlib.contextmanager
+def elapsed(label: str) -> Iterator[None]:
+    """Logs every ten seconds for how long a call has run that reports no progress of its own.
+
+    The call must release the GIL.
+    """
+    done, start = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not done.wait(_LINE_SECONDS):
+            logger.info("%s: %.0f s so far", label, time.monotonic() - start)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

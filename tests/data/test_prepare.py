@@ -1,6 +1,8 @@
 """Bad input, and the tokenizer's training."""
 
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -156,6 +158,28 @@ def test_a_bpe_learns_from_an_even_sample(config, monkeypatch):
     one = config(tokenizer="char", tokenizer_sample_bytes=1)
     assert prepare(one).directory == prepare(config(tokenizer="char")).directory
     assert prepare(one).tokenizer.vocab_size == 1 + len(set(texts))
+
+
+def test_a_bpe_in_training_says_on_what_and_for_how_long(config, monkeypatch, caplog):
+    """The library is silent from the last piece of text on."""
+    monkeypatch.setattr("sheepop_jax.progress._LINE_SECONDS", 0.01)
+
+    def train(pieces, vocab_size):
+        read = list(pieces)
+        deadline = time.monotonic() + 30
+        while "so far" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return inner(iter(read), vocab_size)
+
+    inner = module.train_bpe
+    monkeypatch.setattr(module, "train_bpe", train)
+    caplog.set_level("INFO")
+    size = prepare(config()).train[0].num_bytes
+    assert f"on the training split ({size / 1e6:.3g} MB)" in caplog.text
+    assert re.search(r"data: training the tokenizer: \d+ s so far", caplog.text)
+    caplog.clear()
+    prepare(config(tokenizer_sample_bytes=size // 4))
+    assert f"on 25.0% of the training split ({size // 4 / 1e6:.3g} MB)" in caplog.text
 
 
 def test_a_given_tokenizer_is_used_as_it_is(config, tmp_path):

@@ -2,12 +2,14 @@
 
 import io
 import itertools
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from sheepop_jax import progress as module
-from sheepop_jax.progress import Progress
+from sheepop_jax.progress import Progress, elapsed
 
 
 @pytest.fixture
@@ -108,3 +110,17 @@ def test_on_a_terminal_there_is_a_bar_and_no_line(monkeypatch, by_clock, lines):
     assert "data: reading:  75%" in bars[0].fp.getvalue()
     assert "3.00M/4.00M" in bars[0].fp.getvalue()
     assert bars[0].disable  # closed
+
+
+def test_a_call_without_progress_logs_its_seconds(monkeypatch, lines):
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.01)
+    with pytest.raises(KeyboardInterrupt), elapsed("data: training"):
+        deadline = time.monotonic() + 30
+        while len(lines()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    said = lines()
+    assert len(said) >= 2
+    assert all(re.fullmatch(r"data: training: \d+ s so far", line) for line in said)
+    time.sleep(0.1)
+    assert lines() == said

@@ -28,7 +28,8 @@ from sheepop_jax.data.stream import TokenStream, encode_pieces
 from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
 from sheepop_jax.errors import InputError, masked
 from sheepop_jax.files import write_atomic
-from sheepop_jax.progress import Progress
+from sheepop_jax.formatting import format_bytes
+from sheepop_jax.progress import Progress, elapsed
 
 logger = logging.getLogger(__name__)
 
@@ -339,11 +340,19 @@ class _Preparation:
             logger.info("data: building the character vocabulary")
         else:
             share = min(1.0, config.tokenizer_sample_bytes / size)
-            part = "" if share == 1.0 else f" ({share:.1%} of it)"
-            logger.info("data: training a bpe tokenizer on the training split%s", part)
-        with Progress("data: reading for the tokenizer", size, self._check) as progress:
-            pieces = _pieces(spool, segments(), share, progress)
-            return train_char(pieces) if characters else train_bpe(pieces, config.vocab_size)
+            part = "" if share == 1.0 else f"{share:.1%} of "
+            logger.info(
+                "data: training a bpe tokenizer on %sthe training split (%s)",
+                *(part, format_bytes(share * size)),
+            )
+        with contextlib.ExitStack() as training:
+
+            def pieces() -> Iterator[str]:
+                with Progress("data: reading for the tokenizer", size, self._check) as progress:
+                    yield from _pieces(spool, segments(), share, progress)
+                training.enter_context(elapsed("data: training the tokenizer"))
+
+            return train_char(pieces()) if characters else train_bpe(pieces(), config.vocab_size)
 
 
 def _pieces(
