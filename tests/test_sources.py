@@ -17,7 +17,7 @@ from sheepop_jax import __main__ as tools
 from sheepop_jax import pipeline
 from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.data.preprocess.prepare import prepare
-from sheepop_jax.data.tokenizer import train_char
+from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import distributed
 from sheepop_jax.runtime.devices import Runtime

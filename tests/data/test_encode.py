@@ -13,8 +13,8 @@ from sheepop_jax.data.preprocess import encode
 from sheepop_jax.data.preprocess.corpus_store import write_corpus_store
 from sheepop_jax.data.preprocess.encode import encode_units, units
 from sheepop_jax.data.preprocess.split import choose_split
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
 from sheepop_jax.data.sources.documents import Document
-from sheepop_jax.data.tokenizer import train_bpe, train_char
 from sheepop_jax.errors import InputError
 from sheepop_jax.progress import Progress
 

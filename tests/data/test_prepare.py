@@ -10,7 +10,8 @@ import tokenizers
 
 from sheepop_jax.data.preprocess import prepare as module
 from sheepop_jax.data.preprocess.prepare import prepare
-from sheepop_jax.data.tokenizer import Tokenizer, train_char
+from sheepop_jax.data.preprocess.train_tokenizer import train_char
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from tests.data.preparing import names_in
 

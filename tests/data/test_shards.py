@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from sheepop_jax.data import shards
 from sheepop_jax.data import tokenizer as tokenizer_module
 from sheepop_jax.data.preprocess.prepare import prepare
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
 from sheepop_jax.data.shards import open_shards, verify_shards
 from sheepop_jax.data.stream import encode_text
-from sheepop_jax.data.tokenizer import train_bpe, train_char
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import sealed
 from tests.data.conftest import WORDS

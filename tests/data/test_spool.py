@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sheepop_jax.data.preprocess import corpus_store as module
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
 from sheepop_jax.data.preprocess.split import choose_split
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe
 from sheepop_jax.data.sources.documents import Document, SkipDocument
-from sheepop_jax.data.tokenizer import train_bpe
 from sheepop_jax.errors import InputError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # all but halves of surrogate pairs

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from sheepop_jax.data import tokenizer as module
-from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
+from sheepop_jax.data.preprocess import train_tokenizer
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
+from sheepop_jax.data.tokenizer import Tokenizer, split_text
 from sheepop_jax.errors import InputError
 
 TEXTS = ["the cat sat on the mat\r\n", "  the dog's, 'twas e\u0301 \U0001f411", "\tthe end."] * 5
@@ -91,7 +93,8 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 
 def test_training_is_repeatable_in_other_processes():
     code = (
-        "import json, sys; from sheepop_jax.data.tokenizer import train_bpe, train_char;"
+        "import json, sys;"
+        "from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char;"
         "texts = json.loads(sys.argv[1]); "
         "print(train_bpe(iter(texts), 283).fingerprint, train_char(texts).fingerprint)"
     )
@@ -346,13 +349,14 @@ def test_ids_of_pieces_are_those_of_the_whole_text(tokenizer, monkeypatch):
 
 
 def test_a_bpe_is_trained_on_words_of_bounded_length():
-    long = 2 * module._WORD_CHARS + 5
+    bound = train_tokenizer._WORD_CHARS
+    long = 2 * bound + 5
     for word in ("ab", "7", "+_", " ", "\n"):
         text = "the cat " + word * long + "\n the end"
-        parts = list(module._bounded_words(text))
-        assert "".join(parts) == text and len(parts) == 1 + len(word) * long // module._WORD_CHARS
+        parts = list(train_tokenizer._bounded_words(text))
+        assert "".join(parts) == text and len(parts) == 1 + len(word) * long // bound
     for text in ("a+" * long, "the cat " * long, "", "\n\n"):  # no word of them is long
-        assert list(module._bounded_words(text)) == [text]
+        assert list(train_tokenizer._bounded_words(text)) == [text]
     text = "acgt" * long
     tokenizer = train_bpe(iter([text]), 300)
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size > 260

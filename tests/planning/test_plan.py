@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sheepop_jax import __main__ as tools
-from sheepop_jax.data.tokenizer import train_char
+from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.planning.plan import USABLE
 from sheepop_jax.runtime import devices
 

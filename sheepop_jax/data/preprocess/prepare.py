@@ -21,11 +21,12 @@ from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_s
 from sheepop_jax.data.preprocess.encode import encode_units, split_pieces
 from sheepop_jax.data.preprocess.manifest import make_manifest
 from sheepop_jax.data.preprocess.split import VAL, Segment, Split, choose_split
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
 from sheepop_jax.data.shards import FORMAT, PreparedData, open_shards
 from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.data.sources.documents import Corpus
 from sheepop_jax.data.stream import TokenStream, encode_pieces
-from sheepop_jax.data.tokenizer import Tokenizer, split_text, train_bpe, train_char
+from sheepop_jax.data.tokenizer import Tokenizer, split_text
 from sheepop_jax.errors import InputError, masked
 from sheepop_jax.files import write_atomic
 from sheepop_jax.formatting import format_bytes
