@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sheepop_jax.cli.common import Parser, checked_step, command, load_params, path_argument
+from sheepop_jax.cli.common import Parser, checked_step, load_params, path_argument
 from sheepop_jax.errors import InputError
 
 DESCRIPTION = "Measure tokens/s and time to first token with and without the key/value cache."
@@ -47,16 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="directory for the JSON file and the plot (default RUN/bench)",
     )
-    parser.add_debug()
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    flags = parse(argv)
-    with command(flags):
-        run(flags)
-    return 0
+    return parser.parse(argv)
 
 
 def sizes(

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from sheepop_jax.cli.common import Parser, command
+from sheepop_jax.cli.common import Parser
 from sheepop_jax.errors import RunFailed
 
 DESCRIPTION = "List, verify and delete the checkpoints of a run."
@@ -34,16 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="let --delete and --keep delete the best or the only valid checkpoint",
     )
-    parser.add_debug()
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    flags = parse(argv)
-    with command(flags):
-        run(flags)
-    return 0
+    return parser.parse(argv)
 
 
 def run(flags: argparse.Namespace) -> None:

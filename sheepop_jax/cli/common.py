@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sheepop_jax.config.schema import DTYPES, PLATFORMS
@@ -71,12 +71,17 @@ class Parser(argparse.ArgumentParser):
         text = "run directory written by train.py"
         self.add_argument("--ckpt", required=True, type=path_argument, metavar="RUN", help=text)
 
-    def add_debug(self) -> None:
-        """Adds `--debug`."""
+    def _add_debug(self) -> None:
         self.add_argument("--debug", action="store_true", help="show tracebacks and full logs")
 
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Parses the flags, with `--debug` as the last one."""
+        self._add_debug()
+        return self.parse_args(argv)
+
     def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Parses the flags, and `--config.section.field=value` to `section.field=value`."""
+        """Like `parse`; turns `--config.section.field=value` into `section.field=value`."""
+        self._add_debug()
         flags, overrides = self.parse_known_args(argv)
         for word in overrides:
             if not word.startswith("--config."):
@@ -197,6 +202,13 @@ def command(flags: argparse.Namespace) -> Iterator[None]:
         root.handlers[:] = before
         root.setLevel(level)
         streams.close()
+
+
+def execute(run: Callable[..., int | None], flags: argparse.Namespace, *rest: Any) -> int:
+    """Calls `run(flags, *rest)` as a `command`; returns its exit code, 0 for None."""
+    with command(flags):
+        code = run(flags, *rest)
+    return code or 0
 
 
 def _open_closed_streams() -> contextlib.ExitStack:

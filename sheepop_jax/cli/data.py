@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from sheepop_jax.cli.common import Parser, command, print_text
+from sheepop_jax.cli.common import Parser, print_text
 from sheepop_jax.errors import InputError
 
 DESCRIPTION = """\
@@ -37,16 +37,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="processes that share data.cache_dir: one prepares, the others wait (default 1)",
     )
-    parser.add_debug()
     return parser.parse_with_overrides(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    flags, overrides = parse(argv)
-    with command(flags):
-        run(flags, overrides)
-    return 0
 
 
 def run(flags: argparse.Namespace, overrides: list[str]) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from sheepop_jax.cli.common import PLATFORM_HELP, Parser, command
+from sheepop_jax.cli.common import PLATFORM_HELP, Parser
 from sheepop_jax.config.schema import PLATFORMS
 
 DESCRIPTION = "Report versions, devices, precision, caches and performance problems."
@@ -20,21 +20,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("doctor", DESCRIPTION, EPILOG)
     parser.add_argument("--platform", choices=PLATFORMS, default="auto", help=PLATFORM_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_debug()
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    flags = parse(argv)
-    with command(flags):
-        from sheepop_jax.runtime.diagnosis import diagnose
+def run(flags: argparse.Namespace) -> int:
+    """Prints a diagnosis; returns 1 if the machine computes wrong numbers."""
+    from sheepop_jax.runtime.diagnosis import diagnose
 
-        found = diagnose(flags.platform)
-        if flags.json:
-            print(json.dumps(found.to_dict()))
-        else:
-            print("\n".join(_lines(found.to_dict())))
+    found = diagnose(flags.platform)
+    if flags.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        print("\n".join(_lines(found.to_dict())))
     return 0 if found.numbers == "right" else 1
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import replace
 
-from sheepop_jax.cli.common import Parser, checked_step, command, load_params, path_argument
+from sheepop_jax.cli.common import Parser, checked_step, load_params, path_argument
 from sheepop_jax.errors import InputError, masked
 
 DESCRIPTION = "Compute loss, perplexity, bits per byte and accuracy on validation text."
@@ -31,16 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--batch_size", type=int, default=8, metavar="B", help="windows per batch (default 8)")
     add("--json", action="store_true", help="print one JSON object")
-    parser.add_debug()
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    flags = parse(argv)
-    with command(flags):
-        run(flags)
-    return 0
+    return parser.parse(argv)
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from sheepop_jax.cli.common import EXIT_BAD_INPUT, command, leave_on_interrupt
+from sheepop_jax.cli.common import EXIT_BAD_INPUT, command, execute, leave_on_interrupt
 
 USAGE = """\
 usage: sheepop-jax COMMAND [flags]   (or python -m sheepop_jax COMMAND)
@@ -58,27 +58,27 @@ def main(argv: list[str] | None = None) -> int:
         case "evaluate":
             from sheepop_jax.cli import evaluate
 
-            return evaluate.main(flags)
+            return execute(evaluate.run, evaluate.parse(flags))
         case "bench":
             from sheepop_jax.cli import bench
 
-            return bench.main(flags)
+            return execute(bench.run, bench.parse(flags))
         case "data":
             from sheepop_jax.cli import data
 
-            return data.main(flags)
+            return execute(data.run, *data.parse(flags))
         case "plan":
             from sheepop_jax.cli import plan
 
-            return plan.main(flags)
+            return execute(plan.run, *plan.parse(flags))
         case "checkpoints":
             from sheepop_jax.cli import checkpoints
 
-            return checkpoints.main(flags)
+            return execute(checkpoints.run, checkpoints.parse(flags))
         case "doctor":
             from sheepop_jax.cli import doctor
 
-            return doctor.main(flags)
+            return execute(doctor.run, doctor.parse(flags))
         case "-h" | "--help" | "help":
             with command(argparse.Namespace(debug=False)):
                 print(USAGE)

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from sheepop_jax.cli.common import Parser, command
+from sheepop_jax.cli.common import Parser
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 
@@ -43,16 +43,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="expected model FLOPs utilization, a fraction of peak FLOP/s (default 0.4)",
     )
     add("--json", action="store_true", help="print one JSON object")
-    parser.add_debug()
     return parser.parse_with_overrides(argv)
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    flags, overrides = parse(argv)
-    with command(flags):
-        run(flags, overrides)
-    return 0
 
 
 def run(flags: argparse.Namespace, overrides: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sheepop_jax.cli.common import (
     Parser,
     checked_step,
-    command,
+    execute,
     leave_on_interrupt,
     load_params,
     path_argument,
@@ -96,8 +96,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     add("--json", action="store_true", help="print one JSON object per sample and line")
     add("--truncate", choices=("left",), help=TRUNCATE_HELP)
-    parser.add_debug()
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def check(flags: argparse.Namespace) -> SamplingConfig:
@@ -263,7 +262,4 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         leave_on_interrupt()
-    flags = parse(argv)
-    with command(flags):
-        sample(flags)
-    return 0
+    return execute(sample, parse(argv))

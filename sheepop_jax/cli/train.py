@@ -57,7 +57,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--process_id", type=int, metavar="I", help="index of this process, from 0 to N - 1"
     )
-    parser.add_debug()
     return parser.parse_with_overrides(argv)
 
 
