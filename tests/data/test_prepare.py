@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from sheepop_jax.data.preprocess import prepare as module
-from sheepop_jax.data.preprocess.prepare import prepare
+from sheepop_jax.data.preprocess.prepare import encode_path, prepare
 from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
@@ -224,3 +224,36 @@ def test_all_text_that_is_measured_is_compared(config, tmp_path, caplog, lost, l
     data = prepare(config(**given, val_split="tail"))
     assert data.lossless is lossless
     assert f"does not restore the {lost} text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "text"),
+    [
+        ({"source": "json", "text_column": "a.b"}, "rows", "one\ntwo\n"),  # not other.txt
+        ({"source": "json", "text_column": "a.b"}, "rows/rows.jsonl", "one\ntwo\n"),
+        ({"source": "csv", "text_column": "b"}, "quoted.tsv", '"one"\n'),
+        ({"source": "quoted_tsv", "text_column": "b"}, "quoted.tsv", "one\n"),
+        ({"source": "files"}, "quoted.tsv", 'a\tb\n1\t"one"\n'),
+        ({"encoding_errors": "replace"}, "bad.txt", "one\ufffd"),
+        ({"encoding_errors": "replace", "max_bytes": 1}, "bad.txt", "one\ufffd"),
+    ],
+)
+def test_other_text_is_read_with_the_options_of_the_run(config, tmp_path, options, name, text):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "other.txt").write_text("another")
+    rows = [{"text": "wrong", "a": {"b": word}} for word in ("one", "two")]
+    (tmp_path / "rows" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "quoted.tsv").write_text('a\tb\n1\t"one"\n')
+    (tmp_path / "bad.txt").write_bytes(b"one\xff")
+    fields = {"path": str(tmp_path / "text"), "join_rows": "text_column" in options, **options}
+    tokenizer = train_char([text])
+    read = encode_path(config(**fields), str(tmp_path / name), tokenizer, "data")
+    assert read.content.decode() == text
+    assert tokenizer.decode(read.stream.read(0, len(read.stream))) == text
+
+
+def test_a_database_has_no_other_text_for_a_run_without_a_query(config, tmp_path):
+    with pytest.raises(InputError) as caught:
+        encode_path(config(), str(tmp_path / "notes.db"), train_char(["a"]), "data")
+    assert (caught.value.field, caught.value.got) == ("data", str(tmp_path / "notes.db"))
+    assert "no query" in caught.value.expected

@@ -142,10 +142,9 @@ def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str)
             source = "files"
         elif kind == "quoted_tsv" and inner_suffix(Path(path)) == ".tsv":
             source = kind
-        config = replace(config, path=path, source=source, name="", val_path="", mixture={})
-        if config.resolved_source == "sql" and not config.query:
-            raise InputError(field, path, "a text or a table; this run has no query for a database")
-        config = replace(config, max_bytes=0)
+        config = replace(
+            config, path=path, source=source, name="", val_path="", mixture={}, max_bytes=0
+        )
         corpus = open_corpus(config, field)
         with tempfile.TemporaryDirectory(prefix="sheepop-") as directory:
             spool = write_corpus_store(Path(directory), [(config.parts[0], corpus)])
@@ -160,6 +159,9 @@ def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str)
                 lossless = lossless and bool(batch.restored[VAL])
             content = Path(directory, "text.bin").read_bytes()
     except InputError as error:
+        if error.field == "data.query":  # of a run that has none
+            expected = "a text or a table; this run has no query for a database"
+            raise InputError(field, path, expected) from None
         # The options of the run are fixed: do not suggest others.
         hint = "" if "`data." in error.hint else error.hint
         raise InputError(error.field, error.got, error.expected, hint) from error
