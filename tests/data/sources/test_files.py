@@ -254,6 +254,14 @@ def zipped(**files):
     return packed.getvalue()
 
 
+def stored(kind):
+    """An archive whose first member says what it is, as that of a book does."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("mimetype", kind)
+    return packed.getvalue()
+
+
 class TestBinary:
     """Valid UTF-8 that is no text. What is invalid as well is tested above."""
 
@@ -264,6 +272,9 @@ class TestBinary:
             ("a.tar.gz", gzip.compress(tar()), "a tar archive", "unpacking it"),
             ("a", zipped(a="x"), "a zip archive", "renaming it to {0}.zip"),
             ("a.docx", zipped(**{"word/document.xml": "x"}), "a Word document", "pandoc"),
+            ("a.xlsx", zipped(**{"xl/workbook.xml": "x"}), "an Excel workbook", "saving its sheet"),
+            ("a.epub", stored("application/epub+zip"), "an EPUB book", "pandoc"),
+            ("a.odt", stored("application/vnd.oasis.open"), "an OpenDocument file", "pandoc"),
             ("a", b"SQLite format 3\0" + b"\0" * 99, "an SQLite database", "`data.source=sql`"),
             ("a", b"PAR1\x15\x04 text", "a parquet table", "`data.source=parquet`"),
             ("a", b"%PDF-1.4\n1 0 obj", "a PDF", "`data.source=pdf`"),
@@ -294,6 +305,8 @@ class TestBinary:
             read(a(b"\x89PNG\r\n\x1a\n\0"))
         with pytest.raises(InputError, match=r"\(gzip data; .*try renaming it to .*\.gz, or"):
             read(a(gzip.compress(b"x")))
+        with pytest.raises(InputError, match=r"\(an old Office document; .*try soffice "):
+            read(a(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a.doc"))
 
     @pytest.mark.parametrize(
         "text",
