@@ -21,6 +21,7 @@ from sheepop_jax import __main__ as tools
 from sheepop_jax import pipeline
 from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.cli.common import command
+from sheepop_jax.config.loading import load_config
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import platform
 from sheepop_jax.runtime.devices import Runtime
@@ -202,6 +203,22 @@ def test_a_run_resumes_with_its_own_configuration(copy, texts, call):
     assert CHANGED.findall(result.stderr) == ["train.log_every"]
     assert result.stderr.index("changed since") < result.stderr.index("data: ")
     assert saved() == first
+
+
+def test_the_run_directory_and_the_configuration_that_were_not_named_are_said(
+    tmp_path, call, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "train", lambda config, workdir, *rest: {})
+    words = ["--config", "quickstart", "--config.data.path=mine.txt"]
+    said = call(train.main, *words)
+    assert (said.returncode, said.stderr) == (0, "run directory: runs/quickstart-mine\n")
+    config = load_config("quickstart", ["data.path=mine.txt"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+    said = call(train.main, "--workdir", "run")
+    assert (said.returncode, said.stderr) == (0, "configuration: the one saved in run\n")
+    assert call(train.main, *words, "--workdir", "run").stderr == ""
 
 
 def test_without_a_configuration_there_must_be_a_run(tmp_path, call):
