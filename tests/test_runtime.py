@@ -205,6 +205,22 @@ def test_a_user_without_a_home_has_a_temporary_cache(taken, tmp_path, monkeypatc
     files._temporary_cache.cache_clear()
 
 
+def test_a_home_that_cannot_be_written_has_a_cache_only_if_it_is_there(tmp_path, monkeypatch):
+    """As `/` is for a user of a container."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert files.cache_directory() == home / ".cache" / "sheepop_jax"
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (home, os.W_OK))
+    files._temporary_cache.cache_clear()
+    assert files.cache_directory().parent == tmp_path
+    files._temporary_cache.cache_clear()
+    (home / ".cache").mkdir()
+    assert files.cache_directory() == home / ".cache" / "sheepop_jax"
+
+
 def test_dtypes_by_platform(caplog):
     cpu = devices.Runtime("cpu", "cpu", 1, 0.0)
     gpu = devices.Runtime("cuda", "H100", 1, 989e12)
