@@ -30,6 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.evaluation": {"config", "data", "model"},
     # A leaf: it may look at all that a run needs, and only `pipeline` and `cli` import it.
     "sheepop_jax.planning": {"checkpoint.state", "config", "model", "runtime.devices", "training"},
+    # A leaf: it reads finished runs, and only `cli` imports it.
+    "sheepop_jax.interop": {"checkpoint", "config", "data", "generation", "model"},
     "sheepop_jax.pipeline": {
         "checkpoint",
         "config",
@@ -47,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "data",
         "evaluation",
         "generation",
+        "interop",
         "model",
         "pipeline",
         "planning",
@@ -68,6 +71,7 @@ WITH_JAX = tuple(
         "cli",
         "evaluation",
         "generation",
+        "interop",
         "model",
         "pipeline",
         "planning",
