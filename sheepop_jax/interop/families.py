@@ -311,7 +311,10 @@ def _refusals(config: ModelConfig, family: Family) -> list[InputError]:
     if not family.grouped_heads and config.kv_heads != config.num_heads:
         refuse("num_kv_heads", f"0 or {config.num_heads} (model.num_heads)", "num_kv_heads=0")
     if config.d_model % config.num_heads and family.name != "qwen3":
-        refuse("num_heads", f"a divisor of {config.d_model} (model.d_model)", "num_heads=1")
+        divisors = (h for h in range(config.num_heads, 0, -1) if config.d_model % h == 0)
+        works = next((h for h in divisors if h % (config.num_kv_heads or 1) == 0), 1)
+        expected = f"a divisor of {config.d_model} (model.d_model)"
+        refuse("num_heads", expected, f"num_heads={works}")
     elif not family.free_head_dim and config.head_width * config.num_heads != config.d_model:
         width = config.d_model // config.num_heads
         refuse("head_dim", f"0 or {width} (model.d_model / model.num_heads)", "head_dim=0")
