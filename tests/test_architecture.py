@@ -93,7 +93,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pickle": (),
     "dill": (),
     "cloudpickle": (),
-    "torch": (),
+    "torch": ("sheepop_jax.interop.verify",),  # which asks transformers for safetensors only
     "joblib": (),
     "shelve": (),
     "marshal": (),

@@ -94,6 +94,13 @@ def test_missing_keys_have_the_values_of_transformers(tmp_path, name):
     assert relative_error(tmp_path, name) < LIMIT
 
 
+def test_old_names_of_gpt_neox_are_read(tmp_path):
+    """Pythia's files have these names only."""
+    removed = dict.fromkeys(("rope_theta", "partial_rotary_factor", "rope_scaling"), "removed")
+    copied(tmp_path, "gpt_neox_sequential", "config_v4.json", **removed)
+    assert relative_error(tmp_path, "gpt_neox_sequential") < LIMIT
+
+
 REFUSED = [
     ("llama", {"model_type": "mixtral"}, "model_type: got 'mixtral'"),
     ("llama", {"model_type": "removed"}, "KeyError"),
