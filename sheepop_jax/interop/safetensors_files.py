@@ -248,4 +248,4 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _is_plain(file: str) -> bool:
     """Whether a name denotes a safetensors file in the same directory, on any system."""
-    return file.endswith(".safetensors") and not set(file) & set("/\\:\0") and file[0] != "."
+    return file.endswith(".safetensors") and not set(file) & set("/\\:\0")

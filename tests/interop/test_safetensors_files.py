@@ -195,6 +195,10 @@ def absolute(directory: Path) -> None:
 
 
 def windows(directory: Path) -> None:
+    rewrite_index(shards(directory), c="C:model.safetensors")
+
+
+def windows_parent(directory: Path) -> None:
     rewrite_index(shards(directory), c="..\\model.safetensors")
 
 
@@ -251,6 +255,7 @@ BAD = {
     outside: "got '../model.safetensors'.*in the same directory",
     absolute: "model.safetensors'.*in the same directory",
     windows: "in the same directory",
+    windows_parent: "in the same directory",
     pickle_in_the_index: "got 'pytorch_model.bin'.*in the same directory",
     not_a_name: "in the same directory",
     pickle_only: "pytorch_model.bin .pickle can run code",
