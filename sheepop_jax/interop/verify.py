@@ -163,7 +163,9 @@ def _tensors_row(files: WeightFiles, params: Mapping[str, Any], hub: HubModel, k
 @partial(jax.jit, static_argnums=0)
 def _forward(model: Transformer, params: Any, ids_BT: jax.Array) -> jax.Array:
     hidden_BTD, _ = model.apply({"params": params}, ids_BT)
-    logits_BTV = unembed(hidden_BTD, output_embedding(params), model.vocab_size)
+    logits_BTV = unembed(
+        hidden_BTD, output_embedding(params), model.vocab_size, model.config.logit_softcap
+    )
     return logits_BTV[..., : model.vocab_size]
 
 
