@@ -1,0 +1,355 @@
+"""Runs written as GGUF, loaded by llama.cpp, and compared with the model."""
+
+import dataclasses
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from sheepop_jax.checkpoint.run import Run, open_run
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.tokenizer import Tokenizer, train_bpe, train_char
+from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax.interop import export_gguf as module
+from sheepop_jax.interop.export_gguf import GGUF_FILE, MODELFILE, GGUFTensor, export_gguf
+from sheepop_jax.interop.families import HubModel
+from sheepop_jax.interop.verify_gguf import STRINGS as STRINGS_MADE
+from sheepop_jax.interop.verify_gguf import (
+    Report,
+    differing_tensor,
+    tokenizer_strings,
+    validation_prompts,
+    verify_gguf,
+)
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+TEXT = "".join(f"def line_{i}(x):\n    return {i * i} + x  # émile\n" for i in range(60))
+STRINGS = [
+    *(TEXT[i : i + 7] for i in range(0, 300, 5)),
+    "  \n\n\t x's 12345 <|endoftext|>",
+    "中\u0301",
+]
+GPT2 = {"position": "learned", "num_kv_heads": 0, "activation": "gelu_tanh"}
+NEOX = {"num_kv_heads": 0, "parallel_residual": True}
+LLAMA = {"norm": "rmsnorm", "feed_forward": "gated", "activation": "silu"}
+# Models that together use all that each architecture of llama.cpp, the first word, expresses.
+MODELS: dict[str, dict[str, Any]] = {
+    "starcoder2": {},
+    "starcoder2 all": {"use_bias": True, "tie_embeddings": False, "rope_theta": 500.0},
+    "starcoder2 qkv": {"qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
+    "gpt2": GPT2,
+    "gpt2 all": {**GPT2, "use_bias": True, "tie_embeddings": False},
+    "gptneox": {**NEOX, "partial_rotary": 0.4},
+    "gptneox all": {**NEOX, "use_bias": True, "tie_embeddings": False},
+    "gptneox serial": {"num_kv_heads": 0, "partial_rotary": 0.4, "qkv_bias": True},
+    "llama": LLAMA,
+    "llama all": {
+        **LLAMA,
+        "head_dim": 14,
+        "tie_embeddings": False,
+        "rope_scaling": "llama3",
+        "rope_theta": 50.0,
+        "rope_original_length": 60,
+    },
+    "qwen2": {**LLAMA, "qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
+    "qwen3": {**LLAMA, "qk_norm": True},
+    "qwen3 all": {**LLAMA, "qk_norm": True, "head_dim": 14, "tie_embeddings": False},
+}
+EPSILON = 0.02  # not the usual one, and large enough to show
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """About 300 tokens, fewer than a multiple of 128."""
+    return train_bpe(iter([TEXT]), 300)
+
+
+@pytest.fixture(scope="module")
+def make_run(
+    make_config: Callable[..., Config], random_params: Callable[..., Any], tokenizer: Tokenizer
+) -> Callable[..., tuple[Run, Any]]:
+    """`make_run({"norm": "rmsnorm", …})`: a run in no directory, and its random parameters."""
+
+    def make(fields: dict[str, Any], own: Tokenizer = tokenizer) -> tuple[Run, Any]:
+        fields = {"norm_eps": EPSILON, **fields}
+        config = make_config({f"model.{name}": value for name, value in fields.items()})
+        run = Run(Path("runs/small"), config, own, {}, 0.0, Path("shards"))
+        params = random_params(run.model())
+        for name in ("embedding", "output_embedding", "positions"):
+            if name in params:  # logits of a few units, as of trained models
+                params[name] = params[name] * 0.1
+        return run, jax.tree.map(np.asarray, params)
+
+    return make
+
+
+def verified(run: Run, params: Any, out: Path, dtype: str = "float32") -> Report:
+    """`verify_gguf` on few prompts and strings."""
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, run.tokenizer.vocab_size, (2, 9)).tolist()
+    strings = [s for s in STRINGS if not run.tokenizer.has_fixed_characters] or ["def line", "1+ x"]
+    return verify_gguf(run, params, out / GGUF_FILE, dtype, prompts, strings)
+
+
+def tensors_of(out: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(out / GGUF_FILE).tensors}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_model(name, make_run, tmp_path):
+    run, params = make_run(MODELS[name])
+    export_gguf(run, params, 7, tmp_path / "out")
+    report = verified(run, params, tmp_path / "out")
+    assert report.passed, "\n".join(map(str, report.rows))
+    fields = gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields
+    assert fields["general.architecture"].contents() == name.split()[0]
+    assert not differing_tensor(run, params, tmp_path / "out" / GGUF_FILE)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_narrow_matrices(dtype, make_run, tmp_path):
+    run, params = make_run({"d_model": 64, "num_heads": 2, "num_kv_heads": 1, "d_ff": 97})
+    export_gguf(run, params, 7, tmp_path / "out", dtype)
+    found = tensors_of(tmp_path / "out")
+    types = {name: tensor.tensor_type.name for name, tensor in found.items()}
+    narrow = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+    assert {types["token_embd.weight"], types["blk.1.attn_q.weight"]} == {narrow}
+    assert {types["blk.0.attn_norm.weight"], types["blk.1.ffn_up.bias"]} == {"F32"}
+    # 97 is not a number of whole blocks.
+    assert types["blk.0.ffn_down.weight"] == ("F16" if dtype == "q8_0" else narrow)
+    assert verified(run, params, tmp_path / "out", dtype).passed
+    assert not differing_tensor(run, params, tmp_path / "out" / GGUF_FILE)
+
+
+def test_learned_positions_stay_float32(make_run, tmp_path):
+    run, params = make_run(MODELS["gpt2"])
+    export_gguf(run, params, 7, tmp_path / "out", "float16")
+    assert tensors_of(tmp_path / "out")["position_embd.weight"].tensor_type.name == "F32"
+
+
+def altered(**fields: Any) -> Callable[[HubModel], HubModel]:
+    return lambda model: dataclasses.replace(
+        model, config=dataclasses.replace(model.config, **fields)
+    )
+
+
+# What a wrong export writes, by its name; each for one architecture.
+MISTAKES: dict[str, tuple[str, Callable[[HubModel], HubModel]]] = {
+    "eps dropped": ("starcoder2", altered(norm_eps=1e-5)),
+    "rms eps dropped": ("qwen3", altered(norm_eps=1e-6)),
+    "theta dropped": ("starcoder2 all", altered(rope_theta=10000.0)),
+    "rope scaling dropped": ("llama all", altered(rope_scaling="none")),
+    "tied flag": ("qwen3 all", altered(tie_embeddings=True)),
+    "padding kept": ("qwen2", lambda model: dataclasses.replace(model, vocab_size=384)),
+    "no parallel residual": ("gptneox", altered(parallel_residual=False)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verification_notices_a_wrong_model(mistake, make_run, tmp_path, monkeypatch):
+    name, change = MISTAKES[mistake]
+    run, params = make_run(MODELS[name])
+    right = module.checked_model(run)
+    monkeypatch.setattr(module, "checked_model", lambda run: change(right))
+    export_gguf(run, params, 7, tmp_path / "out")
+    logprobs, _, strings = verified(run, params, tmp_path / "out").rows
+    assert not logprobs.passed and strings.passed
+
+
+# Layouts of one tensor, by a part of its name.
+LAYOUTS: dict[str, tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = {
+    "q of other pairs": ("llama", "blk.1.attn_q.", lambda x: swap_pairs(x)),
+    "k of other pairs": ("llama", "blk.0.attn_k.", lambda x: swap_pairs(x)),
+    "heads as Hugging Face": ("gptneox", "blk.0.attn_qkv.weight", lambda x: x.swapaxes(0, 1)),
+    "transposed": ("starcoder2", "blk.1.attn_output.weight", lambda x: x.T),
+    "biases swapped": ("starcoder2 all", "blk.0.attn_q.bias", lambda x: x[::-1]),
+}
+
+
+def swap_pairs(x: np.ndarray) -> np.ndarray:
+    """Undoes the permutation of llama.cpp's Llama: [heads, C/2, 2, D] or flat."""
+    split = x.reshape(-1, 5, 2, 60)
+    return split.swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("mistake", LAYOUTS)
+def test_verification_names_a_wrong_tensor(mistake, make_run, tmp_path, monkeypatch):
+    name, part, change = LAYOUTS[mistake]
+    run, params = make_run(MODELS[name])
+    make = module.gguf_tensors
+
+    def wrong(*args: Any) -> Iterator[GGUFTensor]:
+        for tensor in make(*args):
+            mine = part in tensor.name
+            pack = tensor.pack
+            yield dataclasses.replace(
+                tensor,
+                pack=lambda params, pack=pack, mine=mine: (
+                    change(pack(params)) if mine else pack(params)
+                ),
+            )
+
+    monkeypatch.setattr(module, "gguf_tensors", wrong)
+    export_gguf(run, params, 7, tmp_path / "out")
+    [logprobs, *_] = verified(run, params, tmp_path / "out").rows
+    assert not logprobs.passed
+    assert part in logprobs.detail
+
+
+def test_verification_notices_a_doubled_bos(make_run, tmp_path, monkeypatch):
+    run, params = make_run(MODELS["starcoder2"])
+    right = module.gguf_vocabulary(run.tokenizer, run.tokenizer.vocab_size)
+    doubled = dataclasses.replace(right, bos=0)
+    monkeypatch.setattr(module, "gguf_vocabulary", lambda *args: doubled)
+    export_gguf(run, params, 7, tmp_path / "out")
+    logprobs, _, strings = verified(run, params, tmp_path / "out").rows
+    assert logprobs.passed and not strings.passed
+    assert strings.detail.startswith("'def lin': [0, ")
+
+
+def test_ascii_characters(make_run, tmp_path):
+    characters = train_char(["def line(x): + 1\n\t"])
+    run, params = make_run(MODELS["starcoder2"], characters)
+    export_gguf(run, params, 7, tmp_path / "out")
+    report = verified(run, params, tmp_path / "out")
+    assert report.passed, "\n".join(map(str, report.rows))
+
+
+@pytest.mark.parametrize(
+    ("expression", "name"), [(r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2"), ("", "smollm")]
+)
+def test_public_pre_tokenizers(expression, name, make_run, tmp_path):
+    """As Llama 3, Qwen and SmolLM2 split text; unused rows of the embedding beyond the tokens."""
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expression)
+    first = pre_tokenizers.Digits(individual_digits=True)
+    if expression:
+        words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + expression
+        words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        first = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    inner = tokenizers.Tokenizer.from_str(train_bpe(iter([]), 257).to_json())
+    inner.pre_tokenizer = pre_tokenizers.Sequence([first, last])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([TEXT], trainer)
+    if name == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    run, params = make_run(MODELS["starcoder2"], Tokenizer(inner))
+    export_gguf(run, params, 7, tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields
+    assert fields["tokenizer.ggml.pre"].contents() == name
+    report = verified(run, params, tmp_path / "out")
+    assert report.passed, "\n".join(map(str, report.rows))
+
+
+# Fields that llama.cpp lacks, with what the message names.
+REFUSED = [
+    ({"activation": "relu"}, "model.activation", "model.activation=gelu"),
+    ({"sliding_window": 8}, "model.sliding_window", "model.sliding_window=0"),
+    ({"rope_scaling": "llama3"}, "model.rope_scaling", "model.rope_scaling=linear"),
+    ({"position": "sinusoidal"}, "model.position", "model.position=rope"),
+    ({"logit_softcap": 30.0}, "model.logit_softcap", "model.logit_softcap=0.0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field", "hint"), REFUSED)
+def test_refuses_what_llama_cpp_lacks(fields, field, hint, make_run, tmp_path):
+    run, _ = make_run(fields)
+    with pytest.raises(InputError) as caught:
+        export_gguf(run, None, 7, tmp_path / "out")
+    assert caught.value.field == field and f"`{hint}`" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_other_tokenizers(make_run, tmp_path):
+    inner = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    for other, got in (
+        (train_char(["ab\u00e9"]), "a character tokenizer with '\\xe9' (1 outside ASCII)"),
+        (Tokenizer(inner), "another kind of tokenizer (WordLevel, Whitespace)"),
+    ):
+        run, _ = make_run({}, other)
+        with pytest.raises(InputError) as caught:
+            export_gguf(run, None, 7, tmp_path / "out")
+        assert (caught.value.field, caught.value.got) == ("data.tokenizer", got)
+        assert "byte-level BPE" in caught.value.expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_bad_requests(make_run, tmp_path, monkeypatch):
+    run, params = make_run({})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    params = {**params, "embedding": params["embedding"] * 1e7}
+
+    def field_and_got(*args: Any) -> tuple[str, Any]:
+        with pytest.raises(InputError) as caught:
+            export_gguf(run, params, 7, *args)
+        return caught.value.field, caught.value.got
+
+    assert field_and_got(tmp_path / "new", "q4_0") == ("dtype", "q4_0")
+    assert field_and_got(tmp_path / "full")[0] == "out"
+    field, got = field_and_got(tmp_path / "new", "float16")
+    assert field == "dtype" and got.startswith("float16 (token_embd.weight has a weight of ")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    assert field_and_got(tmp_path / "new") == ("format", "no package gguf")
+    with pytest.raises(InputError, match=r"sheepop_jax\[gguf\]"):
+        verified(run, params, tmp_path / "full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine"]
+
+
+def test_a_full_disk_leaves_nothing(make_run, tmp_path, monkeypatch):
+    run, params = make_run({})
+    written = gguf.GGUFWriter.write_tensor_data
+
+    def full(writer: Any, tensor: np.ndarray) -> None:
+        if len(writer.tensors[0]) < 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(writer, tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(RunFailed, match=r"out: cannot be written \(No space left on device\)"):
+        export_gguf(run, params, 7, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_that_llama_cpp_does_not_load(make_run, tmp_path):
+    run, params = make_run({})
+    (tmp_path / GGUF_FILE).write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="a file that llama.cpp does not load"):
+        verified(run, params, tmp_path)
+
+
+def test_modelfile(make_run, tmp_path):
+    run, params = make_run({})
+    export_gguf(run, params, 7, tmp_path / "out")
+    assert (tmp_path / "out" / MODELFILE).read_text() == (
+        "FROM ./model.gguf\n"
+        'TEMPLATE """{{ .Prompt }}"""\n'
+        "PARAMETER num_ctx 29\n"
+        'PARAMETER stop "<|endoftext|>"\n'
+    )
+
+
+def test_strings_and_prompts_of_a_run(tiny_root):
+    run = open_run(tiny_root / "run")
+    strings = tokenizer_strings(run.tokenizer)
+    assert len(strings) == STRINGS_MADE and len(set(strings)) > 900
+    assert strings == tokenizer_strings(run.tokenizer)
+    run.tokenizer.encode_batch(strings)
+    prompts = validation_prompts(run)
+    assert [len(prompt) for prompt in prompts] == [16] * 8
