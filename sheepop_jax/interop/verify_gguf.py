@@ -1,8 +1,8 @@
 """Measures whether llama.cpp computes, from a written GGUF file, what a run's model computes."""
 
 import dataclasses
+import functools
 import math
-import random
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,46 +17,18 @@ from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.interop.export_gguf import checked_model, gguf_tensors, import_gguf
 from sheepop_jax.interop.gguf_tokenizer import bos_id, normalizes
 from sheepop_jax.interop.llama_cpp import LlamaCpp
-from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
+from sheepop_jax.interop.verification import Row, VerificationReport
+from sheepop_jax.interop.verification_text import strings_of, texts_of
+from sheepop_jax.model.transformer import Transformer, logits
 
 # Largest difference of a log-probability, by dtype of the file: a few times what trained models
 # show (docs/interop.md), and far below the effect of a wrong layout, which is above 1.
 LIMITS = {"float32": 1e-2, "float16": 3e-2, "bfloat16": 0.2, "q8_0": 0.5}
 # Largest rounding error of a tensor, by the type in the file, relative to its largest value.
 _ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.6 / 127}
-PROMPTS, NEW_TOKENS, STRINGS = 8, 64, 1000
+NEW_TOKENS = 64
+_NAME = "llama.cpp"
 _TOP = 64  # tokens compared at each position
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement.
-
-    Attributes:
-        name: of the quantity.
-        value: what was measured.
-        limit: what is accepted.
-        passed: whether it is.
-        detail: what differs first; "" if nothing does.
-    """
-
-    name: str
-    value: str
-    limit: str
-    passed: bool
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All measurements of a file."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether all are accepted."""
-        return all(row.passed for row in self.rows)
 
 
 def verify_gguf(
@@ -66,7 +38,7 @@ def verify_gguf(
     dtype: str = "float32",
     prompts: Sequence[Sequence[int]] | None = None,
     strings: Sequence[str] | None = None,
-) -> Report:
+) -> VerificationReport:
     """Compares llama.cpp with the model of a run.
 
     llama.cpp continues each prompt with its most probable tokens; the model is given the same
@@ -77,16 +49,25 @@ def verify_gguf(
         params: the parameters that were exported, fp32.
         path: the GGUF file.
         dtype: that of the export.
-        prompts: token ids; None takes 8 pieces of the run's validation text.
+        prompts: token ids, shorter than the context; None takes the run's validation text.
         strings: texts for the tokenizer; None makes 1,000.
 
     Raises:
-        InputError: xllamacpp is missing, llama.cpp does not load the file, or the run's validation
-            text is missing.
+        InputError: xllamacpp is missing, or llama.cpp does not load the file.
     """
     context = run.config.model.max_seq_len
-    prompts = validation_prompts(run) if prompts is None else prompts
-    strings = tokenizer_strings(run.tokenizer) if strings is None else strings
+    notes = []
+    if prompts is None or strings is None:
+        texts = texts_of(run, params)
+        notes.append(f"text: {texts.source}")
+        if prompts is None:
+            kept = [max(len(ids_T) - NEW_TOKENS, (len(ids_T) + 1) // 2) for ids_T in texts.ids]
+            prompts = [ids_T[:n].tolist() for ids_T, n in zip(texts.ids, kept, strict=True)]
+        if strings is None:
+            strings = strings_of(run.tokenizer, texts.ids)
+    if normalizes(run.tokenizer):
+        notes.append("tokenizer: compared on composed characters (NFC); llama.cpp composes none")
+        strings = [unicodedata.normalize("NFC", text) for text in strings]
     whole = _whole_token(run.tokenizer)
     with LlamaCpp(path, context) as llama:
         written = [_continued(llama, prompt, context, whole) for prompt in prompts]
@@ -97,7 +78,7 @@ def verify_gguf(
         differs = differing_tensor(run, params, path) or "none"
         detail = f"{logprobs.detail}; tensors that differ from the run's: {differs}"
         logprobs = dataclasses.replace(logprobs, detail=detail)
-    return Report((logprobs, greedy, tokenizer))
+    return VerificationReport((logprobs, greedy, tokenizer), tuple(notes))
 
 
 def differing_tensor(run: Run, params: Any, path: Path) -> str:
@@ -122,41 +103,6 @@ def differing_tensor(run: Run, params: Any, path: Path) -> str:
         if got.shape != expected.shape or not np.all(np.abs(got - expected) <= close):
             return tensor.name
     return ", ".join(found)
-
-
-def validation_prompts(run: Run) -> list[list[int]]:
-    """8 pieces of the run's validation text, of 32 tokens or half the context.
-
-    Raises:
-        InputError: the run's data is missing.
-    """
-    stream = run.prepared_data().validation
-    size = min(32, run.config.model.max_seq_len // 2, len(stream))
-    starts = np.linspace(0, len(stream) - size, PROMPTS).astype(int)
-    return [stream.read(start, start + size).tolist() for start in starts]
-
-
-def tokenizer_strings(tokenizer: Tokenizer) -> list[str]:
-    """1,000 different kinds of strings that the tokenizer can encode; the same in each call."""
-    generator = random.Random(0)
-    tokens = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
-    characters = sorted({c for token in tokens for c in token if c != "\ufffd"})
-    if not tokenizer.has_fixed_characters:
-        characters += [*(chr(code) for code in range(0xA0, 0x3000, 7)), *"😀👩\u200d💻中文\u0301"]
-
-    def text() -> str:
-        pieces = []
-        for _ in range(generator.randint(1, 12)):
-            kind = generator.random()
-            if kind < 0.5:
-                pieces.append(generator.choice(tokens).replace("\ufffd", ""))
-            elif kind < 0.8:
-                pieces.append(generator.choice(characters))
-            else:  # runs, such as of spaces, on which pre-tokenizers differ
-                pieces.append(generator.choice(characters) * generator.randint(2, 9))
-        return "".join(pieces)
-
-    return [text() for _ in range(STRINGS)]
 
 
 @dataclass(frozen=True)
@@ -196,27 +142,21 @@ def _logprobs(
     written: Sequence[Sequence[_Step]],
 ) -> list[np.ndarray]:
     """The model's log-probabilities [new tokens, V] of each text, of the token at each place."""
-    texts = [
-        [*prompt, *(step.token for step in steps)]
-        for prompt, steps in zip(prompts, written, strict=True)
-    ]
-    tokens_BT = np.zeros((len(texts), max(map(len, texts))), np.int32)
-    for row, text in zip(tokens_BT, texts, strict=True):
-        row[: len(text)] = text
-
-    @jax.jit
-    @jax.default_matmul_precision("highest")  # on GPUs and TPUs, others are less precise
-    def forward(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
-        return unembed(hidden_BTD, output_embedding(params), model.vocab_size)
-
     found = []
-    for prompt, text, tokens_T in zip(prompts, texts, tokens_BT, strict=True):
-        logits_TV = np.asarray(forward(params, tokens_T[None])[0], np.float64)
-        wide_TV = logits_TV[len(prompt) - 1 : len(text) - 1, : model.vocab_size]
+    for prompt, steps in zip(prompts, written, strict=True):
+        text = np.array([*prompt, *(step.token for step in steps)], np.int32)
+        logits_TV = np.asarray(_logits(model, params, text[None])[0], np.float64)
+        wide_TV = logits_TV[len(prompt) - 1 : -1, : model.vocab_size]
         wide_TV = wide_TV - wide_TV.max(-1, keepdims=True)
         found.append(wide_TV - np.log(np.exp(wide_TV).sum(-1, keepdims=True)))
     return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Transformer, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):  # on GPUs and TPUs, others are less precise
+        hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
+        return logits(model, params, hidden_BTD)
 
 
 def _compare_logprobs(
@@ -245,16 +185,19 @@ def _compare_logprobs(
         if off >= gap:
             gap, different = off, f"{place_name}: {step.token}, not {best}"
     passed = error <= limit and len(pairs) > 0
-    close = f"all, or apart by at most {2 * limit:g}"
+    where = "" if passed else where
+    # Two tokens this close may change places within the limit of the error.
+    near = gap <= 2 * limit
+    value = f"{equal:,} of {len(pairs):,}"
+    if different and near:
+        value, different = f"{value}, others tied within {gap:.1g}", ""
     return (
-        Row("log-probability error", f"{error:.1e}", f"{limit:g}", passed, "" if passed else where),
-        Row("greedy tokens", f"{equal} of {len(pairs)}", close, gap <= 2 * limit, different),
+        Row(f"{_NAME}: max log-probability error", f"{error:.1e}", f"{limit:.0e}", passed, where),
+        Row(f"{_NAME}: greedy tokens equal", value, "all but near ties", near, different),
     )
 
 
 def _compare_tokenizers(tokenizer: Tokenizer, llama: LlamaCpp, strings: Sequence[str]) -> Row:
-    if normalizes(tokenizer):
-        strings = [unicodedata.normalize("NFC", text) for text in strings]
     begin = [] if bos_id(tokenizer) is None else [bos_id(tokenizer)]
     expected = [[*begin, *ids] for ids in tokenizer.encode_batch(list(strings))]
     found = [llama.encode(text) for text in strings]
@@ -263,5 +206,5 @@ def _compare_tokenizers(tokenizer: Tokenizer, llama: LlamaCpp, strings: Sequence
     if wrong:
         first = wrong[0]
         detail = f"{strings[first]!a}: {found[first]}, not {expected[first]}"
-    value = f"{len(strings) - len(wrong)} of {len(strings)}"
-    return Row("strings encoded equally", value, "all", not wrong, detail)
+    value = f"{len(strings) - len(wrong):,} of {len(strings):,}"
+    return Row(f"{_NAME}: strings encoded equally", value, "all", not wrong, detail)

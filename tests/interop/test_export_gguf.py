@@ -15,21 +15,17 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from sheepop_jax.checkpoint.run import Run, open_run
+from sheepop_jax.checkpoint.run import Run
 from sheepop_jax.config.schema import Config
 from sheepop_jax.data.tokenizer import Tokenizer, train_bpe, train_char
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.interop import export_gguf as module
+from sheepop_jax.interop import verify_gguf as verify
 from sheepop_jax.interop.export_gguf import GGUF_FILE, MODELFILE, GGUFTensor, export_gguf
 from sheepop_jax.interop.families import HubModel
-from sheepop_jax.interop.verify_gguf import STRINGS as STRINGS_MADE
-from sheepop_jax.interop.verify_gguf import (
-    Report,
-    differing_tensor,
-    tokenizer_strings,
-    validation_prompts,
-    verify_gguf,
-)
+from sheepop_jax.interop.verification import VerificationReport
+from sheepop_jax.interop.verification_text import Texts
+from sheepop_jax.interop.verify_gguf import differing_tensor, verify_gguf
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -37,21 +33,19 @@ TEXT = "".join(f"def line_{i}(x):\n    return {i * i} + x  # émile\n" for i in 
 STRINGS = [
     *(TEXT[i : i + 7] for i in range(0, 300, 5)),
     "  \n\n\t x's 12345 <|endoftext|>",
-    "中\u0301",
+    "中\u0301 e\u0301",
 ]
 GPT2 = {"position": "learned", "num_kv_heads": 0, "activation": "gelu_tanh"}
-NEOX = {"num_kv_heads": 0, "parallel_residual": True}
+NEOX = {"num_kv_heads": 0, "partial_rotary": 0.4}
 LLAMA = {"norm": "rmsnorm", "feed_forward": "gated", "activation": "silu"}
 # Models that together use all that each architecture of llama.cpp, the first word, expresses.
 MODELS: dict[str, dict[str, Any]] = {
-    "starcoder2": {},
+    "starcoder2": {"qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
     "starcoder2 all": {"use_bias": True, "tie_embeddings": False, "rope_theta": 500.0},
-    "starcoder2 qkv": {"qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
     "gpt2": GPT2,
     "gpt2 all": {**GPT2, "use_bias": True, "tie_embeddings": False},
-    "gptneox": {**NEOX, "partial_rotary": 0.4},
+    "gptneox": {**NEOX, "parallel_residual": True, "qkv_bias": True},
     "gptneox all": {**NEOX, "use_bias": True, "tie_embeddings": False},
-    "gptneox serial": {"num_kv_heads": 0, "partial_rotary": 0.4, "qkv_bias": True},
     "llama": LLAMA,
     "llama all": {
         **LLAMA,
@@ -62,8 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_original_length": 60,
     },
     "qwen2": {**LLAMA, "qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
-    "qwen3": {**LLAMA, "qk_norm": True},
-    "qwen3 all": {**LLAMA, "qk_norm": True, "head_dim": 14, "tie_embeddings": False},
+    "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 14, "tie_embeddings": False},
 }
 EPSILON = 0.02  # not the usual one, and large enough to show
 
@@ -78,9 +71,15 @@ def tokenizer() -> Tokenizer:
 def make_run(
     make_config: Callable[..., Config], random_params: Callable[..., Any], tokenizer: Tokenizer
 ) -> Callable[..., tuple[Run, Any]]:
-    """`make_run({"norm": "rmsnorm", …})`: a run in no directory, and its random parameters."""
+    """`make_run("llama")`, or with fields of the model: a run in no directory, its parameters."""
 
-    def make(fields: dict[str, Any], own: Tokenizer = tokenizer) -> tuple[Run, Any]:
+    made: dict[str, Any] = {}  # of the models of MODELS
+
+    def make(fields: dict[str, Any] | str, own: Tokenizer = tokenizer) -> tuple[Run, Any]:
+        if isinstance(fields, str):
+            if fields not in made:
+                made[fields] = make(MODELS[fields])
+            return made[fields]
         fields = {"norm_eps": EPSILON, **fields}
         config = make_config({f"model.{name}": value for name, value in fields.items()})
         run = Run(Path("runs/small"), config, own, {}, 0.0, Path("shards"))
@@ -93,7 +92,7 @@ def make_run(
     return make
 
 
-def verified(run: Run, params: Any, out: Path, dtype: str = "float32") -> Report:
+def verified(run: Run, params: Any, out: Path, dtype: str = "float32") -> VerificationReport:
     """`verify_gguf` on few prompts and strings."""
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, run.tokenizer.vocab_size, (2, 9)).tolist()
@@ -107,10 +106,10 @@ def tensors_of(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_the_model(name, make_run, tmp_path):
-    run, params = make_run(MODELS[name])
+    run, params = make_run(name)
     export_gguf(run, params, 7, tmp_path / "out")
     report = verified(run, params, tmp_path / "out")
-    assert report.passed, "\n".join(map(str, report.rows))
+    assert report.passed, report.table()
     fields = gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields
     assert fields["general.architecture"].contents() == name.split()[0]
     assert not differing_tensor(run, params, tmp_path / "out" / GGUF_FILE)
@@ -132,7 +131,7 @@ def test_narrow_matrices(dtype, make_run, tmp_path):
 
 
 def test_learned_positions_stay_float32(make_run, tmp_path):
-    run, params = make_run(MODELS["gpt2"])
+    run, params = make_run("gpt2")
     export_gguf(run, params, 7, tmp_path / "out", "float16")
     assert tensors_of(tmp_path / "out")["position_embd.weight"].tensor_type.name == "F32"
 
@@ -149,7 +148,7 @@ MISTAKES: dict[str, tuple[str, Callable[[HubModel], HubModel]]] = {
     "rms eps dropped": ("qwen3", altered(norm_eps=1e-6)),
     "theta dropped": ("starcoder2 all", altered(rope_theta=10000.0)),
     "rope scaling dropped": ("llama all", altered(rope_scaling="none")),
-    "tied flag": ("qwen3 all", altered(tie_embeddings=True)),
+    "tied flag": ("qwen3", altered(tie_embeddings=True)),
     "padding kept": ("qwen2", lambda model: dataclasses.replace(model, vocab_size=384)),
     "no parallel residual": ("gptneox", altered(parallel_residual=False)),
 }
@@ -158,7 +157,7 @@ MISTAKES: dict[str, tuple[str, Callable[[HubModel], HubModel]]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_verification_notices_a_wrong_model(mistake, make_run, tmp_path, monkeypatch):
     name, change = MISTAKES[mistake]
-    run, params = make_run(MODELS[name])
+    run, params = make_run(name)
     right = module.checked_model(run)
     monkeypatch.setattr(module, "checked_model", lambda run: change(right))
     export_gguf(run, params, 7, tmp_path / "out")
@@ -185,7 +184,7 @@ def swap_pairs(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("mistake", LAYOUTS)
 def test_verification_names_a_wrong_tensor(mistake, make_run, tmp_path, monkeypatch):
     name, part, change = LAYOUTS[mistake]
-    run, params = make_run(MODELS[name])
+    run, params = make_run(name)
     make = module.gguf_tensors
 
     def wrong(*args: Any) -> Iterator[GGUFTensor]:
@@ -207,7 +206,7 @@ def test_verification_names_a_wrong_tensor(mistake, make_run, tmp_path, monkeypa
 
 
 def test_verification_notices_a_doubled_bos(make_run, tmp_path, monkeypatch):
-    run, params = make_run(MODELS["starcoder2"])
+    run, params = make_run("starcoder2")
     right = module.gguf_vocabulary(run.tokenizer, run.tokenizer.vocab_size)
     doubled = dataclasses.replace(right, bos=0)
     monkeypatch.setattr(module, "gguf_vocabulary", lambda *args: doubled)
@@ -219,10 +218,10 @@ def test_verification_notices_a_doubled_bos(make_run, tmp_path, monkeypatch):
 
 def test_ascii_characters(make_run, tmp_path):
     characters = train_char(["def line(x): + 1\n\t"])
-    run, params = make_run(MODELS["starcoder2"], characters)
+    run, params = make_run({}, characters)
     export_gguf(run, params, 7, tmp_path / "out")
     report = verified(run, params, tmp_path / "out")
-    assert report.passed, "\n".join(map(str, report.rows))
+    assert report.passed, report.table()
 
 
 @pytest.mark.parametrize(
@@ -247,12 +246,12 @@ def test_public_pre_tokenizers(expression, name, make_run, tmp_path):
     inner.train_from_iterator([TEXT], trainer)
     if name == "qwen2":
         inner.normalizer = normalizers.NFC()
-    run, params = make_run(MODELS["starcoder2"], Tokenizer(inner))
+    run, params = make_run({}, Tokenizer(inner))
     export_gguf(run, params, 7, tmp_path / "out")
     fields = gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields
     assert fields["tokenizer.ggml.pre"].contents() == name
     report = verified(run, params, tmp_path / "out")
-    assert report.passed, "\n".join(map(str, report.rows))
+    assert report.passed, report.table()
 
 
 # Fields that llama.cpp lacks, with what the message names.
@@ -290,7 +289,7 @@ def test_refuses_other_tokenizers(make_run, tmp_path):
 
 
 def test_refuses_bad_requests(make_run, tmp_path, monkeypatch):
-    run, params = make_run({})
+    run, params = make_run("starcoder2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     params = {**params, "embedding": params["embedding"] * 1e7}
@@ -313,7 +312,7 @@ def test_refuses_bad_requests(make_run, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(make_run, tmp_path, monkeypatch):
-    run, params = make_run({})
+    run, params = make_run("starcoder2")
     written = gguf.GGUFWriter.write_tensor_data
 
     def full(writer: Any, tensor: np.ndarray) -> None:
@@ -328,14 +327,14 @@ def test_a_full_disk_leaves_nothing(make_run, tmp_path, monkeypatch):
 
 
 def test_the_file_that_llama_cpp_does_not_load(make_run, tmp_path):
-    run, params = make_run({})
+    run, params = make_run("starcoder2")
     (tmp_path / GGUF_FILE).write_bytes(b"GGUF")
     with pytest.raises(InputError, match="a file that llama.cpp does not load"):
         verified(run, params, tmp_path)
 
 
 def test_modelfile(make_run, tmp_path):
-    run, params = make_run({})
+    run, params = make_run("starcoder2")
     export_gguf(run, params, 7, tmp_path / "out")
     assert (tmp_path / "out" / MODELFILE).read_text() == (
         "FROM ./model.gguf\n"
@@ -345,11 +344,26 @@ def test_modelfile(make_run, tmp_path):
     )
 
 
-def test_strings_and_prompts_of_a_run(tiny_root):
-    run = open_run(tiny_root / "run")
-    strings = tokenizer_strings(run.tokenizer)
-    assert len(strings) == STRINGS_MADE and len(set(strings)) > 900
-    assert strings == tokenizer_strings(run.tokenizer)
-    run.tokenizer.encode_batch(strings)
-    prompts = validation_prompts(run)
-    assert [len(prompt) for prompt in prompts] == [16] * 8
+def test_verifies_on_the_texts_of_a_run(make_run, tmp_path, monkeypatch):
+    run, params = make_run("starcoder2")
+    ids = np.array(run.tokenizer.encode(TEXT)[:29], np.int32)
+    texts = Texts((ids, ids[3:20]), 8, "the run's validation text")
+    monkeypatch.setattr(verify, "texts_of", lambda run, params: texts)
+    export_gguf(run, params, 7, tmp_path / "out")
+    report = verify_gguf(run, params, tmp_path / "out" / GGUF_FILE)
+    assert report.passed, report.table()
+    values = [row.value for row in report.rows]
+    # Each text is continued to the end of the context, 29 tokens, from its first half.
+    assert values[1:] == [f"{29 - 15 + 29 - 9} of {29 - 15 + 29 - 9}", "1,000 of 1,000"]
+    assert report.notes == ("text: the run's validation text",)
+
+
+def test_near_ties_pass_and_other_differences_fail():
+    """Ours prefers token 1 to token 2 by `gap`, llama.cpp the other way round."""
+    for gap, limit, passes in ((0.015, 0.01, True), (0.025, 0.01, False), (0.025, 0.03, True)):
+        ours = np.array([[-9.0, -1.0, -1.0 - gap]])
+        theirs = [verify._Step({2: -1.0 - gap, 1: -1.0})]
+        logprobs, greedy = verify._compare_logprobs([ours], [theirs], limit)
+        assert logprobs.passed and greedy.passed == passes
+        assert greedy.value.startswith("0 of 1") and ("tied" in greedy.value) == passes
+        assert greedy.detail == ("" if passes else "prompt 0, new token 0: 2, not 1")
