@@ -513,7 +513,8 @@ def tool(words: str, field: str, got: Any, expected: str = "", hint: str = "") -
     return Row("tools", words, field, got, expected, hint)
 
 
-COMMANDS = ("data", "plan", "evaluate", "bench", "checkpoints")
+COMMANDS = ("data", "plan", "evaluate", "bench", "checkpoints", "export")
+EXPORT = "export --ckpt {run} --format hf --out {root}/new"
 EVALUATE, BENCH = "evaluate --ckpt {run}", "bench --ckpt {run} --prompt_lengths 4 --new_tokens 2"
 DATA, PLAN = "data --config configs/base.py", "plan --config configs/base.py"
 TOOLS = [
@@ -556,6 +557,16 @@ TOOLS = [
     tool("checkpoints --ckpt {run} --keep 999", "--keep", "999", "2, 4"),
     tool("checkpoints --ckpt {run} --keep 2 --delete 4", "", "--delete"),
     tool("checkpoints --ckpt {run} --delete x", "", "'x'"),
+    tool("export --ckpt {run} --format hf", "", "--out"),
+    tool("export --ckpt {run} --out {root}/new", "", "--format"),
+    tool(f"{EXPORT} --format onnx", "", "'onnx'"),
+    tool(f"{EXPORT} --dtype int4", "", "'int4'"),
+    tool(f"{EXPORT} --dtype q8_0", "--dtype", "q8_0", "float32, bfloat16, float16"),
+    tool(f"{EXPORT} --step newest", "--step", "newest", "latest, best"),
+    tool(f"{EXPORT} --step 999", "--step", 999, "2, 4"),
+    tool(f"{EXPORT} --out {{run}}", "--out", "run (a directory with files)", "empty"),
+    tool(f"{EXPORT} --out {{root}}/text.txt", "--out", "text.txt (a file)", "empty"),
+    tool(f"{EXPORT} --ckpt {{root}}/nothing", "--ckpt", "nothing", "", "train.py"),
     tool("data", "", "--config"),
     tool(f"{DATA} --process_index 1", "--process_index", 1, "(`process_count`)"),
     tool(f"{DATA} --process_index -1", "--process_index", -1, "(`process_count`)"),

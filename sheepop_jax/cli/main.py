@@ -18,6 +18,7 @@ commands:
   data         preprocess a corpus and print statistics and samples
   plan         estimate memory, FLOPs and time of a run
   checkpoints  list, verify and delete the checkpoints of a run
+  export       write a run for transformers, vLLM, llama.cpp or Ollama
   doctor       report versions, devices and performance problems
 
 examples:
@@ -29,9 +30,19 @@ examples:
 Run sheepop-jax COMMAND --help for the flags of a command.
 exit codes: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after saving, 130 Ctrl-C"""
 
-COMMANDS = ("train", "sample", "evaluate", "bench", "data", "plan", "checkpoints", "doctor")
+COMMANDS = (
+    "train",
+    "sample",
+    "evaluate",
+    "bench",
+    "data",
+    "plan",
+    "checkpoints",
+    "export",
+    "doctor",
+)
 # Commands that save or clean up on an interrupt; the others stop immediately.
-_HANDLE_INTERRUPTS = ("train", "data", "evaluate")
+_HANDLE_INTERRUPTS = ("train", "data", "evaluate", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             from sheepop_jax.cli import checkpoints
 
             return execute(checkpoints.run, checkpoints.parse(flags))
+        case "export":
+            from sheepop_jax.cli import export
+
+            return execute(export.run, export.parse(flags))
         case "doctor":
             from sheepop_jax.cli import doctor
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from sheepop_jax.checkpoint.run import Run
-from sheepop_jax.errors import InputError
+from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.files import write_atomic
 from sheepop_jax.interop.families import HubModel, for_export
 from sheepop_jax.interop.hub_config import write_config
@@ -90,6 +90,20 @@ def export_hf(
         write_atomic(pending / CARD, model_card(run, model, step, dtype))
         write_weights(pending, _Packed(model, params, DTYPES[dtype]), shard_bytes, DTYPES[dtype])
     return model
+
+
+def write_card(
+    run: Run, model: HubModel, step: int, out: Path, dtype: str, verification: str
+) -> None:
+    """Writes the model card of an exported directory again, with the result of its verification.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    try:
+        write_atomic(out / CARD, model_card(run, model, step, dtype, verification))
+    except OSError as error:
+        raise RunFailed(f"{out / CARD}: cannot be written ({error.strerror or error})") from None
 
 
 class _Packed(Mapping[str, np.ndarray]):

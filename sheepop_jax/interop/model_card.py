@@ -50,6 +50,8 @@ def model_card(
         "dtype of the weights": dtype,
     }
     name = run.directory.resolve().name
+    # AutoTokenizer of transformers 5 gives any Qwen2 the tokenizer of the public models.
+    loader = "PreTrainedTokenizerFast" if model.family.name == "qwen2" else "AutoTokenizer"
     return f"""\
 ---
 library_name: transformers
@@ -63,9 +65,9 @@ tags:
 A decoder-only language model, trained with sheepop_jax and exported at step {step}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {loader}
 
-tokenizer = AutoTokenizer.from_pretrained(".")  # this directory
+tokenizer = {loader}.from_pretrained(".")  # this directory
 model = AutoModelForCausalLM.from_pretrained(".")
 ids = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))

@@ -237,3 +237,9 @@ def test_the_card_has_the_figures_of_the_checkpoint_and_no_local_path(run, expor
     assert "secret" not in card and "u:p" not in card and "a.txt" in card
     assert "TABLE" in card and "Not verified" not in card
     assert r"b\|c" in card
+
+
+def test_the_card_of_qwen2_does_not_load_the_tokenizer_of_the_public_models(run) -> None:
+    for name, loader in (("qwen2", "PreTrainedTokenizerFast"), ("qwen3", "AutoTokenizer")):
+        model = for_export(config_of(MODELS[name][1]), 23)
+        assert f"tokenizer = {loader}.from_pretrained" in model_card(run, model, STEP, "float32")

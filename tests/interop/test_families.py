@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from sheepop_jax.errors import InputError
 from sheepop_jax.interop.families import FAMILIES, for_export
 from sheepop_jax.interop.hub_config import read_config, write_config
 from sheepop_jax.interop.hub_tensors import canonical_name, output_name, tensors
+from sheepop_jax.interop.safetensors_files import WeightFiles
 from sheepop_jax.model.transformer import Transformer, init_params
 from tests.interop.models import MODELS, VOCAB, config_of, nested, random_params
 
@@ -30,11 +32,7 @@ def test_config_json_restores_the_model(name: str) -> None:
     assert again == model
 
 
-# Those whose options the model computes.
-BUILT = [name for name in MODELS if name.startswith(("starcoder2", "gpt"))]
-
-
-@pytest.mark.parametrize("name", [name for name in BUILT if not MODELS[name][1].get("qkv_bias")])
+@every_model
 def test_the_file_holds_every_parameter_once(name: str) -> None:
     model = hub(name)
     params = jax.eval_shape(lambda: init_params(Transformer(model.config, VOCAB), 0))
@@ -69,6 +67,22 @@ def test_tensors_restore_the_parameters_bit_for_bit(name: str) -> None:
     for tensor in tensors(model):
         assert file[tensor.name].shape == tensor.shape
         assert file[tensor.name].flags.c_contiguous
+
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/config.json"))
+
+
+@pytest.mark.parametrize("directory", GOLDEN, ids=lambda path: path.name)
+def test_files_of_transformers_are_read_whole_and_packed_as_they_were(directory: Path) -> None:
+    model = read_config(json.loads((directory / "config.json").read_text()))
+    files = WeightFiles(directory)
+    read = {canonical_name(model, name): files.load(name) for name in files.tensors}
+    parts = [tensor.unpack(read[tensor.name]) for tensor in tensors(model)]
+    params = nested({path: array for part in parts for path, array in part.items()})
+    again = {tensor.name: tensor.pack(params) for tensor in tensors(model)}
+    assert again.keys() == read.keys()
+    for name, array in again.items():
+        assert array.dtype == read[name].dtype and array.tobytes() == read[name].tobytes()
 
 
 def packed(name: str) -> tuple[dict[str, np.ndarray], Any]:
