@@ -112,6 +112,8 @@ def get_config() -> ConfigDict:
     # Where metrics go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), both separated
     # by a comma, or "" for neither
     c.train.trackers = "tensorboard"
+    # A run whose parameters, model section and tokenizer a new run starts from; "" = none
+    c.train.init_from = ""
 
     c.checkpoint = ConfigDict()
     # Updates between checkpoints; 0 = only at the end. A checkpoint is also saved after each

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from sheepop_jax.checkpoint.origin import Origin, open_origin
 from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.checkpoint.storage import wait_for_all
 from sheepop_jax.checkpoint.workdir import WorkdirLock, check_run, create_run
@@ -72,10 +73,14 @@ def train(
     check_mesh(config, mesh)
     distributed.broadcast_from_main(lambda: check_trackers(config.train.tracker_names))
     with _locked(directory, config):
-        data = _prepare_data(config, directory, stop)
+        origin = None
+        if config.train.init_from:
+            config, origin = open_origin(config, directory)
+        data = _prepare_data(config, directory, stop, origin)
         if distributed.is_main_process():
             on_run_created(directory)
-        model = build_model(config, data.tokenizer.vocab_size, machine)
+        vocab_size = origin.vocab_size if origin else data.tokenizer.vocab_size
+        model = build_model(config, vocab_size, machine)
         packing = PackingConfig.of(config.data, data.tokenizer.end_of_text)
         batches = _training_batches(config, data, packing, mesh)
         num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
@@ -104,6 +109,7 @@ def train(
             flops_per_token=plan.flops_per_token,
             peak_flops=machine.peak_flops,
             chunk_elements=chunk_elements(machine.platform),
+            load_params=origin.load if origin else None,
             on_compiled=tune_allocator,
         )
         with _explained(plan):
@@ -122,17 +128,22 @@ def _locked(directory: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def _prepare_data(config: Config, directory: Path, stop: StopSignal) -> PreparedData:
+def _prepare_data(
+    config: Config, directory: Path, stop: StopSignal, origin: Origin | None
+) -> PreparedData:
     """Prepares the token shards, checks the sample prompt and creates the run directory."""
-    data = _shards(config, directory, stop)
+    data = _shards(config, directory, stop, origin)
     stop.check()
     if config.train.sample_tokens:
         Preview.check(config, data.tokenizer)
-    distributed.broadcast_from_main(lambda: create_run(directory, config, data))
+    vocab_size = origin.vocab_size if origin else None
+    distributed.broadcast_from_main(lambda: create_run(directory, config, data, vocab_size))
     return data
 
 
-def _shards(config: Config, directory: Path, stop: StopSignal) -> PreparedData:
+def _shards(
+    config: Config, directory: Path, stop: StopSignal, origin: Origin | None
+) -> PreparedData:
     """Prepares the shards in process 0; the other processes wait, and open them.
 
     They wait at a barrier, since a collective operation would time out after half an hour.
@@ -140,13 +151,24 @@ def _shards(config: Config, directory: Path, stop: StopSignal) -> PreparedData:
     format = FORMAT
     if (directory / "config.json").exists():
         format = format_of(open_run(directory).data_identity)
+
+    def prepared() -> PreparedData:
+        if origin is None:
+            return prepare(config.data, stop.check, format)
+        try:
+            return prepare(config.data, stop.check, format, origin.tokenizer)
+        except InputError as error:
+            # The tokenizer is fixed: do not suggest another.
+            hint = "" if "data.tokenizer" in error.hint else error.hint
+            raise InputError(error.field, error.got, error.expected, hint) from error
+
     if distributed.count() == 1:
-        return prepare(config.data, stop.check, format)
+        return prepared()
     data: PreparedData | None = None
     failure: InputError | None = None
     if distributed.is_main_process():
         try:
-            data = prepare(config.data, stop.check, format)
+            data = prepared()
         except InputError as error:
             failure = error
     try:

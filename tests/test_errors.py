@@ -121,6 +121,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("train.max_skipped_steps", 0, "at least 1"),
     ("train.profile_steps", -1, "at least 0"),
     ("train.trackers", "tensorboard,mlflow", "wandb"),
+    ("train.init_from", 3, "type str"),
     ("checkpoint.save_every", -1, "at least 0"),
     ("checkpoint.keep", 0, "at least 1"),
     ("mesh.data", 0, "-1"),

@@ -174,6 +174,16 @@ class Checkpoints:
                 raise DamagedCheckpoint(f"{root / name}: its content has changed")
         return manifest
 
+    def check_params(self, step: int, target: Any) -> None:
+        """Verifies a step and compares its parameters with the abstract `target`; loads nothing.
+
+        Raises:
+            DamagedCheckpoint: see `verify`.
+            InputError: a file cannot be read, or a name, shape or dtype differs.
+        """
+        self.verify(step)
+        self._compare(step, "params", target)
+
     def restore_params(self, step: int, target: Any) -> Any:
         """Verifies a step and loads its parameters into the abstract `target`."""
         self.verify(step)

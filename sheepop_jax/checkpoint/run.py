@@ -104,7 +104,9 @@ class Run:
             if _text_of(data.identity) == _text_of(self.data_identity):
                 return data
         try:
-            data = prepare(self.config.data, format=format_of(self.data_identity))
+            # A tokenizer that came from another run is not looked for there.
+            own = self.tokenizer if self.config.train.init_from else None
+            data = prepare(self.config.data, format=format_of(self.data_identity), tokenizer=own)
         except InputError as error:
             raise InputError(
                 f"{self.directory}: validation text",

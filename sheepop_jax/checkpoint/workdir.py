@@ -30,8 +30,11 @@ IDENTITY = (
     "optimizer.name",  # optimizer states are incompatible
     "train.batch_size",
     "train.grad_accum_steps",
+    "train.init_from",
 )
 SAME_NUMBERS = ("model.remat",)  # trades memory for time; same results
+# The entry of `config.json` that says where the first parameters came from (`train.init_from`).
+ORIGIN = "init_from"
 # What training writes in the run directory, hours after it began.
 _FILES = ("tokenizer.json", "metrics.jsonl", "train.log", "training_curve.png")
 _DIRECTORIES = (".", "checkpoints")
@@ -92,14 +95,24 @@ def _check_places(directory: Path) -> None:
             raise InputError(str(path), error.strerror, "a writable directory") from None
 
 
-def create_run(directory: Path, config: Config, data: PreparedData) -> None:
+def create_run(
+    directory: Path, config: Config, data: PreparedData, vocab_size: int | None = None
+) -> None:
     """Writes the configuration and tokenizer of a new run, or updates those of a checked run.
+
+    Args:
+        directory: the run directory.
+        config: the configuration.
+        data: the prepared data.
+        vocab_size: of the model; None is that of the data's tokenizer.
 
     Raises:
         InputError: the run in the directory was trained on other data.
     """
-    path = directory / "config.json"
+    path, kept = directory / "config.json", {}
     if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: saved[name] for name in (ORIGIN,) if name in saved}
         run = open_run(directory)
         changes = _changes(run.config, config)
         if data.identity != run.data_identity:
@@ -115,13 +128,21 @@ def create_run(directory: Path, config: Config, data: PreparedData) -> None:
     record = {
         "schema": SCHEMA,
         "config": config.to_dict(),
-        "vocab_size": data.tokenizer.vocab_size,
+        "vocab_size": vocab_size or data.tokenizer.vocab_size,
         "data": data.identity,
         "gzip_bits_per_byte": data.gzip_bits_per_byte,
         "shards": str(data.directory),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy", "grain")},
+        **kept,
     }
     write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+def record_origin(directory: Path, origin: dict[str, Any]) -> None:
+    """Adds to a run's `config.json` where its first parameters came from."""
+    path = directory / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    write_atomic(path, json.dumps({**saved, ORIGIN: origin}, indent=1) + "\n")
 
 
 class DirectoryLost(RunFailed):

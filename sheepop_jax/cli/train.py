@@ -124,7 +124,7 @@ def choose(flags: argparse.Namespace, overrides: list[str]) -> tuple[Config, Pat
     from sheepop_jax.config.loading import default_workdir, load_config, load_saved_config
 
     if flags.config is not None:
-        config = load_config(flags.config, overrides)
+        config = load_config(flags.config, overrides, flags.workdir)
         return config, Path(flags.workdir or default_workdir(flags.config, config))
     if flags.workdir is None:
         expected = "a config file or a preset, or the `workdir` of a run to resume"

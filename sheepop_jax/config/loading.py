@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,12 @@ from sheepop_jax.config.data import (
     DataConfig,
     inner_suffix,
 )
+from sheepop_jax.config.initial import FIELD, check_field, free_fields, tokenizer_of
 from sheepop_jax.config.schema import Config, saved_fields
 from sheepop_jax.config.suggestions import suggest
 from sheepop_jax.errors import InputError, is_masked
+
+log = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # in a checkout and in an installation
 # They choose another text than the preset's.
@@ -30,18 +34,29 @@ _SOURCE = ("data.source", "data.path", "data.name", "data.subset", "data.query")
 _KINDS = {bool: "True or False", int: "an integer", float: "a number"}
 
 
-def load_config(name: str, assignments: Sequence[str] = ()) -> Config:
+def load_config(
+    name: str, assignments: Sequence[str] = (), workdir: str | Path | None = None
+) -> Config:
     """Loads a configuration, applies overrides, and validates it.
+
+    With `train.init_from`, the model section and the tokenizer are those of that run.
 
     Args:
         name: path of a config file, which is executed, or name of a preset such as "quickstart".
         assignments: overrides as `section.field=value` strings.
+        workdir: the run to train; None is `default_workdir`. If it has started from
+            `train.init_from` already, that run is not read again.
 
     Raises:
-        InputError: the file or a field is invalid.
+        InputError: the file or a field is invalid, or contradicts the run in `train.init_from`.
     """
     path = _find(name)
-    return _with_overrides(_run(path), assignments, preset=Path(path).parent == PRESETS)
+
+    def resolve(values: ConfigDict, assigned: Collection[str]) -> ConfigDict:
+        return _as_in_run(values, assigned, name, workdir)
+
+    is_preset = Path(path).parent == PRESETS
+    return _with_overrides(_run(path), assignments, preset=is_preset, resolve=resolve)
 
 
 def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Config:
@@ -54,12 +69,7 @@ def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Confi
     if not path.is_file():
         expected = "the directory of an existing run, or `config` for a new run"
         raise InputError("workdir", str(run), expected, "--config quickstart")
-    try:
-        values = ConfigDict(saved_fields(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        got = f"{kind}{error}"
-        raise InputError(str(path), got, "a valid run configuration") from None
+    values = ConfigDict(_read_saved(path))
     given = {assignment.partition("=")[0] for assignment in assignments}
     for field, value in _flatten(values):
         if field not in given and isinstance(value, str) and is_masked(value):
@@ -68,9 +78,67 @@ def load_saved_config(run: str | Path, assignments: Sequence[str] = ()) -> Confi
     return _with_overrides(values, assignments, saved=True)
 
 
-def default_workdir(name: str, config: Config) -> Path:
+def _read_saved(path: Path) -> dict[str, Any]:
+    """The fields of a run's `config.json`, with those added since."""
+    try:
+        return saved_fields(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        got = f"{kind}{error}"
+        raise InputError(str(path), got, "a valid run configuration") from None
+
+
+def _as_in_run(
+    values: ConfigDict, assigned: Collection[str], name: str, workdir: str | Path | None
+) -> ConfigDict:
+    """Takes the model section and the tokenizer from the run in `train.init_from`, if any.
+
+    Overrides of `free_fields` are kept; any other that contradicts the run is refused. The model
+    section of a config file is replaced.
+    """
+    train = values.get("train")
+    run = train.get("init_from") if isinstance(train, ConfigDict) else ""
+    if not run or not isinstance(run, str):  # a wrong type is refused by the schema
+        return values
+    path = Path(run) / "config.json"
+    with contextlib.suppress(AttributeError, InputError):  # no section `data`; no run yet
+        own = Path(workdir or default_workdir(name, values)) / "config.json"
+        if _read_saved(own)["train"]["init_from"] == run:
+            path = own
+    if not path.is_file():
+        raise InputError(FIELD, run, "the directory of a run (with config.json)")
+    saved = _read_saved(path)
+    try:
+        config = Config.from_dict(saved)
+    except InputError as error:
+        raise InputError(str(path), str(error), "a valid run configuration") from None
+    model = {**vars(config.model)}
+    for field in sorted(name for name in assigned if name.startswith("model.")):
+        key, value = field.removeprefix("model."), values.model[field.removeprefix("model.")]
+        if key not in free_fields(config.model.position):
+            check_field(field, value, model[key], run)
+        model[key] = value
+    values.model = ConfigDict(model)
+    log.info("model section and tokenizer: those of %s, not those of %s", run, name)
+    data = values.get("data")
+    if isinstance(data, ConfigDict) and "tokenizer" in data:
+        trained = data.tokenizer in ("bpe", "char")
+        if trained and "data.tokenizer" in assigned:
+            check_field("data.tokenizer", data.tokenizer, config.data.tokenizer, run)
+        if trained or "data.tokenizer" not in assigned:
+            data.tokenizer = tokenizer_of(run)
+        # The schema would suggest a longer context.
+        length, longest = data.get("seq_len"), model["max_seq_len"]
+        if isinstance(length, int) and length > longest:
+            expected = f"at most {longest} (model.max_seq_len of {run})"
+            raise InputError("data.seq_len", length, expected, f"`data.seq_len={longest}`")
+    return values
+
+
+def default_workdir(name: str, config: Config | ConfigDict) -> Path:
     """The run directory of a configuration: runs/NAME, or runs/NAME-TEXT for another text.
 
+    A run that starts from another one (`train.init_from`) is runs/NAME-from-RUN.
     A text is another one if its file or dataset is not the one that the config file itself names.
     An existing run of this text in runs/NAME is kept.
 
@@ -79,6 +147,9 @@ def default_workdir(name: str, config: Config) -> Path:
         config: the configuration, with overrides.
     """
     directory = Path("runs") / Path(name).stem
+    if config.train.init_from:
+        origin = Path(config.train.init_from).resolve().name
+        directory = directory.with_name(f"{directory.name}-from-{origin}")
     data, own = config.data, _run(_find(name)).data
     if Path(data.path or data.name).name == Path(own.path or own.name).name:
         return directory
@@ -89,7 +160,7 @@ def default_workdir(name: str, config: Config) -> Path:
     return directory.with_name(f"{directory.name}-{_text_name(data)}")
 
 
-def _text_name(data: DataConfig) -> str:
+def _text_name(data: DataConfig | ConfigDict) -> str:
     """A short name for a text, from the names of its files or its dataset."""
     names = []
     for item in filter(None, map(str.strip, (data.path or data.name).split(","))):
@@ -103,7 +174,12 @@ def _text_name(data: DataConfig) -> str:
 
 
 def _with_overrides(
-    plain: ConfigDict, assignments: Sequence[str], *, preset: bool = False, saved: bool = False
+    plain: ConfigDict,
+    assignments: Sequence[str],
+    *,
+    preset: bool = False,
+    saved: bool = False,
+    resolve: Callable[[ConfigDict, Collection[str]], ConfigDict] = lambda values, assigned: values,
 ) -> Config:
     """Applies overrides to the fields of a config file or, if `saved`, of a run, and validates.
 
@@ -120,7 +196,7 @@ def _with_overrides(
     if preset and other_text and prompt in values and prompt not in assigned:
         assignments = [*assignments, f"{prompt}="]
     try:
-        config = Config.from_dict(_assign(plain, assignments))
+        config = Config.from_dict(resolve(_assign(plain, assignments), assigned))
     except (absl_flags.Error, ValueError, TypeError):
         for field, value in assigned.items():  # find the invalid one
             try:

@@ -43,7 +43,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "sliding_window": 0,
         "logit_softcap": 0.0,
     },
-    "train": {"trackers": "tensorboard"},
+    "train": {"trackers": "tensorboard", "init_from": ""},
 }
 HUGE_INT = 10**300  # beyond the range of every float field
 
@@ -205,6 +205,7 @@ class TrainConfig(Section):
     max_skipped_steps: int
     profile_steps: int
     trackers: str
+    init_from: str
 
     prefix = "train."
 

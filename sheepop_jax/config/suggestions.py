@@ -128,7 +128,6 @@ ALIASES = {
     "output_dir": "`workdir`",
     "run_name": "`workdir`",
     "model_tag": "`workdir`",
-    "init_from": "`workdir` of the run to resume",
     "resume_from_checkpoint": "`workdir` of the run to resume",
 }
 

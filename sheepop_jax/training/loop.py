@@ -60,6 +60,8 @@ class Job:
         flops_per_token: model FLOPs per token, forward and backward.
         peak_flops: FLOP/s of all devices together; 0 if unknown.
         chunk_elements: logits computed at a time by the chunked loss (`loss.chunk_elements`).
+        load_params: abstract parameters with shardings → the parameters that a new run starts with;
+            None draws them.
         on_compiled: called before the first step with the train step's FLOPs and temporary bytes.
     """
 
@@ -74,6 +76,7 @@ class Job:
     flops_per_token: float
     peak_flops: float
     chunk_elements: int = CHUNK_ELEMENTS
+    load_params: Callable[[Any], Any] | None = None
     on_compiled: Callable[[float, int], None] = lambda flops, temporaries: None
 
 
@@ -116,7 +119,7 @@ class _Loop:
             job.directory / "checkpoints", config.checkpoint.keep, self.held
         )
         self.state, self.shardings, saved = restore_or_init(
-            job.model, self.optimizer, config.seed, job.mesh, self.checkpoints
+            job.model, self.optimizer, config.seed, job.mesh, self.checkpoints, job.load_params
         )
         self.step = self.saved_step = self.first_step = int(self.state.step)
         self.best = distributed.broadcast_from_main(self.checkpoints.best_score)

@@ -1,9 +1,12 @@
-"""The initial state of a run: the newest valid checkpoint, or new parameters."""
+"""The initial state of a run: the newest valid checkpoint, or new or given parameters."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -25,10 +28,20 @@ def restore_or_init(
     seed: int,
     mesh: Mesh,
     checkpoints: CheckpointSaver,
+    load_params: Callable[[Any], Any] | None = None,
 ) -> tuple[TrainState, Any, dict[str, Any]]:
     """Restores the newest valid checkpoint, or initializes a new state.
 
     Damaged checkpoints are quarantined with a warning. The main process chooses the step.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer.
+        seed: of new parameters.
+        mesh: the devices.
+        checkpoints: those of the run.
+        load_params: abstract parameters with shardings → the parameters of a new state; None draws
+            them.
 
     Returns:
         The state, sharded over the mesh; its shardings; and the figures saved with it.
@@ -47,7 +60,16 @@ def restore_or_init(
     newest = distributed.broadcast_from_main(lambda: _newest_whole(checkpoints))
     if newest is None:
         log.info("no checkpoint: starting at step 0")
-        return jit_init(fresh, shardings)(), shardings, {}
+        if load_params is None:
+            return jit_init(fresh, shardings)(), shardings, {}
+        params = load_params(target.params)
+
+        def others(params: Any) -> TrainState:  # without the parameters, which it would copy
+            zero, other_zero = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+            return TrainState(zero, other_zero, None, optimizer.init(params))
+
+        state = jit_init(others, replace(shardings, params=None))(params)
+        return replace(state, params=params), shardings, {}
     state = checkpoints.restore(newest["step"], target)
     log.info("resuming from step %d", newest["step"])
     if distributed.is_main_process():

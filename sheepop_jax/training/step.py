@@ -40,7 +40,7 @@ def init_state(
     return TrainState(step, updates, params, optimizer.init(params))
 
 
-def jit_init(init: Callable[[], Any], shardings: Any = None) -> Callable[[], Any]:
+def jit_init(init: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
     """Compiles an initializer with `jax.jit`; its outputs get `shardings` if given."""
     return jax.jit(init, out_shardings=shardings, compiler_options=init_compiler_options())
 

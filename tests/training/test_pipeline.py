@@ -159,6 +159,7 @@ REFUSED = {
     "optimizer.name": "muon",
     "train.batch_size": 16,
     "train.grad_accum_steps": 3,
+    "train.init_from": "another",
 }
 OTHER_DATA = {"data.val_fraction": 0.3, "data.val_split": "tail", "data.tokenizer": "bpe"}
 TAKEN = {

@@ -41,7 +41,10 @@ _SOURCES_FORMAT = 2  # incremented when the same sources would give another text
 
 
 def prepare(
-    config: DataConfig, check: Callable[[], None] = lambda: None, format: int = FORMAT
+    config: DataConfig,
+    check: Callable[[], None] = lambda: None,
+    format: int = FORMAT,
+    tokenizer: Tokenizer | None = None,
 ) -> PreparedData:
     """Returns the token shards of the configured sources, from the cache if nothing has changed.
 
@@ -52,14 +55,15 @@ def prepare(
         config: the sources, the split, the tokenizer and the cache directory.
         check: called often; may raise to stop. Finished units are kept.
         format: of the shards; that of an existing run (`format_of`) gives its tokens again.
+        tokenizer: used instead of `config.tokenizer`.
 
     Raises:
         InputError: the corpus, the split, the tokenizer or the cache directory is invalid; the
             cache is left as it was.
     """
     sources = [(part, open_corpus(part.config)) for part in config.parts]
-    given = None
-    if config.tokenizer not in ("bpe", "char"):
+    given = tokenizer
+    if given is None and config.tokenizer not in ("bpe", "char"):
         given = Tokenizer.from_file(config.tokenizer)
     signatures = [corpus.signature() for _, corpus in sources]
     fields = [asdict(part.config) for part, _ in sources]

@@ -1,0 +1,159 @@
+"""The parameters and the tokenizer that a run takes from another one (`train.init_from`)."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
+from sheepop_jax.checkpoint.run import Run, open_run
+from sheepop_jax.checkpoint.workdir import record_origin
+from sheepop_jax.config.initial import FIELD, check_model, tokenizer_of
+from sheepop_jax.config.schema import Config
+from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.errors import InputError
+from sheepop_jax.model.transformer import init_params
+from sheepop_jax.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run takes from another one.
+
+    Attributes:
+        directory: the new run.
+        run: the other one; not read once the new run has a checkpoint.
+        step: the checkpoint of the other run; None if the new one has a checkpoint.
+        vocab_size: of the model.
+    """
+
+    directory: Path
+    run: Path
+    step: int | None
+    vocab_size: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of both runs."""
+        where = self.directory if self.step is None else self.run
+        return Tokenizer.from_file(where / "tokenizer.json")
+
+    def load(self, target: Any) -> Any:
+        """Loads the parameters, logs and records where they came from.
+
+        Every process must call this.
+
+        Args:
+            target: abstract parameters with the shardings of the new run.
+
+        Raises:
+            InputError: the checkpoint has been deleted or changed since it was chosen.
+        """
+        if self.step is None:
+            checkpoints = str(self.directory / "checkpoints")
+            raise InputError(checkpoints, "no checkpoint", "the one that was there", "again")
+        try:
+            params = Checkpoints(self.run / "checkpoints").restore_params(self.step, target)
+        except DamagedCheckpoint as damage:
+            raise _not_whole(str(self.run), self.step, damage) from None
+        sha256 = sha256_of_params(params)
+        log.info("parameters: step %d of %s, SHA-256 %s", self.step, self.run, sha256)
+        origin = {"path": str(self.run.absolute()), "step": self.step, "sha256": sha256}
+        distributed.broadcast_from_main(lambda: record_origin(self.directory, origin))
+        return params
+
+
+def open_origin(config: Config, directory: Path) -> tuple[Config, Origin]:
+    """Opens the run that `train.init_from` names, unless the new run has a checkpoint of its own.
+
+    Args:
+        config: the configuration of the new run.
+        directory: its run directory.
+
+    Returns:
+        The configuration with the path of the tokenizer, and what it takes from the other run.
+
+    Raises:
+        InputError: the other run is missing, has no valid checkpoint, or contradicts `config`.
+    """
+    name = config.train.init_from
+    chosen = distributed.broadcast_from_main(lambda: _choose(config, directory))
+    data = replace(config.data, tokenizer=tokenizer_of(name))
+    return replace(config, data=data), Origin(directory, Path(name), **chosen)
+
+
+def _choose(config: Config, directory: Path) -> dict[str, Any]:
+    """The step to start from, and the size of the vocabulary."""
+    name, own = config.train.init_from, Checkpoints(directory / "checkpoints")
+    has_begun = bool(own.steps() or own.aside())
+    run = open_run(directory) if has_begun else _open(name)
+    _check_tokenizer(config, run.tokenizer)
+    vocab_size = run.model().vocab_size
+    if has_begun:
+        return {"step": None, "vocab_size": vocab_size}
+    check_model(config.model, run.config.model, name)
+    target = jax.eval_shape(lambda: init_params(run.model(), 0))
+
+    def whole(step: int) -> int:
+        try:
+            run.checkpoints.check_params(step, target)
+        except DamagedCheckpoint as damage:
+            raise _not_whole(name, step, damage) from None
+        return step
+
+    return {"step": run.checkpoints.read(None, whole), "vocab_size": vocab_size}
+
+
+def _open(name: str) -> Run:
+    try:
+        return open_run(name)
+    except InputError as error:
+        if error.field != "ckpt":
+            raise
+        raise InputError(FIELD, name, error.expected) from None
+
+
+def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer file with another content than the run's."""
+    name, path = config.train.init_from, config.data.tokenizer
+    if path in ("bpe", "char", tokenizer_of(name)):
+        return
+    if Tokenizer.from_file(path).fingerprint != tokenizer.fingerprint:
+        expected = f"the tokenizer of {name} (`{FIELD}`)"
+        raise InputError("data.tokenizer", path, expected, "leaving it out: it is taken from there")
+
+
+def _not_whole(name: str, step: int, damage: DamagedCheckpoint) -> InputError:
+    hint = f"another run, or 'checkpoints --ckpt {name} --delete {step} --force' for another step"
+    return InputError(FIELD, name, f"a run with a valid step {step} ({damage})", hint)
+
+
+def sha256_of_params(params: Any) -> str:
+    """The hexadecimal SHA-256 of parameters, the same on any mesh.
+
+    In the order of their names, a line `NAME DTYPE[SHAPE]` and the row-major bytes of each. With
+    several processes, all must call this.
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for name, leaf in sorted((storage.name_of(path), leaf) for path, leaf in leaves):
+        array = _on_host(leaf)
+        digest.update(f"{name} {array.dtype.name}{json.dumps(array.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    from jax.experimental import multihost_utils  # lazy: only for several processes
+
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
