@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     # A leaf: it may look at all that a run needs, and only `pipeline` and `cli` import it.
     "sheepop_jax.planning": {"checkpoint.state", "config", "model", "runtime.devices", "training"},
     # A leaf: it reads finished runs, and only `cli` imports it.
-    "sheepop_jax.interop": {"checkpoint", "config", "data", "generation", "model"},
+    "sheepop_jax.interop": {"checkpoint", "config", "data", "evaluation", "generation", "model"},
     "sheepop_jax.pipeline": {
         "checkpoint",
         "config",

@@ -1,18 +1,25 @@
-"""`sheepop-jax evaluate`: loss, perplexity, bits per byte and accuracy of a run."""
+"""`sheepop-jax evaluate`: metrics of a run on text, or on tasks of lm-evaluation-harness."""
 
 import argparse
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sheepop_jax.cli.common import Parser, checked_step, load_params, path_argument
 from sheepop_jax.errors import InputError, masked
+
+if TYPE_CHECKING:  # these import jax
+    from sheepop_jax.checkpoint.run import Run
+    from sheepop_jax.runtime.devices import Runtime
 
 DESCRIPTION = "Compute loss, perplexity, bits per byte and accuracy on validation text."
 EPILOG = """\
 examples:
   python -m sheepop_jax evaluate --ckpt runs/quickstart
-  python -m sheepop_jax evaluate --ckpt runs/base --data my_text.txt --step best --json"""
+  python -m sheepop_jax evaluate --ckpt runs/base --data my_text.txt --step best --json
+  python -m sheepop_jax evaluate --ckpt runs/base --lm_eval hellaswag,arc_easy"""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -30,6 +37,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="tokens that a window repeats from the previous one as context (default 0)",
     )
     add("--batch_size", type=int, default=8, metavar="B", help="windows per batch (default 8)")
+    add(
+        "--lm_eval",
+        metavar="TASKS",
+        help="tasks of lm-evaluation-harness, comma-separated, instead of text (pip install "
+        "lm-eval)",
+    )
+    text = "directory of more task files for --lm_eval"
+    add("--include_path", type=path_argument, metavar="DIR", help=text)
     add("--json", action="store_true", help="print one JSON object")
     return parser.parse(argv)
 
@@ -43,6 +58,10 @@ def run(flags: argparse.Namespace) -> None:
     if flags.batch_size < 1:
         raise InputError("batch_size", flags.batch_size, "at least 1")
     wanted = checked_step(flags.step)
+    if flags.lm_eval is not None:
+        _check_harness(flags)
+    elif flags.include_path is not None:
+        raise InputError("include_path", flags.include_path, "no value unless `lm_eval` is set")
     from sheepop_jax.runtime import platform
 
     machine = platform.prepare(flags.platform)
@@ -53,6 +72,9 @@ def run(flags: argparse.Namespace) -> None:
     from sheepop_jax.generation.requests import resolve_context
 
     opened = open_run(flags.ckpt)
+    if flags.lm_eval is not None:
+        _run_harness(flags, opened, wanted, machine)
+        return
     seq_len = opened.config.data.seq_len
     if flags.context is not None:
         seq_len = resolve_context(opened.config.model, flags.context)
@@ -101,3 +123,32 @@ def run(flags: argparse.Namespace) -> None:
     for name, value in found.items():
         if value is not None:
             print(f"  {name:20}{value:,}" if isinstance(value, int) else f"  {name:20}{value:.4f}")
+
+
+def _check_harness(flags: argparse.Namespace) -> None:
+    """Checks the flags of `--lm_eval` before a device is touched."""
+    for name, default in (("data", None), ("overlap", 0)):
+        if (value := getattr(flags, name)) != default:
+            raise InputError(name, value, "no value with `lm_eval`: tasks have their own text")
+    if flags.include_path is not None and not Path(flags.include_path).is_dir():
+        raise InputError("include_path", flags.include_path, "a directory of task files")
+
+
+def _run_harness(
+    flags: argparse.Namespace, opened: "Run", wanted: str | int | None, machine: "Runtime"
+) -> None:
+    """Prints the table of the harness, or its results as JSON."""
+    from sheepop_jax.generation.requests import resolve_context
+    from sheepop_jax.interop.lm_eval import Adapter, check_installed, evaluate_tasks
+
+    check_installed(flags.lm_eval)
+    context = resolve_context(opened.config.model, flags.context)
+    params, step = load_params(opened, wanted, flags.quantize)
+    model = opened.model(machine.compute_dtype(flags.dtype))
+    adapter = Adapter(model, params, opened.tokenizer, context, flags.batch_size)
+    results, table = evaluate_tasks(adapter, flags.lm_eval, flags.include_path)
+    if flags.json:
+        print(json.dumps(results, default=str))
+        return
+    print(f"step {step} of {opened.directory}:")
+    print(table)
