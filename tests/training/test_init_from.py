@@ -183,6 +183,8 @@ def test_a_contradiction_is_refused_by_field(words, word, field, expected):
         load_config("base", words(word))
     assert (error.value.field, str(error.value.got)) == (field, load_value(word))
     assert expected in error.value.expected
+    if field == "data.seq_len":
+        assert error.value.hint == "`data.seq_len=32`"
 
 
 def load_value(word: str) -> str:
