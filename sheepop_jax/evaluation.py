@@ -283,8 +283,7 @@ def _row_sums(
 
     def sums(row: tuple[jax.Array, ...]) -> EvaluationSums:
         hidden_1TD, targets_1T, weights_1T = (x[None] for x in row)
-        return evaluation_sums(
-            hidden_1TD, embedding_VD, targets_1T, weights_1T, model.vocab_size, chunk
-        )
+        arrays = hidden_1TD, embedding_VD, targets_1T, weights_1T
+        return evaluation_sums(*arrays, model.vocab_size, model.config.logit_softcap, chunk)
 
     return jax.lax.map(sums, (hidden_BTD, targets_BT, weights_BT))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sheepop_jax.checkpoint.run import open_run
-from sheepop_jax.data.tokenizer import train_char
+from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import continuation_log_likelihoods, rolling_windows
 from sheepop_jax.interop import lm_eval as harness

@@ -115,7 +115,7 @@ def test_the_first_loss_is_that_of_the_runs_parameters(source, words, tmp_path, 
     def loss_of(params):
         hidden, _ = model.apply({"params": params}, inputs)
         sums = evaluation_sums(
-            hidden, params["embedding"], targets, weights, model.vocab_size, weights.size
+            hidden, params["embedding"], targets, weights, model.vocab_size, 0.0, weights.size
         )
         return sums[0] / sums[2]
 
