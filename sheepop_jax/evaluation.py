@@ -138,7 +138,7 @@ class Evaluator:
 
     def __call__(self, params: Any) -> EvaluationMetrics:
         """Evaluates parameters (fp32 or quantized); shows a progress bar on a terminal."""
-        bytes_per_token = self.stream.num_bytes / (len(self.stream) - 1)
+        bytes_per_token = self.stream.num_bytes / self.stream.num_targets
         return evaluate(self.model, params, self._on_device(self._batches()), bytes_per_token)
 
     def validate(self, params: Any) -> dict[str, float]:

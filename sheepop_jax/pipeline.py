@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from sheepop_jax.checkpoint.origin import Origin, open_origin
@@ -79,9 +80,10 @@ def train(
         data = _prepare_data(config, directory, stop, origin)
         if distributed.is_main_process():
             on_run_created(directory)
-        vocab_size = origin.vocab_size if origin else data.tokenizer.vocab_size
+        tokenizer = data.tokenizer
+        vocab_size = origin.vocab_size if origin else tokenizer.vocab_size
         model = build_model(config, vocab_size, machine)
-        packing = PackingConfig.of(config.data, data.tokenizer.end_of_text)
+        packing = PackingConfig.of(config.data, tokenizer.end_of_text, tokenizer.document_bos)
         batches = _training_batches(config, data, packing, mesh)
         num_steps = config.train.num_steps or config.train.num_epochs * batches.steps_per_epoch
         plan = make_plan(config, model, mesh, machine)
@@ -217,11 +219,13 @@ def _log_compression(bits_per_byte: float, data: PreparedData, num_tokens: int) 
     part, same, gzip_figure = "", "the same bytes", data.gzip_bits_per_byte
     if num_tokens < len(data.validation):
         part = f", first {num_tokens / len(data.validation):.1%}"
-        text = data.tokenizer.decode(data.validation.read(0, num_tokens)).encode()
+        tokens = data.validation.read(0, num_tokens)
+        text = data.tokenizer.decode(tokens).encode()
         gzip_figure = gzip_bits_per_byte([text])
         # Metrics take the bytes per token of all validation text; here, those of this part.
-        mean = data.validation.num_bytes / (len(data.validation) - 1)
-        bits_per_byte *= (num_tokens - 1) * mean / len(text)
+        mean = data.validation.num_bytes / data.validation.num_targets
+        num_targets = np.count_nonzero(tokens[1:] != data.tokenizer.document_bos)
+        bits_per_byte *= num_targets * mean / len(text)
     elif data.validation.num_bytes > GZIP_BYTES:
         same = f"the first {GZIP_BYTES / 1e6:.0f} MB"
     line = "validation text%s: %.3f bits per byte; gzip -9 needs %.3f on %s"

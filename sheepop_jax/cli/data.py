@@ -66,7 +66,8 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.json:
         print(json.dumps(prepared.manifest))
         return
-    layout = PackingConfig.of(config.data, prepared.tokenizer.end_of_text)
+    tokenizer = prepared.tokenizer
+    layout = PackingConfig.of(config.data, tokenizer.end_of_text, tokenizer.document_bos)
     print(describe(prepared, layout, config.seed))
     for number, text in enumerate(
         random_windows(prepared, layout, config.seed, flags.windows), start=1

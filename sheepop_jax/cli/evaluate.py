@@ -103,7 +103,8 @@ def run(flags: argparse.Namespace) -> None:
         }
     params, step = load_params(opened, wanted, flags.quantize)
     model = opened.model(machine.compute_dtype(flags.dtype))
-    packing = PackingConfig.of(opened.config.data, opened.tokenizer.end_of_text)
+    tokenizer = opened.tokenizer
+    packing = PackingConfig.of(opened.config.data, tokenizer.end_of_text, tokenizer.document_bos)
     evaluator = Evaluator(
         model, stream, replace(packing, seq_len=seq_len), flags.batch_size, flags.overlap
     )

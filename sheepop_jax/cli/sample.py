@@ -199,12 +199,13 @@ def sample(flags: argparse.Namespace) -> None:
     prompts, longest = [], 0
     for name, text in named:
         tokenizer.check(text, name)
-        ids = tokenizer.encode(text)
-        kept = ids
-        if flags.truncate == "left" and (learned or len(ids) >= context):
-            kept = truncate_left(ids, None if beyond else flags.max_new_tokens, context)
+        ids, start = tokenizer.encode(text), tokenizer.prompt_start
+        kept, room = ids, context - len(start)
+        if flags.truncate == "left" and (learned or len(ids) >= room):
+            kept = truncate_left(ids, None if beyond else flags.max_new_tokens, room)
         if len(kept) < len(ids):
             log.warning("dropped the first %d of %d prompt tokens", len(ids) - len(kept), len(ids))
+        kept = [*start, *kept]
         # Check before loading the parameters.
         length = max(len(kept), 1)
         longest = max(longest, length + limit(length, name=name))

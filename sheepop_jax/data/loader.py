@@ -23,24 +23,30 @@ class PackingConfig:
         end_of_text: id of the token between documents.
         packing: "stream" packs across documents; "one_per_window" pads each document.
         document_mask: whether batches carry segment ids.
+        bos: id of the token at the beginning of each document (`Tokenizer.document_bos`), or None.
+            It has weight 0 as a target.
     """
 
     seq_len: int
     end_of_text: int
     packing: str = "stream"
     document_mask: bool = False
+    bos: int | None = None
 
     @classmethod
-    def of(cls, config: DataConfig, end_of_text: int) -> "PackingConfig":
+    def of(cls, config: DataConfig, end_of_text: int, bos: int | None = None) -> "PackingConfig":
         """The packing of a `data` section."""
-        return cls(config.seq_len, end_of_text, config.packing, config.document_mask)
+        return cls(config.seq_len, end_of_text, config.packing, config.document_mask, bos)
 
     def batch(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
         """Builds a batch from windows [..., T + 1]."""
         inputs, targets = tokens[..., :-1], tokens[..., 1:]
         segments = None
+        if self.bos is not None:
+            weights = np.where(targets == self.bos, np.float32(0), weights)
         if self.document_mask:
-            documents = np.cumsum(inputs == self.end_of_text, axis=-1, dtype=np.int32)
+            first = self.end_of_text if self.bos is None else self.bos
+            documents = np.cumsum(inputs == first, axis=-1, dtype=np.int32)
             segments = documents - documents[..., :1]
         return Batch(np.ascontiguousarray(inputs), np.ascontiguousarray(targets), weights, segments)
 
@@ -53,7 +59,7 @@ def window_order(
 ) -> MixtureSampler:
     """The order in which training visits the windows of a corpus."""
     sources = [
-        make_windows(stream, layout.seq_len, layout.packing, layout.end_of_text)
+        make_windows(stream, layout.seq_len, layout.packing, layout.end_of_text, layout.bos)
         for stream in streams
     ]
     return MixtureSampler(sources, seed, weights)
@@ -124,7 +130,7 @@ class TrainBatches:
 
 
 class EvaluationBatches:
-    """Batches [rows, T] that count every token of the stream exactly once, except the first."""
+    """Batches [rows, T] that count every token of the stream once, except the first and BOS."""
 
     def __init__(
         self,
@@ -139,7 +145,7 @@ class EvaluationBatches:
         """Plans the batches.
 
         Args:
-            stream: N tokens; the weights of all batches sum to N - 1.
+            stream: N tokens; the weights of all batches sum to its `num_targets`.
             layout: the packing.
             batch_size: B, over all processes.
             overlap: context tokens repeated from the previous window, not counted again; must be
@@ -161,7 +167,7 @@ class EvaluationBatches:
             if overlap:
                 expected = "0 with `data.packing=one_per_window`"
                 raise InputError("overlap", overlap, expected)
-            self._documents = DocumentWindows(stream, seq_len, layout.end_of_text)
+            self._documents = DocumentWindows(stream, seq_len, layout.end_of_text, layout.bos)
             self._windows = len(self._documents)
         else:
             beyond_first = max(len(stream) - 1 - seq_len, 0)

@@ -94,12 +94,11 @@ def open_shards(directory: Path) -> PreparedData:
                 raise damaged(path, f"{found} bytes", f"{size} bytes")
         if sum(entry["tokens"] for _, _, entry in entries) * size_of_token <= _HASH_BYTES:
             verify_shards(directory, manifest)
-        eot = tokenizer.end_of_text
         train = [
-            _stream(directory, manifest, "train", source, eot)
+            _stream(directory, manifest, "train", source, tokenizer)
             for source in range(len(manifest["sources"]))
         ]
-        validation = _stream(directory, manifest, "validation", None, eot)
+        validation = _stream(directory, manifest, "validation", None, tokenizer)
         weights = [source["weight"] for source in manifest["sources"]]
         hashes = "".join(entry["sha256"] for _, _, entry in entries)
         identity = {
@@ -149,7 +148,7 @@ def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any
 
 
 def _stream(
-    directory: Path, manifest: dict[str, Any], side: str, source: int | None, end_of_text: int
+    directory: Path, manifest: dict[str, Any], side: str, source: int | None, tokenizer: Tokenizer
 ) -> TokenStream:
     chosen = [
         entry
@@ -159,9 +158,10 @@ def _stream(
     parts: list[np.ndarray | TokenFile] = [
         TokenFile(_path(directory, entry), manifest["dtype"]) for entry in chosen
     ]
-    parts.append(np.array([end_of_text], np.int32))
+    parts.append(np.array([tokenizer.end_of_text], np.int32))
     num_bytes = sum(entry["bytes"] for entry in chosen)
-    return TokenStream(parts, num_bytes, sum(entry["documents"] for entry in chosen))
+    documents = sum(entry["documents"] for entry in chosen)
+    return TokenStream(parts, num_bytes, documents, tokenizer.document_bos is not None)
 
 
 def _path(directory: Path, entry: dict[str, Any]) -> Path:

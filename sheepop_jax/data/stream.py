@@ -2,6 +2,9 @@
 
 Layout: end-of-text, then each document's tokens followed by end-of-text. Every token after the
 first therefore has context; a document's first token is predicted from end-of-text.
+
+With a BOS of its own (`Tokenizer.document_bos`), a model reads it first: BOS, then each document's
+tokens, end-of-text and BOS, but no BOS at the end. BOS is given, never predicted.
 """
 
 import os
@@ -56,13 +59,25 @@ class TokenStream:
     Attributes:
         num_bytes: UTF-8 bytes of the documents.
         num_documents: number of documents.
+        num_targets: number of tokens to predict: all but the first, and every BOS.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray | TokenFile], num_bytes: int, num_documents: int):
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray | TokenFile],
+        num_bytes: int,
+        num_documents: int,
+        has_bos: bool = False,
+    ):
+        """A stream over the tokens of `parts`, which begin with end-of-text.
+
+        With `has_bos`, each document begins with BOS, and the stream without that end-of-text.
+        """
         self._parts = list(parts)
-        self._starts = np.cumsum([0] + [len(part) for part in parts])
+        self._starts = np.cumsum([-int(has_bos)] + [len(part) for part in parts])
         self.num_bytes = num_bytes
         self.num_documents = num_documents
+        self.num_targets = len(self) - 1 - (num_documents - 1 if has_bos else 0)
 
     @classmethod
     def from_array(cls, tokens: np.ndarray, num_bytes: int, num_documents: int) -> "TokenStream":
@@ -90,12 +105,12 @@ class TokenStream:
             position, index = end, index + 1
         return out
 
-    def document_starts(self, end_of_text: int) -> np.ndarray:
-        """Positions [documents + 1] int64 of every end-of-text, the document boundaries."""
+    def positions_of(self, token: int) -> np.ndarray:
+        """Positions [N] int64 of a token: of end-of-text or BOS, the borders of documents."""
         found = [np.zeros(0, np.int64)]
         for start in range(0, len(self), _SCAN_TOKENS):
             tokens = self.read(start, min(start + _SCAN_TOKENS, len(self)))
-            found.append(start + np.flatnonzero(tokens == end_of_text))
+            found.append(start + np.flatnonzero(tokens == token))
         return np.concatenate(found)
 
 
@@ -119,8 +134,9 @@ class EncodedBatch(NamedTuple):
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[EncodedBatch]:
     """Encodes pieces, in batches.
 
-    Each document is preceded by end-of-text; the caller appends the final one of a stream. Encoding
-    a batch on all cores overlaps with the post-processing of the previous one.
+    Each document is preceded by end-of-text, and by BOS if there is one; the caller appends the
+    final end-of-text of a stream. Encoding a batch on all cores overlaps with the post-processing
+    of the previous one.
     """
 
     def encode(batch: list[Piece]) -> EncodedBatch:
@@ -129,12 +145,13 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Enc
         encoded = tokenizer.encode_pieces([(piece.context, piece.text) for piece in batch])
         for piece, ids in zip(batch, encoded, strict=True):
             if piece.begins:
-                sides[piece.is_val].append(end_of_text)
+                sides[piece.is_val].append(begin)
             sides[piece.is_val].append(np.fromiter(ids, np.int32, len(ids)))
             restored[piece.is_val] = restored[piece.is_val] and tokenizer.restores(piece.text, ids)
         return EncodedBatch(batch, [np.concatenate(side) for side in sides], restored)
 
-    nothing, end_of_text = np.zeros(0, np.int32), np.array([tokenizer.end_of_text], np.int32)
+    bos = [] if tokenizer.document_bos is None else [tokenizer.document_bos]
+    nothing, begin = np.zeros(0, np.int32), np.array([tokenizer.end_of_text, *bos], np.int32)
     queue: list[Future[EncodedBatch]] = []
     with ThreadPoolExecutor(2) as threads:
         for batch in _batches(pieces):
@@ -159,7 +176,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode_text(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """Encodes texts, one document each, into a stream [N] int32."""
+    """Encodes texts, one document each, to the parts [N] int32 of a `TokenStream`."""
     pieces = (
         Piece(piece, False, index == 0, context)
         for text in texts

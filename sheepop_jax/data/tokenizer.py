@@ -1,8 +1,8 @@
 """Encoding and decoding with Hugging Face `tokenizers`.
 
 Every tokenizer is a standard `tokenizer.json` that other programs can load. Special tokens that
-occur in text are encoded as text; only the program inserts end-of-text into a stream. A long text
-is encoded in pieces, to the ids of the whole text.
+occur in text are encoded as text; only the program inserts end-of-text and BOS into a stream. A
+long text is encoded in pieces, to the ids of the whole text.
 """
 
 import functools
@@ -43,16 +43,20 @@ class Tokenizer:
 
     Attributes:
         vocab_size: the largest id plus one.
-        end_of_text: the id before the first document and after every document.
+        end_of_text: the id after every document, and before the first unless it begins with BOS.
+        bos_id: the id at the beginning of every document and prompt (BOS); None for none.
     """
 
     vocab_size: int
     end_of_text: int
+    bos_id: int | None
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "data.tokenizer"):
         """Wraps and configures `inner`; `name` is the field named in error messages."""
         ids = inner.get_vocab(with_added_tokens=True)
-        ends = [token for token in _END_OF_TEXT_NAMES if token in ids]
+        content = json.loads(inner.to_str())
+        begin, end = _stream_tokens(content)
+        ends = [end] if end else [token for token in _END_OF_TEXT_NAMES if token in ids]
         if not ends:
             expected = "a tokenizer with an end-of-text token: " + ", ".join(_END_OF_TEXT_NAMES)
             raise InputError(name, f"a vocabulary of {len(ids)} tokens without one", expected)
@@ -61,15 +65,18 @@ class Tokenizer:
         inner.no_padding()
         if getattr(inner.model, "dropout", None):
             inner.model.dropout = None
-        added = inner.get_added_tokens_decoder().get(ids[ends[0]])
-        if added is not None and not added.special:  # otherwise it would match in text
-            inner.add_special_tokens(ends[:1])
+        for token in (ends[0], *([begin] if begin else [])):
+            added = inner.get_added_tokens_decoder().get(ids[token])
+            if added is not None and not added.special:  # otherwise it would match in text
+                inner.add_special_tokens([token])
         inner.encode_special_tokens = True  # not stored in the JSON
         self._inner = inner
         self.vocab_size = max(ids.values()) + 1
         self.end_of_text = ids[ends[0]]
+        self.bos_id = ids[begin] if begin else None
         content = json.loads(inner.to_str())
-        self._encoder = _without_special(inner, content, ends[0], name)
+        stream_tokens = {ends[0], *([begin] if begin else [])}
+        self._encoder = _without_special(inner, content, ends[0], stream_tokens, name)
         self._characters = _characters_of(content)
         self._is_byte_level = _is_byte_level(content)
         self._cuts_at_spaces = self._is_byte_level or self._characters is not None
@@ -84,14 +91,31 @@ class Tokenizer:
         """Whether decoding restores every text that `encode` accepts, for any text."""
         return self._cuts_at_spaces
 
+    @property
+    def prompt_start(self) -> list[int]:
+        """The ids before those of a prompt: BOS, or none."""
+        return [] if self.bos_id is None else [self.bos_id]
+
+    @property
+    def document_bos(self) -> int | None:
+        """The id that follows end-of-text at the beginning of each document of a stream, or None.
+
+        A BOS that is end-of-text itself is in the stream already.
+        """
+        return None if self.bos_id == self.end_of_text else self.bos_id
+
     def encode(self, text: str) -> list[int]:
-        """Encodes `text` without end-of-text.
+        """Encodes `text` without end-of-text or BOS.
 
         Raises:
             InputError: a character is not in a character tokenizer's vocabulary, or a custom
                 tokenizer cannot encode the text.
         """
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encodes `text` as the beginning of a document: BOS, if there is one, and its ids."""
+        return [*self.prompt_start, *self.encode(text)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes each text as `encode` does, on all cores."""
@@ -229,6 +253,24 @@ class Tokenizer:
         """SHA-256 of `to_json()`."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def with_stream_tokens(self, bos: str | None, end_of_text: str) -> "Tokenizer":
+        """The same tokenizer with the BOS and end-of-text of a model.
+
+        They are stored in its post-processor, where `from_json` finds them: the template of one
+        text is BOS and the text, that of two is their stream, with end-of-text in between.
+
+        Raises:
+            InputError: a token is not in the vocabulary.
+        """
+        ids = self._inner.get_vocab(with_added_tokens=True)
+        for token in (bos, end_of_text):
+            if token is not None and token not in ids:
+                expected = f"one of the tokenizer's {len(ids)} tokens"
+                raise InputError("data.tokenizer", token, expected)
+        content = json.loads(self.to_json())
+        content["post_processor"] = _stream_template(bos, end_of_text, ids)
+        return Tokenizer.from_json(json.dumps(content))
+
     @classmethod
     def from_json(cls, content: str, name: str = "data.tokenizer") -> "Tokenizer":
         """Loads the content of a `tokenizer.json`.
@@ -288,8 +330,47 @@ def split_text(texts: Iterable[str], tokenizer: Tokenizer | None = None) -> Iter
     yield text
 
 
+def _stream_template(bos: str | None, end_of_text: str, ids: dict[str, int]) -> dict[str, Any]:
+    """The post-processor of `with_stream_tokens`."""
+
+    def special(token: str | None, number: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": number}}] if token is not None else []
+
+    def text(name: str, number: int) -> list[dict[str, Any]]:
+        return [{"Sequence": {"id": name, "type_id": number}}]
+
+    single = special(bos, 0) + text("A", 0)
+    second = special(end_of_text, 0) + special(bos, 1) + text("B", 1)
+    tokens = sorted({end_of_text, *([bos] if bos is not None else [])})
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + second,
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in tokens},
+    }
+
+
+def _stream_tokens(content: dict[str, Any]) -> tuple[str | None, str | None]:
+    """BOS and end-of-text of a tokenizer from `with_stream_tokens`; otherwise (None, None).
+
+    Other tokenizers may have a template too, which says nothing about what separates documents.
+    """
+    found = content["post_processor"] or {}
+    if found.get("type") != "TemplateProcessing":
+        return None, None
+    named = [part["SpecialToken"]["id"] for part in found["pair"] if "SpecialToken" in part]
+    bos, end = (named[0], named[1]) if len(named) > 1 else (None, *named) if named else (None, None)
+    ids = {token: entry["ids"][0] for token, entry in found["special_tokens"].items()}
+    is_ours = end is not None and found == _stream_template(bos, end, ids)
+    return (bos, end) if is_ours else (None, None)
+
+
 def _without_special(
-    inner: tokenizers.Tokenizer, content: dict[str, Any], end_of_text: str, name: str
+    inner: tokenizers.Tokenizer,
+    content: dict[str, Any],
+    end_of_text: str,
+    stream_tokens: set[str],
+    name: str,
 ) -> tokenizers.Tokenizer:
     """A tokenizer with the same ids that no text can make produce a special one.
 
@@ -304,7 +385,7 @@ def _without_special(
     """
     model = content["model"]
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
-    special.add(end_of_text)
+    special |= stream_tokens
     is_unigram = model["type"] == "Unigram"
     known = {piece for piece, _ in model["vocab"]} if is_unigram else set(model["vocab"])
     prefix = model.get("continuing_subword_prefix") or ""

@@ -51,17 +51,21 @@ class StreamWindows:
 
 
 class DocumentWindows:
-    """Windows aligned with documents: end-of-text, then up to T tokens of one document.
+    """Windows aligned with documents: end-of-text (or BOS), then up to T tokens of one document.
 
     A document longer than T is split into consecutive windows.
     """
 
     slack = 0
 
-    def __init__(self, stream: TokenStream, seq_len: int, end_of_text: int):
+    def __init__(self, stream: TokenStream, seq_len: int, end_of_text: int, bos: int | None = None):
         self._seq_len = seq_len
-        self._starts = stream.document_starts(end_of_text)
-        targets = np.diff(self._starts)  # includes the end-of-text after each document
+        ends = stream.positions_of(end_of_text)
+        if bos is None:
+            self._starts, self._ends = ends[:-1], ends[1:]
+        else:
+            self._starts, self._ends = stream.positions_of(bos), ends
+        targets = self._ends - self._starts  # includes the end-of-text after each document
         self._first = np.concatenate([[0], np.cumsum(-(-targets // seq_len))])
 
     def __len__(self) -> int:
@@ -72,15 +76,15 @@ class DocumentWindows:
         document = int(np.searchsorted(self._first, window, side="right")) - 1
         within = window - int(self._first[document])
         start = int(self._starts[document]) + within * self._seq_len
-        return start, min(start + self._seq_len, int(self._starts[document + 1])) + 1
+        return start, min(start + self._seq_len, int(self._ends[document])) + 1
 
 
 def make_windows(
-    stream: TokenStream, seq_len: int, packing: str, end_of_text: int
+    stream: TokenStream, seq_len: int, packing: str, end_of_text: int, bos: int | None = None
 ) -> StreamWindows | DocumentWindows:
     """The windows of a stream, by `data.packing`."""
     if packing == "one_per_window":
-        return DocumentWindows(stream, seq_len, end_of_text)
+        return DocumentWindows(stream, seq_len, end_of_text, bos)
     return StreamWindows(len(stream), seq_len)
 
 

@@ -41,12 +41,12 @@ class Preview:
         `validation` holds the first `PROMPT_TOKENS`.
         """
         train = config.train
-        prompt, ids = train.sample_prompt, tokenizer.encode(train.sample_prompt)
+        prompt, ids = train.sample_prompt, tokenizer.encode_prompt(train.sample_prompt)
         if not prompt:
             start = validation[: config.model.max_seq_len // 2]
             end = tokenizer.end_of_text
             ids = start[: start.index(end)] if end in start else start
-            prompt = tokenizer.decode(ids)
+            ids, prompt = [*tokenizer.prompt_start, *ids], tokenizer.decode(ids)
         room = config.model.max_seq_len - max(len(ids), 1)
         generation = GenerationConfig(
             sampling=SamplingConfig(temperature=0.8, top_k=50),
@@ -64,7 +64,7 @@ class Preview:
         """
         prompt, context = config.train.sample_prompt, config.model.max_seq_len
         tokenizer.check(prompt, "train.sample_prompt")
-        length = max(len(tokenizer.encode(prompt)), 1)  # an empty prompt starts from end-of-text
+        length = max(len(tokenizer.encode_prompt(prompt)), 1)  # empty: starts from end-of-text
         if length >= context:
             expected = f"fewer than {context} tokens (model.max_seq_len)"
             hint = "a shorter prompt or `train.sample_tokens=0`"

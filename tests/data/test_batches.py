@@ -149,6 +149,53 @@ def test_padded_batches_hold_each_target_once_in_an_epoch(lengths, seq_len, batc
     assert len(is_val) == -(-windows // batch_size)
 
 
+BOS = 98
+
+
+def with_bos(*lengths: int) -> TokenStream:
+    """`documents` with BOS before each."""
+    tokens, number = [EOT], 100
+    for length in lengths:
+        tokens += [BOS, *range(number, number + length), EOT]
+        number += length
+    return TokenStream([np.array(tokens, np.int32)], 1, len(lengths), has_bos=True)
+
+
+@settings(max_examples=15, deadline=None, database=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=9),
+    seq_len=st.integers(1, 9),
+    overlap=st.integers(0, 3),
+)
+def test_bos_is_given_and_every_other_token_predicted_once(lengths, seq_len, overlap):
+    found = with_bos(*lengths)
+    tokens = found.read(0, len(found))
+    expected = tokens[tokens != BOS].tolist()
+    assert len(expected) == found.num_targets
+    for packing in ("stream", "one_per_window"):
+        layout = PackingConfig(seq_len, EOT, packing, bos=BOS)
+        counted = []
+        repeated = min(overlap, seq_len - 1) if packing == "stream" else 0
+        for batch in EvaluationBatches(found, layout, batch_size=2, overlap=repeated):
+            counted += batch.targets[batch.weights > 0].tolist()
+        assert counted == expected
+    windows = DocumentWindows(found, seq_len, EOT, BOS)
+    starts = [found.read(*windows.span(i))[0] for i in range(len(windows))]
+    assert starts.count(BOS) == len(lengths) and EOT not in starts
+    training = TrainBatches([found], layout, seed=SEED, accum=1, batch_size=1)
+    batches = [training.batch_at(step) for step in range(len(windows))]
+    counted = [t for b in batches for t in b.targets[b.weights > 0].tolist()]
+    assert sorted(counted) == sorted(expected)
+
+
+def test_a_segment_begins_with_bos():
+    layout = PackingConfig(5, EOT, document_mask=True, bos=BOS)
+    window = np.array([[BOS, 5, EOT, BOS, 6, EOT]], np.int32)
+    batch = layout.batch(window, np.ones((1, 5), np.float32))
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1]]
+    assert batch.weights.tolist() == [[1, 1, 0, 1, 1]] and batch.weights.dtype == np.float32
+
+
 @pytest.mark.parametrize(
     "tokens, expected",
     [
@@ -179,6 +226,7 @@ def test_evaluation_has_segments_too():
 def test_a_layout_is_as_configured(make_config):
     config = make_config({"data.packing": "one_per_window", "data.document_mask": True})
     assert PackingConfig.of(config.data, 5) == PackingConfig(13, 5, "one_per_window", True)
+    assert PackingConfig.of(config.data, 5, 3).bos == 3
     assert PackingConfig.of(make_config().data, 0) == PackingConfig(13, 0, "stream", False)
 
 

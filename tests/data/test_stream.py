@@ -19,6 +19,21 @@ def test_the_layout_of_a_stream():
     assert encode_text(tokenizer, []).tolist() == [0]
 
 
+def test_the_layout_of_a_stream_with_bos():
+    plain = train_char(["<>abc"])
+    tokenizer = plain.with_stream_tokens("<", "<|endoftext|>")
+    a, b, c = plain.encode("abc")
+    bos = tokenizer.bos_id
+    parts = encode_text(tokenizer, ["ab", "", "c"])
+    assert parts.tolist() == [0, bos, a, b, 0, bos, 0, bos, c, 0]
+    stream = TokenStream([parts[:1], parts[1:4], parts[4:]], 3, 3, has_bos=True)
+    assert len(stream) == 9
+    assert stream.read(0, 9).tolist() == [bos, a, b, 0, bos, 0, bos, c, 0]
+    assert stream.read(2, 5).tolist() == [b, 0, bos]
+    assert stream.num_targets == 6  # all but the first, and the other two BOS
+    assert TokenStream([parts], 3, 3).num_targets == 9
+
+
 @pytest.mark.parametrize("batch_chars", [1, 4, 100])
 def test_pieces_go_to_their_sides_in_order(monkeypatch, batch_chars):
     monkeypatch.setattr(module, "_BATCH_CHARS", batch_chars)
@@ -79,8 +94,8 @@ def test_where_documents_start(monkeypatch):
     for scan in (1, 2, 3, 100):
         monkeypatch.setattr(module, "_SCAN_TOKENS", scan)
         stream = TokenStream([tokens[:2], tokens[2:2], tokens[2:]], 3, 3)
-        assert stream.document_starts(9).tolist() == [0, 3, 4, 6]
-    assert TokenStream.from_array(tokens[:0], 0, 0).document_starts(9).tolist() == []
+        assert stream.positions_of(9).tolist() == [0, 3, 4, 6]
+    assert TokenStream.from_array(tokens[:0], 0, 0).positions_of(9).tolist() == []
 
 
 def test_a_file_is_read_by_position_and_refused_once_it_has_shrunk(tmp_path):

@@ -309,6 +309,56 @@ def sentencepiece_bpe():
     return Tokenizer(inner)
 
 
+def imported(bos, end_of_text):
+    """Llama 2's kind with special tokens, and the BOS and end-of-text of a model."""
+    inner = sentencepiece_bpe()._inner
+    inner.add_special_tokens(["<s>", "<|im_end|>", "</s>"])
+    return Tokenizer(inner).with_stream_tokens(bos, end_of_text), inner
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize("end_of_text", ["<|im_end|>", "</s>"])
+def test_bos_and_end_of_text_are_stored_in_the_tokenizer_file(tmp_path, bos, end_of_text):
+    tokenizer, inner = imported(bos, end_of_text)
+    expected = inner.token_to_id(bos) if bos else None
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    for found in (tokenizer, Tokenizer.from_file(tmp_path / "tokenizer.json")):
+        assert found.bos_id == found.document_bos == expected
+        assert found.end_of_text == inner.token_to_id(end_of_text)
+        assert found.fingerprint == tokenizer.fingerprint
+        ids = found.encode("the <s>cat</s>")
+        assert not {inner.token_to_id(t) for t in ("<s>", "</s>", "<|im_end|>")} & {*ids}
+        assert found.encode_prompt("the <s>cat</s>") == ([expected] if bos else []) + ids
+        assert found.encode_prompt("") == ([expected] if bos else [])
+    both = tokenizer._inner.encode("the", "cat").ids  # as other programs read the file
+    the, cat = tokenizer.encode_batch(["the", "cat"])
+    start = tokenizer.encode_prompt("")
+    assert both == [*start, *the, tokenizer.end_of_text, *start, *cat]
+
+
+def test_the_template_of_another_program_says_nothing_about_streams():
+    """Runs whose tokenizer has one were trained without BOS."""
+    content = json.loads(imported("<s>", "</s>")[0].to_json())
+    template = content["post_processor"]
+    template["pair"] = [part for part in template["pair"] if "</s>" not in str(part)]
+    loaded = Tokenizer.from_json(json.dumps(content))
+    assert (loaded.bos_id, loaded.prompt_start) == (None, [])
+    template["single"] += [{"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    assert Tokenizer.from_json(json.dumps(content)).bos_id is None
+
+
+def test_a_bos_that_is_end_of_text_begins_prompts_but_is_not_doubled_in_a_stream():
+    tokenizer, _ = imported("</s>", "</s>")
+    assert tokenizer.prompt_start == [tokenizer.end_of_text]
+    assert tokenizer.document_bos is None
+
+
+def test_a_stream_token_that_the_vocabulary_lacks_is_bad_input():
+    for tokens in (("<bos>", "</s>"), (None, "<eot>")):
+        with pytest.raises(InputError, match="got '<(bos|eot)>'; expected one of the tokenizer's"):
+            imported(*tokens)
+
+
 def newest_byte_level():
     """As Llama 3's: line breaks stay with the symbols before them, digits go by threes."""
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"

@@ -94,7 +94,7 @@ def test_windows_of_documents_hold_each_target_once(lengths, seq_len):
     stream = stream_of(lengths)
     windows = DocumentWindows(stream, seq_len, 0)
     assert windows.slack == 0
-    borders = stream.document_starts(0).tolist()
+    borders = stream.positions_of(0).tolist()
     targets = []
     for index in range(len(windows)):
         start, stop = windows.span(index)

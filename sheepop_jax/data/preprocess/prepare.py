@@ -169,10 +169,11 @@ def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str)
         # The options of the run are fixed: do not suggest others.
         hint = "" if "`data." in error.hint else error.hint
         raise InputError(error.field, error.got, error.expected, hint) from error
-    stream = TokenStream.from_array(
-        np.concatenate([*tokens, np.array([tokenizer.end_of_text], np.int32)]),
+    stream = TokenStream(
+        [*tokens, np.array([tokenizer.end_of_text], np.int32)],
         len(content),
         len(spool.documents),
+        tokenizer.document_bos is not None,
     )
     return EncodedText(stream, content, lossless)
 
