@@ -84,7 +84,8 @@ def test_a_command_has_known_flags_and_fields(shown: str, monkeypatch: pytest.Mo
         return
     if program == "train.py":
         words = ["train", *words]
-    parsed = importlib.import_module(f"sheepop_jax.cli.{words[0]}").parse(words[1:])
+    module = "import_" if words[0] == "import" else words[0]
+    parsed = importlib.import_module(f"sheepop_jax.cli.{module}").parse(words[1:])
     if isinstance(parsed, tuple):
         flags, fields = parsed
         try:
@@ -113,7 +114,7 @@ def test_commands_copied_in_order_into_one_directory_fit(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
     def saved(run):
-        return SimpleNamespace(config=load_saved_config(run))
+        return SimpleNamespace(config=load_saved_config(run), imported={})
 
     monkeypatch.setattr(workdir, "open_run", saved)
     shown = [(words[0], words[1:]) for words in recipe()]

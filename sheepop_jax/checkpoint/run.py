@@ -7,6 +7,7 @@ there needs a text file or the training data.
 
 import contextlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,26 +34,37 @@ class Run:
         directory: the run directory.
         config: the resolved training configuration.
         tokenizer: the run's tokenizer.
-        data_identity: what determined its tokens and their order (`PreparedData.identity`).
-        gzip_bits_per_byte: `gzip -9` on the run's validation bytes.
-        shards: the shard directory on the machine that trained it.
+        vocab_size: V, the size of the model's vocabulary. An imported model may have more rows than
+            the tokenizer has tokens; they decode to "".
+        data_identity: what determined its tokens and their order (`PreparedData.identity`); empty
+            if imported.
+        gzip_bits_per_byte: `gzip -9` on the run's validation bytes; NaN if imported.
+        shards: the shard directory on the machine that trained it; the run itself if imported.
+        imported: where an imported model came from; empty if trained here.
     """
 
     directory: Path
     config: Config
     tokenizer: Tokenizer
+    vocab_size: int
     data_identity: dict[str, Any]
     gzip_bits_per_byte: float
     shards: Path
+    imported: dict[str, Any]
 
     @property
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints."""
         return Checkpoints(self.directory / "checkpoints")
 
+    @property
+    def trained_length(self) -> int:
+        """The longest window, in tokens, that the model was trained on, as far as known."""
+        return self.config.model.max_seq_len if self.imported else self.config.data.seq_len
+
     def model(self, dtype: Any = jnp.float32) -> Transformer:
         """The model, with the attention that decodes and evaluates on any platform."""
-        return Transformer(self.config.model, self.tokenizer.vocab_size, dtype)
+        return Transformer(self.config.model, self.vocab_size, dtype)
 
     def params(
         self, step: str | int | None = None, quantize: Literal["int8"] | None = None
@@ -92,8 +104,12 @@ class Run:
         """Opens the run's shards, or prepares them again from its source.
 
         Raises:
-            InputError: the source is missing, or differs from the training data.
+            InputError: the source is missing, or differs from the training data; or the model was
+                imported.
         """
+        if self.imported:
+            got = f"{self.directory}, an imported model"
+            raise InputError("ckpt", got, "a run with validation text", "`data` FILE")
         # Lazy: sampling needs no data, and these imports load every source.
         from sheepop_jax.data.preprocess.prepare import prepare
         from sheepop_jax.data.shards import format_of, open_shards
@@ -142,8 +158,12 @@ def open_run(path: str | Path) -> Run:
     try:
         saved = json.loads((directory / "config.json").read_text())
         config = Config.from_saved(saved)
-        identity, gzip_figure = dict(saved["data"]), saved["gzip_bits_per_byte"]
-        shards, vocab_size = Path(saved["shards"]), int(saved["vocab_size"])
+        imported, vocab_size = dict(saved.get("imported", {})), int(saved["vocab_size"])
+        if imported:
+            identity, gzip_figure, shards = {}, math.nan, directory
+        else:
+            identity, gzip_figure = dict(saved["data"]), saved["gzip_bits_per_byte"]
+            shards = Path(saved["shards"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         got = f"{kind}{error}"
@@ -151,10 +171,10 @@ def open_run(path: str | Path) -> Run:
     if not (directory / "tokenizer.json").is_file():
         raise InputError(str(directory / "tokenizer.json"), "no file", "the run's tokenizer")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    if tokenizer.vocab_size != vocab_size:
-        got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {vocab_size}"
+    if tokenizer.vocab_size > vocab_size:
+        got, expected = f"{tokenizer.vocab_size} tokens", f"at most the run's {vocab_size}"
         raise InputError(str(directory / "tokenizer.json"), got, expected)
-    return Run(directory, config, tokenizer, identity, gzip_figure, shards)
+    return Run(directory, config, tokenizer, vocab_size, identity, gzip_figure, shards, imported)
 
 
 def _text_of(identity: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sheepop_jax.checkpoint import storage
 from sheepop_jax.checkpoint.checkpoints import (
     FORMAT,
@@ -64,7 +66,21 @@ class CheckpointSaver(Checkpoints):
                 f"{self.path(step)}: not saved (not finite: {not_finite(state.params)}); older "
                 "checkpoints are intact; try resuming with a lower optimizer.learning_rate"
             )
-        self._pending = self._start(step, host_copy(state), figures)
+        copy = host_copy(state)
+        items = {"params": copy.params, "optimizer": _optimizer_item(copy)}
+        self._pending = self._start(step, items, figures)
+
+    def save_params(self, params: Any) -> None:
+        """Saves parameters alone as step 0, such as those of another program; no copy is made.
+
+        Args:
+            params: finite fp32 arrays on the CPU.
+
+        Raises:
+            SaveFailed: a file could not be written.
+        """
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        self._commit(0, {"params": params}, {}, bytes_at_once=largest + 2**24)
 
     def record(self, step: int, figures: dict[str, Any]) -> None:
         """Adds figures to the manifest of a committed step.
@@ -128,7 +144,7 @@ class CheckpointSaver(Checkpoints):
             number += 1
         return path
 
-    def _start(self, step: int, state: TrainState, figures: dict[str, Any]) -> Future[None]:
+    def _start(self, step: int, items: dict[str, Any], figures: dict[str, Any]) -> Future[None]:
         """Starts `_commit` in a daemon thread.
 
         The threads of orbax inherit that. After a failed save some of them wait ten minutes for a
@@ -138,7 +154,7 @@ class CheckpointSaver(Checkpoints):
 
         def commit() -> None:
             try:
-                self._commit(step, state, figures)
+                self._commit(step, items, figures)
             except BaseException as error:
                 done.set_exception(error)
             else:
@@ -147,9 +163,15 @@ class CheckpointSaver(Checkpoints):
         threading.Thread(target=commit, name=f"checkpoint {step}", daemon=True).start()
         return done
 
-    def _commit(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+    def _commit(
+        self,
+        step: int,
+        items: dict[str, Any],
+        figures: dict[str, Any],
+        bytes_at_once: int | None = None,
+    ) -> None:
         try:
-            self._write(step, state, figures)
+            self._write(step, items, figures, bytes_at_once)
         except DirectoryLost:
             raise
         except Exception as error:  # orbax reports a full disk by several exception types
@@ -166,16 +188,21 @@ class CheckpointSaver(Checkpoints):
         if distributed.is_main_process():
             self._prune()
 
-    def _write(self, step: int, state: TrainState, figures: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        items: dict[str, Any],
+        figures: dict[str, Any],
+        bytes_at_once: int | None = None,
+    ) -> None:
         """Every process writes its shards; the main process commits, the others wait."""
         fault_point("save-begun")
         self._follow()
         if distributed.is_main_process():
             self._sweep()
         pending = self._fixed() / f".pending-{step:08d}"
-        items = {"params": state.params, "optimizer": _optimizer_item(state)}
         fault_during("save-writing", begun=lambda: storage.has_begun(pending))
-        storage.write(pending, items)
+        storage.write(pending, items, bytes_at_once)
         fault_point("save-written")
         if distributed.is_main_process():
             self._publish(pending, step, figures)

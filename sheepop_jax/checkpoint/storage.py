@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ _BARRIER_SECONDS = 3600
 log = logging.getLogger(__name__)
 
 
-def write(directory: Path, items: dict[str, Any]) -> None:
+def write(directory: Path, items: dict[str, Any], bytes_at_once: int | None = None) -> None:
     """Writes each item, a pytree of arrays, to a subdirectory of its name.
 
     With several processes, each writes its addressable shards, and all must call this.
+
+    Args:
+        directory: the directory; must not exist.
+        items: pytrees of `jax.Array`s. NumPy arrays would be copied, all at once.
+        bytes_at_once: size of the arrays that are copied at a time; more than the largest. None is
+            no limit.
     """
     _hush_orbax()
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    with _checkpointer() as checkpointer:
+    limits = dict.fromkeys(items, bytes_at_once) if bytes_at_once else None
+    with _checkpointer(limits) as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.Composite(**args))
 
 
@@ -68,7 +76,7 @@ def os_error(error: Exception) -> OSError | None:
     return OSError(number, os.strerror(number), names[-1] if names else None)
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(limits: Mapping[str, int] | None = None) -> ocp.Checkpointer:
     """A checkpointer whose barriers are host messages, usable from the saving thread.
 
     Without `active_processes`, orbax synchronizes by a device computation, which would interleave
@@ -77,7 +85,13 @@ def _checkpointer() -> ocp.Checkpointer:
     several = set(range(jax.process_count())) if jax.process_count() > 1 else None
     among = ocp.options.MultiprocessingOptions(active_processes=several)
     options = ocp.CompositeOptions(multiprocessing_options=among)
-    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    handlers = {
+        name: ocp.StandardCheckpointHandler(
+            save_concurrent_gb=limit / 1e9, multiprocessing_options=among
+        )
+        for name, limit in (limits or {}).items()
+    }
+    handler = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
     return ocp.Checkpointer(handler, multiprocessing_options=among)
 
 

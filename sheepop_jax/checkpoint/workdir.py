@@ -44,13 +44,17 @@ def check_run(directory: Path, config: Config) -> None:
     """Checks that a directory can be written, and that its run, if any, fits a configuration.
 
     Raises:
-        InputError: something is in the way or not writable, or a fixed field differs; the message
-            lists the differences.
+        InputError: something is in the way or not writable, the run is an imported model, or a
+            fixed field differs; the message lists the differences.
     """
     _check_places(directory)
     if not (directory / "config.json").exists():
         return
-    saved = open_run(directory).config
+    run = open_run(directory)
+    if run.imported:
+        hint = f"another `workdir` with `train.init_from={directory}`"
+        raise InputError("workdir", f"{directory} (an imported model)", "a run to resume", hint)
+    saved = run.config
     changes = _changes(saved, config)
     fixed = {n for n in changes if n in IDENTITY or n.split(".")[0] in IDENTITY}
     fixed -= set(SAME_NUMBERS)

@@ -19,6 +19,7 @@ commands:
   plan         estimate memory, FLOPs and time of a run
   checkpoints  list, verify and delete the checkpoints of a run
   export       write a run for transformers, vLLM, llama.cpp or Ollama
+  import       make a run from a Hugging Face model directory
   doctor       report versions, devices and performance problems
 
 examples:
@@ -39,6 +40,7 @@ COMMANDS = (
     "plan",
     "checkpoints",
     "export",
+    "import",
     "doctor",
 )
 # Commands that save or clean up on an interrupt; the others stop immediately.
@@ -90,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
             from sheepop_jax.cli import export
 
             return execute(export.run, export.parse(flags))
+        case "import":
+            from sheepop_jax.cli import import_
+
+            return execute(import_.run, import_.parse(flags))
         case "doctor":
             from sheepop_jax.cli import doctor
 

@@ -176,11 +176,9 @@ def sample(flags: argparse.Namespace) -> None:
     run.checkpoints.resolve(flags.step or "latest")
     context = resolve_context(run.config.model, flags.context)
     named = read_prompts(flags)  # last: standard input may wait for a user who types
-    tokenizer, trained = run.tokenizer, run.config.data.seq_len
-    if sampling.top_k > tokenizer.vocab_size:
-        log.warning(
-            "--top_k %d exceeds the vocabulary; using %d", sampling.top_k, tokenizer.vocab_size
-        )
+    tokenizer, trained = run.tokenizer, run.trained_length
+    if sampling.top_k > run.vocab_size:
+        log.warning("--top_k %d exceeds the vocabulary; using %d", sampling.top_k, run.vocab_size)
     if flags.num_samples > 1 and (flags.temperature == 0 or flags.top_k == 1):
         log.warning(
             "the %d samples of a prompt are the same: --temperature 0 and --top_k 1 are greedy",

@@ -253,24 +253,6 @@ class Tokenizer:
         """SHA-256 of `to_json()`."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def with_stream_tokens(self, bos: str | None, end_of_text: str) -> "Tokenizer":
-        """The same tokenizer with the BOS and end-of-text of a model.
-
-        They are stored in its post-processor, where `from_json` finds them: the template of one
-        text is BOS and the text, that of two is their stream, with end-of-text in between.
-
-        Raises:
-            InputError: a token is not in the vocabulary.
-        """
-        ids = self._inner.get_vocab(with_added_tokens=True)
-        for token in (bos, end_of_text):
-            if token is not None and token not in ids:
-                expected = f"one of the tokenizer's {len(ids)} tokens"
-                raise InputError("data.tokenizer", token, expected)
-        content = json.loads(self.to_json())
-        content["post_processor"] = _stream_template(bos, end_of_text, ids)
-        return Tokenizer.from_json(json.dumps(content))
-
     @classmethod
     def from_json(cls, content: str, name: str = "data.tokenizer") -> "Tokenizer":
         """Loads the content of a `tokenizer.json`.
@@ -278,12 +260,28 @@ class Tokenizer:
         Raises:
             InputError: not a tokenizer, or it has no end-of-text token.
         """
-        try:
-            inner = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises plain Exception
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(name, f"not a tokenizer ({reason})", "a tokenizer.json") from error
-        return cls(inner, name)
+        return cls(_parsed(content, name), name)
+
+    @classmethod
+    def with_stream_tokens(
+        cls, content: str, bos: str | None, end_of_text: str, name: str = "data.tokenizer"
+    ) -> "Tokenizer":
+        """Loads a `tokenizer.json` of a model with this BOS and end-of-text.
+
+        They are stored in its post-processor, where `from_json` finds them again: the template of
+        one text is BOS and the text, that of two is their stream, with end-of-text in between.
+
+        Raises:
+            InputError: not a tokenizer, or a token is not in its vocabulary.
+        """
+        inner = _parsed(content, name)
+        ids = inner.get_vocab(with_added_tokens=True)
+        for token in (bos, end_of_text):
+            if token is not None and token not in ids:
+                raise InputError(name, token, f"one of the tokenizer's {len(ids)} tokens")
+        template = _stream_template(bos, end_of_text, ids)
+        changed = json.loads(inner.to_str()) | {"post_processor": template}
+        return cls.from_json(json.dumps(changed), name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
@@ -330,8 +328,16 @@ def split_text(texts: Iterable[str], tokenizer: Tokenizer | None = None) -> Iter
     yield text
 
 
+def _parsed(content: str, name: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the library raises plain Exception
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(name, f"not a tokenizer ({reason})", "a tokenizer.json") from error
+
+
 def _stream_template(bos: str | None, end_of_text: str, ids: dict[str, int]) -> dict[str, Any]:
-    """The post-processor of `with_stream_tokens`."""
+    """The post-processor of `Tokenizer.with_stream_tokens`."""
 
     def special(token: str | None, number: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": token, "type_id": number}}] if token is not None else []

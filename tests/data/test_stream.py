@@ -7,6 +7,7 @@ from sheepop_jax.data import stream as module
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.data.stream import Piece, TokenFile, TokenStream, encode_pieces, encode_text
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 
 
@@ -21,7 +22,7 @@ def test_the_layout_of_a_stream():
 
 def test_the_layout_of_a_stream_with_bos():
     plain = train_char(["<>abc"])
-    tokenizer = plain.with_stream_tokens("<", "<|endoftext|>")
+    tokenizer = Tokenizer.with_stream_tokens(plain.to_json(), "<", "<|endoftext|>")
     a, b, c = plain.encode("abc")
     bos = tokenizer.bos_id
     parts = encode_text(tokenizer, ["ab", "", "c"])

@@ -313,7 +313,7 @@ def imported(bos, end_of_text):
     """Llama 2's kind with special tokens, and the BOS and end-of-text of a model."""
     inner = sentencepiece_bpe()._inner
     inner.add_special_tokens(["<s>", "<|im_end|>", "</s>"])
-    return Tokenizer(inner).with_stream_tokens(bos, end_of_text), inner
+    return Tokenizer.with_stream_tokens(inner.to_str(), bos, end_of_text), inner
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])

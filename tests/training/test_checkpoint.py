@@ -205,8 +205,8 @@ def test_files_of_others_in_a_checkpoint_do_not_matter(tmp_path, monkeypatch):
     """A file manager adds them at any time, also during a save, and takes them away again."""
     write = storage.write
 
-    def write_with_company(directory, items):
-        write(directory, items)
+    def write_with_company(directory, items, *limit):
+        write(directory, items, *limit)
         for name in (".DS_Store", "params/d/~sync.tmp", "optimizer/desktop.ini"):
             (directory / name).write_text("x")
 

@@ -564,10 +564,10 @@ def test_a_renamed_run_directory_stops_the_run_with_a_save_there(
             run_directory.rename(moved)
         return {"val_loss": 3.0, **FIGURES}
 
-    def write_late(directory, items):
+    def write_late(directory, items, *limit):
         if when == "during a save" and run_directory.exists():
             run_directory.rename(moved)
-        write(directory, items)
+        write(directory, items, *limit)
 
     monkeypatch.setattr(storage, "write", write_late)
     job = make_job(num_steps=90, evaluate=evaluate, directory=run_directory)
