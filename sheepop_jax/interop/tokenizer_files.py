@@ -37,7 +37,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     Without a BOS, end-of-text begins the first document, so it also starts an empty prompt.
     """
     end = tokenizer.end_of_text
-    bos = _bos_id(tokenizer)
+    bos = tokenizer.bos_id
     return {"bos_token_id": end if bos is None else bos, "eos_token_id": end, "pad_token_id": end}
 
 
@@ -48,16 +48,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     content: dict[str, Any] = json.loads(tokenizer.to_json())
     inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    bos = _bos_id(tokenizer)
+    bos = tokenizer.bos_id
     plain = inner.encode("a", add_special_tokens=False).ids
     wanted = plain if bos is None else [bos, *plain]
     if inner.encode("a", add_special_tokens=True).ids != wanted:
         content["post_processor"] = None if bos is None else _begins_with(tokenizer, bos)
     return content
-
-
-def _bos_id(tokenizer: Tokenizer) -> int | None:
-    return getattr(tokenizer, "bos_id", None)
 
 
 def _begins_with(tokenizer: Tokenizer, index: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import tokenizers
 from tokenizers import processors
 
 from sheepop_jax.checkpoint.run import Run, open_run
-from sheepop_jax.data.tokenizer import Tokenizer, train_bpe
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.interop import export_hf as module
 from sheepop_jax.interop.export_hf import export_hf
@@ -202,6 +203,7 @@ def test_the_tokenizer_encodes_as_ours(run, exported) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
     config = json.loads((exported / "tokenizer_config.json").read_text())
     theirs.encode_special_tokens = config["split_special_tokens"]
+    assert config["split_special_tokens"] is True  # text has no characters of a special token here
     for text in ("the sheep", " ", "", "a.\n\nb", "up  to"):
         assert theirs.encode(text).ids == run.tokenizer.encode(text)
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
