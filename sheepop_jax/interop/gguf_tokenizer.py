@@ -67,13 +67,8 @@ def gguf_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [" ".join(pair) for pair in content["model"]["merges"]] or _NO_MERGES
-    bos = bos_id(tokenizer)
+    bos = tokenizer.bos_id
     return Vocabulary(tokens, types, merges, pre_tokenizer, tokenizer.end_of_text, bos)
-
-
-def bos_id(tokenizer: Tokenizer) -> int | None:
-    """The id that begins every text, or None."""
-    return getattr(tokenizer, "bos_id", None)
 
 
 def normalizes(tokenizer: Tokenizer) -> bool:

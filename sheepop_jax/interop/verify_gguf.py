@@ -15,7 +15,7 @@ import numpy as np
 from sheepop_jax.checkpoint.run import Run
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.interop.export_gguf import checked_model, gguf_tensors, import_gguf
-from sheepop_jax.interop.gguf_tokenizer import bos_id, normalizes
+from sheepop_jax.interop.gguf_tokenizer import normalizes
 from sheepop_jax.interop.llama_cpp import LlamaCpp
 from sheepop_jax.interop.verification import Row, VerificationReport
 from sheepop_jax.interop.verification_text import strings_of, texts_of
@@ -198,8 +198,7 @@ def _compare_logprobs(
 
 
 def _compare_tokenizers(tokenizer: Tokenizer, llama: LlamaCpp, strings: Sequence[str]) -> Row:
-    begin = [] if bos_id(tokenizer) is None else [bos_id(tokenizer)]
-    expected = [[*begin, *ids] for ids in tokenizer.encode_batch(list(strings))]
+    expected = [[*tokenizer.prompt_start, *ids] for ids in tokenizer.encode_batch(list(strings))]
     found = [llama.encode(text) for text in strings]
     wrong = [index for index, ids in enumerate(expected) if found[index] != ids]
     detail = ""

@@ -17,7 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from sheepop_jax.checkpoint.run import Run
 from sheepop_jax.config.schema import Config
-from sheepop_jax.data.tokenizer import Tokenizer, train_bpe, train_char
+from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.interop import export_gguf as module
 from sheepop_jax.interop import verify_gguf as verify
@@ -58,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {**LLAMA, "qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
     "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 14, "tie_embeddings": False},
 }
+ROWS = 310  # of the embedding: more than the tokenizers have tokens, and no multiple of 128
 EPSILON = 0.02  # not the usual one, and large enough to show
 
 
@@ -82,7 +84,8 @@ def make_run(
             return made[fields]
         fields = {"norm_eps": EPSILON, **fields}
         config = make_config({f"model.{name}": value for name, value in fields.items()})
-        run = Run(Path("runs/small"), config, own, {}, 0.0, Path("shards"))
+        rows = max(own.vocab_size, ROWS)
+        run = Run(Path("runs/small"), config, own, rows, {}, 0.0, Path("shards"), {})
         params = random_params(run.model())
         for name in ("embedding", "output_embedding", "positions"):
             if name in params:  # logits of a few units, as of trained models
@@ -95,7 +98,7 @@ def make_run(
 def verified(run: Run, params: Any, out: Path, dtype: str = "float32") -> VerificationReport:
     """`verify_gguf` on few prompts and strings."""
     generator = np.random.default_rng(0)
-    prompts = generator.integers(0, run.tokenizer.vocab_size, (2, 9)).tolist()
+    prompts = generator.integers(0, run.vocab_size, (2, 9)).tolist()
     strings = [s for s in STRINGS if not run.tokenizer.has_fixed_characters] or ["def line", "1+ x"]
     return verify_gguf(run, params, out / GGUF_FILE, dtype, prompts, strings)
 
@@ -207,13 +210,25 @@ def test_verification_names_a_wrong_tensor(mistake, make_run, tmp_path, monkeypa
 
 def test_verification_notices_a_doubled_bos(make_run, tmp_path, monkeypatch):
     run, params = make_run("starcoder2")
-    right = module.gguf_vocabulary(run.tokenizer, run.tokenizer.vocab_size)
+    right = module.gguf_vocabulary(run.tokenizer, run.vocab_size)
     doubled = dataclasses.replace(right, bos=0)
     monkeypatch.setattr(module, "gguf_vocabulary", lambda *args: doubled)
     export_gguf(run, params, 7, tmp_path / "out")
     logprobs, _, strings = verified(run, params, tmp_path / "out").rows
     assert logprobs.passed and not strings.passed
     assert strings.detail.startswith("'def lin': [0, ")
+
+
+def test_a_text_begins_with_bos(make_run, tmp_path):
+    inner = tokenizers.Tokenizer.from_str(train_bpe(iter([TEXT]), 290).to_json())
+    inner.add_special_tokens(["<s>"])
+    bos = inner.token_to_id("<s>")
+    own = Tokenizer.with_stream_tokens(inner.to_str(), "<s>", "<|endoftext|>")
+    run, params = make_run({}, own)
+    assert run.tokenizer.prompt_start == [bos]
+    export_gguf(run, params, 7, tmp_path / "out")
+    report = verified(run, params, tmp_path / "out")
+    assert report.passed, report.table()
 
 
 def test_ascii_characters(make_run, tmp_path):
@@ -228,7 +243,7 @@ def test_ascii_characters(make_run, tmp_path):
     ("expression", "name"), [(r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2"), ("", "smollm")]
 )
 def test_public_pre_tokenizers(expression, name, make_run, tmp_path):
-    """As Llama 3, Qwen and SmolLM2 split text; unused rows of the embedding beyond the tokens."""
+    """As Llama 3, Qwen and SmolLM2 split text."""
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expression)
     first = pre_tokenizers.Digits(individual_digits=True)
     if expression:
