@@ -80,7 +80,7 @@ class CheckpointSaver(Checkpoints):
             SaveFailed: a file could not be written.
         """
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-        self._commit(0, {"params": params}, {}, bytes_at_once=largest + 2**24)
+        self._commit(0, {"params": params}, {}, bytes_at_once=largest + 1)
 
     def record(self, step: int, figures: dict[str, Any]) -> None:
         """Adds figures to the manifest of a committed step.

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sheepop_jax.data.stream import TokenFile, TokenStream, damaged
+from sheepop_jax.data.stream import TokenStream
+from sheepop_jax.data.token_file import TokenFile, damaged
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import read_sealed, sealed, sha256_of_file

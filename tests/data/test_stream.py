@@ -6,7 +6,8 @@ import pytest
 from sheepop_jax.data import stream as module
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.preprocess.train_tokenizer import train_char
-from sheepop_jax.data.stream import Piece, TokenFile, TokenStream, encode_pieces, encode_text
+from sheepop_jax.data.stream import Piece, TokenStream, encode_pieces, encode_text
+from sheepop_jax.data.token_file import TokenFile
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 
