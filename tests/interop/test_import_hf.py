@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -25,6 +26,7 @@ from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.generation import engine
 from sheepop_jax.interop import hub_tensors, import_hf
+from sheepop_jax.interop.export_hf import export_hf
 from sheepop_jax.interop.hub_config import read_config
 from sheepop_jax.interop.hub_tokenizer import read_tokenizer
 from sheepop_jax.interop.reference import HubReference
@@ -246,6 +248,37 @@ def test_buffers_and_copies_of_other_versions_are_known(tmp_path):
     with pytest.raises(InputError, match=r"lm_head\.weight: .*tie_word_embeddings is true"):
         import_hf.import_hf(directory, tmp_path / "run", defaults())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gpt2",
+        "gpt_neox_sequential",
+        "starcoder2_no_bias",
+        "llama_rope_linear",
+        "llama_rope_llama3",
+        "qwen2",
+        "qwen3",
+    ],
+)
+def test_an_exported_run_is_imported_bit_for_bit(case, tmp_path):
+    """Parameters, architecture, vocabulary, BOS and end-of-text."""
+    runs, params = [], []
+    source = hub(tmp_path, case)
+    for number in range(2):
+        import_hf.import_hf(source, tmp_path / f"run{number}", defaults(), verify=False)
+        runs.append(open_run(tmp_path / f"run{number}"))
+        params.append(runs[-1].params()[0])
+        source = tmp_path / f"export{number}"
+        export_hf(runs[-1], params[-1], 0, source)
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    first, second = runs
+    assert second.config.model == first.config.model
+    assert second.vocab_size == first.vocab_size
+    for name in ("bos_id", "end_of_text", "prompt_start"):
+        assert getattr(second.tokenizer, name) == getattr(first.tokenizer, name)
+    assert second.tokenizer.encode_prompt("a sheep") == first.tokenizer.encode_prompt("a sheep")
 
 
 @pytest.mark.parametrize("layout", ["transposed", "biases", "order"])
