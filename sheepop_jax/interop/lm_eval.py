@@ -45,26 +45,37 @@ class Adapter:
         """Log-likelihood of each continuation, and whether greedy decoding would write it.
 
         Args:
-            pairs: token ids of (context, continuation); an empty context is end-of-text.
+            pairs: token ids of (context, continuation). The context begins with BOS, if the
+                tokenizer has one; one that is empty otherwise is end-of-text.
         """
-        start = [self.tokenizer.end_of_text]
+        bos = self.tokenizer.prompt_start
+        begun = [
+            (before if list(before[:1]) == bos else [*bos, *before], after)
+            for before, after in pairs
+        ]
+        return self._scored([(before or self._start, after) for before, after in begun])
+
+    @property
+    def _start(self) -> list[int]:
+        """What stands before a text."""
+        return self.tokenizer.prompt_start or [self.tokenizer.end_of_text]
+
+    def _scored(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
         return continuation_log_likelihoods(
-            self.model,
-            self.params,
-            [(before or start, after) for before, after in pairs],
-            context=self.context,
-            batch_size=self.batch_size,
+            self.model, self.params, pairs, context=self.context, batch_size=self.batch_size
         )
 
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
-        """Log-likelihood of each text, in windows of the whole context, after end-of-text."""
+        """Log-likelihood of each text after BOS or end-of-text, in windows of the whole context."""
         windows, owners = [], []
         for i, ids in enumerate(self.tokenizer.encode_batch(list(texts))):
-            own = rolling_windows(ids, self.tokenizer.end_of_text, self.context)
+            own = rolling_windows(ids, self._start[0], self.context)
             windows += own
             owners += [i] * len(own)
         sums = [0.0] * len(texts)
-        for i, (found, _) in zip(owners, self.log_likelihoods(windows), strict=True):
+        for i, (found, _) in zip(owners, self._scored(windows), strict=True):
             sums[i] += found
         return sums
 
@@ -89,7 +100,9 @@ class Adapter:
             members.sort(key=lambda i: -len(prompts[i]))  # rows of similar length share a batch
             for start in range(0, len(members), self.batch_size):
                 chosen = members[start : start + self.batch_size]
-                kept = [prompts[i][-(self.context - limit) :] for i in chosen]
+                bos = self.tokenizer.prompt_start
+                room = self.context - limit - len(bos)
+                kept = [[*bos, *prompts[i][-room:]] for i in chosen]
                 config = GenerationConfig(sampling, limit, context=self.context)
                 end = self.tokenizer.end_of_text
                 written = generate(self.model, self.params, kept, end, config)
@@ -110,7 +123,7 @@ class Adapter:
             top_k, top_p = int(settings.get("top_k", 0)), float(settings.get("top_p", 1.0))
             sampling = SamplingConfig(temperature or 1.0, top_k, top_p)
         wanted = int(settings.get("max_gen_toks", _NEW_TOKENS))
-        return sampling, max(1, min(wanted, self.context - 1))
+        return sampling, max(1, min(wanted, self.context - 1 - len(self.tokenizer.prompt_start)))
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:
@@ -174,6 +187,10 @@ def harness_model(adapter: Adapter) -> Any:
         @property
         def eot_token_id(self) -> int:
             return adapter.tokenizer.end_of_text
+
+        @property
+        def prefix_token_id(self) -> int:
+            return (adapter.tokenizer.prompt_start or [self.eot_token_id])[0]
 
         def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
             return adapter.tokenizer.encode(string)

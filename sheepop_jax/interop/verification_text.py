@@ -85,11 +85,11 @@ def texts_of(run: Run, params: Any) -> Texts:
 
 
 def _sampled(run: Run, params: Any, length: int, count: int) -> list[list[int]]:
-    """Texts of `length` tokens, at temperature 1, after end-of-text."""
-    start = run.tokenizer.end_of_text
+    """Texts of `length` tokens, at temperature 1, after BOS or end-of-text."""
+    start = run.tokenizer.prompt_start or [run.tokenizer.end_of_text]
     config = GenerationConfig(max_new_tokens=length - 1, num_samples=count)
-    found = generate(run.model(), params, [[start]], NO_END, config)
-    return [[start, *completion.tokens] for completion in found]
+    found = generate(run.model(), params, [start], NO_END, config)
+    return [[*start, *completion.tokens] for completion in found]
 
 
 def special_texts(tokenizer: Tokenizer) -> list[str]:

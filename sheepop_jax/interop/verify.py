@@ -306,7 +306,7 @@ def _tokenizer_row(run: Run, directory: Path, texts: Texts, notes: list[str]) ->
     first = ""
     equal = 0
     for text in strings:
-        wanted, found = run.tokenizer.encode(text), written.encode(text).ids
+        wanted, found = run.tokenizer.encode_prompt(text), written.encode(text).ids
         equal += wanted == found
         if wanted != found and not first:
             first = f"{text[:60]!r} is {_ids(found)}, not {_ids(wanted)}"

@@ -223,7 +223,7 @@ def test_the_named_value_works(fields, field, hint) -> None:
     for_export(config_of({**fields, field: value}), VOCAB)
 
 
-REMOVED = object()
+REMOVED = ...
 IMPORT_REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"model_type": "mixtral"}, "model_type"),
     ("llama", {"model_type": ["llama"]}, "model_type"),

@@ -1,5 +1,6 @@
 """The adapter for lm-evaluation-harness against float64 numpy, one token at a time."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -9,6 +10,7 @@ import pytest
 
 from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.data.preprocess.train_tokenizer import train_char
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import continuation_log_likelihoods, rolling_windows
 from sheepop_jax.interop import lm_eval as harness
@@ -131,6 +133,23 @@ def test_continuations_are_greedy_up_to_a_stop(adapter):
     assert cut == [text.split(stops[0])[0].split(stops[1])[0] for text in wanted]
     one = adapter.continuations([("ox", {"max_gen_toks": size, "until": longest[1]})])
     assert one == [wanted[2].split(longest[1])[0]]
+
+
+def test_texts_begin_with_the_bos_of_the_tokenizer(adapter):
+    tokenizer = Tokenizer.with_stream_tokens(adapter.tokenizer.to_json(), "z", "<|endoftext|>")
+    begun = dataclasses.replace(adapter, tokenizer=tokenizer)
+    bos, cat, text = tokenizer.bos_id, tokenizer.encode("cat"), "the cat sat on the mat. a dog ran."
+    assert begun.log_likelihoods([(cat, cat)]) == adapter.log_likelihoods([([bos, *cat], cat)])
+    for before in ([], [bos]):
+        assert begun.log_likelihoods([(before, cat)]) == adapter.log_likelihoods([([bos], cat)])
+    windows = rolling_windows(tokenizer.encode(text), bos, CONTEXT)
+    expected = sum(value for value, _ in adapter.log_likelihoods(windows))
+    assert begun.rolling_log_likelihoods([text]) == pytest.approx([expected], rel=1e-6)
+    settings = {"max_gen_toks": 4, "until": []}
+    for prompt in ("cat", text):
+        ids = [bos, *tokenizer.encode(prompt)[-(CONTEXT - 4 - 1) :]]
+        written = tokenizer.decode(greedy_text(adapter, ids, 4)[len(ids) :])
+        assert begun.continuations([(prompt, settings)]) == [written]
 
 
 def test_sampling_settings_are_passed_on(adapter):
