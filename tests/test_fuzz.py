@@ -43,8 +43,11 @@ SMALL = {
 }
 FIELDS = flat(base.get_config())
 CHOICES = {
-    "model.activation": ["gelu", "gelu_tanh", "relu"],
+    "model.activation": ["gelu", "gelu_tanh", "relu", "relu2", "silu"],
+    "model.feed_forward": ["mlp", "gated"],
+    "model.norm": ["layernorm", "rmsnorm"],
     "model.position": ["rope", "sinusoidal", "learned"],
+    "model.rope_scaling": ["none", "linear", "llama3"],
     "model.remat": ["none", "dots", "full"],
     "optimizer.name": ["adamw", "muon"],
     "optimizer.schedule": ["cosine", "linear", "constant"],

@@ -50,6 +50,9 @@ def model_card(
         "dtype of the weights": dtype,
     }
     name = run.directory.resolve().name
+    made, origin = "trained with", "Training"
+    if run.imported:
+        made, origin = "imported into", "Origin"
     # AutoTokenizer of transformers 5 gives any Qwen2 the tokenizer of the public models.
     loader = "PreTrainedTokenizerFast" if model.family.name == "qwen2" else "AutoTokenizer"
     return f"""\
@@ -62,7 +65,7 @@ tags:
 
 # {name}
 
-A decoder-only language model, trained with sheepop_jax and exported at step {step}.
+A decoder-only language model, {made} sheepop_jax and exported at step {step}.
 
 ```python
 from transformers import AutoModelForCausalLM, {loader}
@@ -77,7 +80,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
 
 {_table(rows)}
 
-## Training
+## {origin}
 
 {_table(dict(_training(run, step)))}
 
@@ -97,6 +100,12 @@ def _table(rows: dict[str, str]) -> str:
 
 def _training(run: Run, step: int) -> Iterator[tuple[str, str]]:
     config, identity = run.config, run.data_identity
+    if run.imported:
+        yield "imported from", Path(run.imported["directory"]).name
+        yield "dtype of those weights", run.imported["dtype"]
+        return
+    if config.train.init_from:
+        yield "parameters at the start", Path(config.train.init_from).name
     sources = [_source(part.config) for part in config.data.parts]
     yield "text", ", ".join(dict.fromkeys(sources))
     for side in ("train", "validation"):

@@ -16,7 +16,7 @@ from sheepop_jax.data.stream import TokenStream
 from sheepop_jax.evaluation import Evaluator
 from sheepop_jax.generation.engine import NO_END, build_request, decode
 from sheepop_jax.model.linear import Quantized, dot_general, quantized
-from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.model.transformer import Transformer, logits
 from sheepop_jax.training.step import init_state, make_train_step
 from tests import reference
 from tests.generation.conftest import VOCAB
@@ -99,12 +99,12 @@ def test_logits_are_those_of_the_formula(build: Build, options: dict[str, Any], 
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (3, 11), np.int32)
 
     @jax.jit
-    def logits(params: Any) -> jax.Array:
+    def compute(params: Any) -> jax.Array:
         hidden_BTD, _ = model.apply({"params": params}, tokens_BT)
         assert hidden_BTD.dtype == dtype  # activations keep their dtype
         return logits(model, params, hidden_BTD)[..., :VOCAB]
 
-    got = np.asarray(logits(quantized(params)), np.float64)
+    got = np.asarray(compute(quantized(params)), np.float64)
     formula = reference.logits(dequantized(params), model.config, tokens_BT)[..., :VOCAB]
     trained = reference.logits(params, model.config, tokens_BT)[..., :VOCAB]
     largest = np.abs(trained).max()

@@ -241,6 +241,18 @@ def test_the_card_has_the_figures_of_the_checkpoint_and_no_local_path(run, expor
     assert r"b\|c" in card
 
 
+def test_the_card_says_where_parameters_came_from(run) -> None:
+    model = for_export(run.config.model, run.vocab_size)
+    record = {"directory": "/somewhere/smollm2", "dtype": "bfloat16"}
+    card = model_card(dataclasses.replace(run, imported=record), model, 0, "float32")
+    assert "imported from | smollm2 |" in card and "bfloat16" in card and "## Training" not in card
+    assert "learning rate" not in card and "/somewhere" not in card
+    train = dataclasses.replace(run.config.train, init_from="/elsewhere/base")
+    tuned = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    card = model_card(tuned, model, STEP, "float32")
+    assert "parameters at the start | base |" in card and "/elsewhere" not in card
+
+
 def test_the_card_of_qwen2_does_not_load_the_tokenizer_of_the_public_models(run) -> None:
     for name, loader in (("qwen2", "PreTrainedTokenizerFast"), ("qwen3", "AutoTokenizer")):
         model = for_export(config_of(MODELS[name][1]), 23)

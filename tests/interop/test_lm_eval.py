@@ -13,6 +13,7 @@ from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import continuation_log_likelihoods, rolling_windows
+from sheepop_jax.generation.engine import generate
 from sheepop_jax.interop import lm_eval as harness
 from sheepop_jax.model.transformer import Transformer
 from tests import reference
@@ -135,7 +136,7 @@ def test_continuations_are_greedy_up_to_a_stop(adapter):
     assert one == [wanted[2].split(longest[1])[0]]
 
 
-def test_texts_begin_with_the_bos_of_the_tokenizer(adapter):
+def test_texts_begin_with_the_bos_of_the_tokenizer(adapter, monkeypatch):
     tokenizer = Tokenizer.with_stream_tokens(adapter.tokenizer.to_json(), "z", "<|endoftext|>")
     begun = dataclasses.replace(adapter, tokenizer=tokenizer)
     bos, cat, text = tokenizer.bos_id, tokenizer.encode("cat"), "the cat sat on the mat. a dog ran."
@@ -145,11 +146,15 @@ def test_texts_begin_with_the_bos_of_the_tokenizer(adapter):
     windows = rolling_windows(tokenizer.encode(text), bos, CONTEXT)
     expected = sum(value for value, _ in adapter.log_likelihoods(windows))
     assert begun.rolling_log_likelihoods([text]) == pytest.approx([expected], rel=1e-6)
-    settings = {"max_gen_toks": 4, "until": []}
-    for prompt in ("cat", text):
-        ids = [bos, *tokenizer.encode(prompt)[-(CONTEXT - 4 - 1) :]]
-        written = tokenizer.decode(greedy_text(adapter, ids, 4)[len(ids) :])
-        assert begun.continuations([(prompt, settings)]) == [written]
+    asked = []
+
+    def record(model, params, prompts, *rest):
+        asked.extend(prompts)
+        return generate(model, params, prompts, *rest)
+
+    monkeypatch.setattr(harness, "generate", record)
+    begun.continuations([(prompt, {"max_gen_toks": 4, "until": []}) for prompt in (text, "cat")])
+    assert asked == [[bos, *tokenizer.encode(text)[-(CONTEXT - 4 - 1) :]], [bos, *cat]]
 
 
 def test_sampling_settings_are_passed_on(adapter):
