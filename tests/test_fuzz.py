@@ -85,7 +85,8 @@ def values(name: str) -> st.SearchStrategy[Any]:
         case float():
             good = FLOATS
         case str():
-            good = st.sampled_from(CHOICES.get(name, ["", "auto", "char"])) | st.text(max_size=5)
+            named = st.sampled_from(CHOICES.get(name, ["", "auto", "char"]))
+            good = st.one_of(named, named, named, st.text(max_size=5))
         case _:
             good = st.just({})
     return st.integers(0, 9).flatmap(lambda roll: STRANGE if roll == 0 else good)

@@ -69,6 +69,15 @@ def test_it_trains_on_and_is_saved_with_a_version(run):
     assert json.loads(Path("run/config.json").read_text())["schema"] == SCHEMA
 
 
+def test_a_tokenizer_of_another_size_is_refused(run):
+    other = json.loads((run / "tokenizer.json").read_text())
+    other["model"]["vocab"].popitem()
+    (run / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(InputError) as error:
+        open_run(run)
+    assert (error.value.field, error.value.got) == ("run/tokenizer.json", "22 tokens")
+
+
 def test_a_run_of_a_newer_version_is_refused(run):
     saved = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**saved, "schema": SCHEMA + 1}))

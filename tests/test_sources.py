@@ -186,7 +186,7 @@ class TestSeveralProcesses:
             monkeypatch.setattr(distributed, "_index", of)
             monkeypatch.setattr(pipeline, "wait_for_all", lambda what, timeout_seconds: None)
             monkeypatch.setattr(distributed, "_from_first", exchange)
-            return pipeline._shards(made, tmp_path / "run", StopSignal())
+            return pipeline._shards(made, tmp_path / "run", StopSignal(), None)
 
         return shards
 

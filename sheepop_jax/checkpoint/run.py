@@ -171,8 +171,9 @@ def open_run(path: str | Path) -> Run:
     if not (directory / "tokenizer.json").is_file():
         raise InputError(str(directory / "tokenizer.json"), "no file", "the run's tokenizer")
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    if tokenizer.vocab_size > vocab_size:
-        got, expected = f"{tokenizer.vocab_size} tokens", f"at most the run's {vocab_size}"
+    more_rows = imported or config.train.init_from  # than tokens
+    if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not more_rows):
+        got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {vocab_size}"
         raise InputError(str(directory / "tokenizer.json"), got, expected)
     return Run(directory, config, tokenizer, vocab_size, identity, gzip_figure, shards, imported)
 

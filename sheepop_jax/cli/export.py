@@ -13,9 +13,11 @@ from sheepop_jax.cli.common import (
     load_params,
     path_argument,
 )
-from sheepop_jax.errors import RunFailed
+from sheepop_jax.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sheepop_jax.checkpoint.run import Run
     from sheepop_jax.interop.verification import VerificationReport
 
@@ -92,7 +94,7 @@ def _hf(
     if flags.no_verify:
         return None
     _say("verifying")
-    report = verify_hf(opened, params, out)
+    report = _measured(lambda: verify_hf(opened, params, out))
     write_card(opened, model, step, out, flags.dtype, report.markdown())
     return report
 
@@ -114,7 +116,17 @@ def _gguf(
     from sheepop_jax.interop.verify_gguf import verify_gguf
 
     _say("verifying")
-    return verify_gguf(opened, params, out / GGUF_FILE, flags.dtype)
+    return _measured(lambda: verify_gguf(opened, params, out / GGUF_FILE, flags.dtype))
+
+
+def _measured(verify: "Callable[[], VerificationReport]") -> "VerificationReport":
+    """A verification that could not be done, as with a file that is not read, has failed."""
+    from sheepop_jax.interop.verification import Row, VerificationReport
+
+    try:
+        return verify()
+    except InputError as error:
+        return VerificationReport((Row("verification", "not done", "", False, str(error)),))
 
 
 def _say(line: str) -> None:

@@ -44,7 +44,7 @@ COMMANDS = (
     "doctor",
 )
 # Commands that save or clean up on an interrupt; the others stop immediately.
-_HANDLE_INTERRUPTS = ("train", "data", "evaluate", "export")
+_HANDLE_INTERRUPTS = ("train", "data", "evaluate", "export", "import")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -97,6 +97,10 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 def _likely_vocab_size(config: Config) -> int:
     """The vocabulary size as far as known without reading the text."""
+    if config.train.init_from:
+        from sheepop_jax.checkpoint.run import open_run
+
+        return open_run(config.train.init_from).vocab_size
     match config.data.tokenizer:
         case "bpe":
             return config.data.vocab_size

@@ -100,11 +100,14 @@ def _as_in_run(
     run = train.get("init_from") if isinstance(train, ConfigDict) else ""
     if not run or not isinstance(run, str):  # a wrong type is refused by the schema
         return values
+    run = train.init_from = str(Path(run))  # without a slash at the end
     path = Path(run) / "config.json"
     with contextlib.suppress(AttributeError, InputError):  # no section `data`; no run yet
         own = Path(workdir or default_workdir(name, values)) / "config.json"
-        if _read_saved(own)["train"]["init_from"] == run:
-            path = own
+        started = _read_saved(own)["train"]["init_from"]
+        if started and Path(started).resolve() == Path(run).resolve():
+            path, run = own, started
+            train.init_from = started
     if not path.is_file():
         raise InputError(FIELD, run, "the directory of a run (with config.json)")
     saved = _read_saved(path)
@@ -123,8 +126,13 @@ def _as_in_run(
     data = values.get("data")
     if isinstance(data, ConfigDict) and "tokenizer" in data:
         trained = data.tokenizer in ("bpe", "char")
+        imported = "imported" in json.loads(path.read_text(encoding="utf-8"))
         if trained and "data.tokenizer" in assigned:
-            check_field("data.tokenizer", data.tokenizer, config.data.tokenizer, run)
+            own_kind = f"{run}/tokenizer.json" if imported else config.data.tokenizer
+            check_field("data.tokenizer", data.tokenizer, own_kind, run)
+        if "data.vocab_size" in assigned:
+            own_size = "that of the imported tokenizer" if imported else config.data.vocab_size
+            check_field("data.vocab_size", data.get("vocab_size"), own_size, run)
         if trained or "data.tokenizer" not in assigned:
             data.tokenizer = tokenizer_of(run)
         # The schema would suggest a longer context.

@@ -383,8 +383,8 @@ def _without_special(
     A model finds a special token in text if it is an entry of its vocabulary (Unigram, WordLevel,
     WordPiece) or the result of a merge (BPE). The copy has these entries under names that no text
     contains: they are random and never stored. Text that says `</s>` becomes other pieces. An
-    unknown word may still become the unknown token, unless that is end-of-text: then it is an error
-    to encode one.
+    unknown word may still become the unknown token, unless that is end-of-text or BOS: then it is
+    an error to encode one.
 
     Raises:
         InputError: the library does not accept the copy.
@@ -400,7 +400,7 @@ def _without_special(
         if model["ignore_merges"]:
             made = known
         known &= made | {piece for piece in known if len(piece) == 1}
-        known |= {model["unk_token"]} & {end_of_text}
+        known |= {model["unk_token"]} & stream_tokens
     if not special & known:
         return inner
     mark = secrets.token_hex(16)
@@ -408,12 +408,12 @@ def _without_special(
     for token in content["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     if is_unigram:
-        if model["unk_id"] is not None and model["vocab"][model["unk_id"]][0] == end_of_text:
+        if model["unk_id"] is not None and model["vocab"][model["unk_id"]][0] in stream_tokens:
             model["unk_id"] = None
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
-        if model["unk_token"] != end_of_text:
+        if model["unk_token"] not in stream_tokens:
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if model["type"] == "BPE":
         model["merges"] = [

@@ -125,6 +125,7 @@ def checked_model(run: Run) -> HubModel:
         exact = config.activation in ("gelu", "gelu_tanh")
         require(exact, "activation", "gelu or gelu_tanh", "gelu")
     require(config.sliding_window == 0, "sliding_window", "0", "0")
+    require(config.max_seq_len > 1, "max_seq_len", "at least 2", "2")  # llama.cpp would abort
     if family.name != "llama":  # the others ignore the tensor of the angles' factors
         require(config.rope_scaling != "llama3", "rope_scaling", "none or linear", "linear")
     return model

@@ -140,6 +140,7 @@ FAMILIES: dict[str, Family] = {
                 "activation_function",
                 "attention_softmax_in_fp32",
                 "scale_attention_softmax_in_fp32",
+                "rms_norm_eps",  # in the public starcoder2-15b, which has LayerNorm
             ),
             copies={"embedding_dropout": "residual_dropout"},
             has_linear_biases=None,
@@ -180,7 +181,14 @@ FAMILIES: dict[str, Family] = {
                 "scale_attn_by_inverse_layer_idx": False,
                 "add_cross_attention": False,
             },
-            ignored=("n_ctx", "reorder_and_upcast_attn"),
+            # The last three: in old files of the public models, and read by no version.
+            ignored=(
+                "n_ctx",
+                "reorder_and_upcast_attn",
+                "n_special",
+                "predict_special_tokens",
+                "output_past",
+            ),
             copies={"embd_pdrop": "resid_pdrop"},
             grouped_heads=False,
             has_linear_biases=True,
@@ -239,6 +247,7 @@ FAMILIES: dict[str, Family] = {
             keys=_RMS_KEYS,
             defaults=_RMS_DEFAULTS,
             fixed=_NO_WINDOW,
+            checked={"use_mrope": False},
             ignored=_UNUSED_WINDOW,
         ),
         Family(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sheepop_jax.config.schema import ADDED, ModelConfig
+from sheepop_jax.config.schema import ADDED, HUGE_INT, ModelConfig
 from sheepop_jax.errors import InputError
 from sheepop_jax.interop.families import ACTIVATIONS, FAMILIES, Family, HubModel
 
@@ -211,7 +211,7 @@ def _typed(values: Mapping[str, Any], key: str, kind: type, name: str, default: 
     if value is None:
         value = default
     if kind is float and type(value) is int:
-        return float(value)
+        return float(max(-HUGE_INT, min(value, HUGE_INT)))  # float() raises beyond 2**1024
     if type(value) is not kind:
         expected = {int: "an integer", float: "a number", bool: "true or false", str: "a name"}
         raise InputError(f"{name}: {key}", value, expected[kind])

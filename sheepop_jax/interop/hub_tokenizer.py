@@ -56,14 +56,14 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any], vocab_size: int) 
     try:
         kind = content["model"].get("type") or ("BPE" if "merges" in content["model"] else None)
         ids = {**content["model"]["vocab"]} if kind == "BPE" else {}
-        ids |= {token["content"]: token["id"] for token in content["added_tokens"]}
-        template = _first_of_template(content["post_processor"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        template = _first_of_template(content.get("post_processor"))
+        tokens = max(ids.values(), default=-1) + 1
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         got = f"not a tokenizer ({type(error).__name__}: {error})"
         raise InputError(str(path), got, "a tokenizer.json") from None
     if kind != "BPE":
         raise InputError(f"{path}: model", kind, "BPE (byte-level, or as SentencePiece's)")
-    tokens = max(ids.values(), default=-1) + 1
     if tokens > vocab_size:
         expected = f"at most {vocab_size}, the rows of the model's embedding"
         raise InputError(str(path), f"{tokens} tokens", expected)

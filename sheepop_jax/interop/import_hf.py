@@ -105,6 +105,9 @@ def check_hf_files(directory: Path) -> HubFiles:
     config = read_json(path)
     model = read_config(config, str(path))
     weights = WeightFiles(directory)
+    if model.config.num_layers > len(weights.tensors):  # before naming the tensors of each
+        expected = f"at most {len(weights.tensors)}, the number of tensors"
+        raise InputError(f"{path}: number of layers", model.config.num_layers, expected)
     names, copy = _assign(weights, model)
     tokenizer = read_tokenizer(directory, config, model.vocab_size)
     return HubFiles(directory, model, weights, names, copy, tokenizer)

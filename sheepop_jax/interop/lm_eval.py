@@ -5,6 +5,7 @@ harness.
 """
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from sheepop_jax.evaluation import continuation_log_likelihoods, rolling_windows
 from sheepop_jax.generation.engine import generate
 from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
 from sheepop_jax.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 _NEW_TOKENS = 256  # of a task that sets no limit, as for the harness's own models
 _SETTINGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"})
@@ -95,20 +98,26 @@ class Adapter:
         groups: dict[tuple[SamplingConfig, int], list[int]] = {}
         for i, (_, settings) in enumerate(requests):
             groups.setdefault(self._settings(settings), []).append(i)
-        found = [""] * len(requests)
+        found, shortened = [""] * len(requests), 0
         for (sampling, limit), members in groups.items():
             members.sort(key=lambda i: -len(prompts[i]))  # rows of similar length share a batch
             for start in range(0, len(members), self.batch_size):
                 chosen = members[start : start + self.batch_size]
                 bos = self.tokenizer.prompt_start
                 room = self.context - limit - len(bos)
-                kept = [[*bos, *prompts[i][-room:]] for i in chosen]
+                kept = [[*bos, *prompts[i][max(0, len(prompts[i]) - room) :]] for i in chosen]
+                shortened += sum(len(prompts[i]) > room for i in chosen)
                 config = GenerationConfig(sampling, limit, context=self.context)
                 end = self.tokenizer.end_of_text
                 written = generate(self.model, self.params, kept, end, config)
                 for i, prompt, completion in zip(chosen, kept, written, strict=True):
                     text = self.tokenizer.decode_after(prompt, completion.tokens)
                     found[i] = _until(text, requests[i][1].get("until"))
+        if shortened:
+            log.warning(
+                "lm_eval: %d of %d prompts exceed the context; their beginning was dropped",
+                *(shortened, len(requests)),
+            )
         return found
 
     def _settings(self, settings: Mapping[str, Any]) -> tuple[SamplingConfig, int]:
@@ -122,8 +131,10 @@ class Adapter:
         else:
             top_k, top_p = int(settings.get("top_k", 0)), float(settings.get("top_p", 1.0))
             sampling = SamplingConfig(temperature or 1.0, top_k, top_p)
-        wanted = int(settings.get("max_gen_toks", _NEW_TOKENS))
-        return sampling, max(1, min(wanted, self.context - 1 - len(self.tokenizer.prompt_start)))
+        most = max(1, self.context - 1 - len(self.tokenizer.prompt_start))
+        if (wanted := settings.get("max_gen_toks")) is None:
+            wanted = min(_NEW_TOKENS, self.context // 2)  # keeps half for the prompt
+        return sampling, max(1, min(int(wanted), most))
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:
@@ -138,8 +149,10 @@ def check_installed(tasks: str) -> None:
     """Checks that the harness is installed.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or no task is named.
     """
+    if not tasks.replace(",", "").strip():
+        raise InputError("lm_eval", tasks, "at least one task")
     if importlib.util.find_spec("lm_eval") is None:
         rule = "the Python package lm-eval to be installed"
         raise InputError("lm_eval", tasks, rule, "'pip install lm-eval'")

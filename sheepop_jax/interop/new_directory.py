@@ -27,7 +27,7 @@ def check_new(path: Path, field: str) -> None:
         elif path.samefile("."):
             got = "the current directory"  # the rename would leave every shell in it nowhere
     elif os.path.lexists(path):
-        got = "a file"
+        got = "a broken link" if path.is_symlink() else "a file"
     if got:
         raise InputError(field, f"{path} ({got})", "a new or empty directory", "another name")
 

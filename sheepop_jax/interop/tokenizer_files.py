@@ -78,6 +78,8 @@ def _tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     return {
         # The only class that keeps character vocabularies in transformers 5.
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # transformers 4 would also give `token_type_ids`, which GPT-2 adds to its input.
+        "model_input_names": ["input_ids", "attention_mask"],
         **names,
         "clean_up_tokenization_spaces": False,
         # The text of a special token is text, as in training.

@@ -89,7 +89,7 @@ def _verify(
     if missing:
         notes.append(f"transformers: not compared ({' and '.join(missing)} not installed)")
     else:
-        rows += _transformers_rows(directory, ours, texts)
+        rows += _transformers_rows(directory, ours, texts, notes)
     if kind != "F32":
         exact = partial(_our_logits, model, params)
         rows.append(_rounding_row(kind, exact, ours, texts))
@@ -260,11 +260,16 @@ def _rounding_row(kind: str, exact: Logits, rounded: Logits, texts: Texts) -> Ro
     return _number(name, sums.kl / sums.tokens, ROUNDING_LIMITS[kind])
 
 
-def _transformers_rows(directory: Path, ours: Logits, texts: Texts) -> Iterator[Row]:
+def _transformers_rows(
+    directory: Path, ours: Logits, texts: Texts, notes: list[str]
+) -> Iterator[Row]:
     # Lazy: seconds to import, and not installed by this project.
-    import torch
-    import transformers
-
+    try:
+        import torch
+        import transformers
+    except Exception as error:  # a broken installation says nothing about the export
+        notes.append(f"transformers: not compared ({' '.join(str(error).split())[:200]})")
+        return
     name = f"transformers {transformers.__version__}"
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -285,6 +290,8 @@ def _transformers_rows(directory: Path, ours: Logits, texts: Texts) -> Iterator[
             return np.asarray(logits_BTV[0].double().numpy())
 
         yield from _compare(name, ours, theirs, texts)
+    except (ImportError, MemoryError) as error:
+        notes.append(f"{name}: not compared ({' '.join(str(error).split())[:200]})")
     except Exception as error:  # whatever transformers raises is the result of this check
         yield _failure(name, error)
 

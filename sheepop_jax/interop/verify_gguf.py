@@ -69,6 +69,8 @@ def verify_gguf(
         notes.append("tokenizer: compared on composed characters (NFC); llama.cpp composes none")
         strings = [unicodedata.normalize("NFC", text) for text in strings]
     whole = _whole_token(run.tokenizer)
+    # llama.cpp allocates keys and values for the whole context that it is given.
+    context = min(context, max(map(len, prompts)) + NEW_TOKENS)
     with LlamaCpp(path, context) as llama:
         written = [_continued(llama, prompt, context, whole) for prompt in prompts]
         tokenizer = _compare_tokenizers(run.tokenizer, llama, strings)

@@ -245,6 +245,17 @@ def test_an_unknown_word_is_never_end_of_text():
     assert error.value.field == "data.tokenizer"
 
 
+def test_an_unknown_character_is_never_bos():
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<s>"))
+    inner.add_special_tokens(["<s>", "</s>"])
+    loaded = Tokenizer.with_stream_tokens(inner.to_str(), "<s>", "</s>")
+    assert loaded.encode_prompt("ab") == [0, 2, 3]
+    with pytest.raises(InputError) as error:
+        loaded.encode("a?b")
+    assert error.value.field == "data.tokenizer"
+
+
 def test_a_tokenizer_whose_special_tokens_cannot_be_hidden_is_refused(monkeypatch):
     inner = tokenizers.Tokenizer(MODELS["BPE"])
     inner.add_special_tokens(["</s>"])

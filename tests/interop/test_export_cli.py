@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from sheepop_jax.cli import main as program
 from sheepop_jax.cli.main import main
+from sheepop_jax.errors import InputError
 from sheepop_jax.interop import verify
 from sheepop_jax.interop.verification import Row, VerificationReport
 
@@ -78,3 +80,28 @@ def test_bad_input_ends_with_2_and_writes_nothing(verified, tmp_path, capsys) ->
     assert export(SAVED) == 2
     assert "(a directory with files)" in capsys.readouterr().err
     assert not verified and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_what_removes_its_files_on_an_interrupt_is_not_stopped_at_once(command, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(program, "leave_on_interrupt", lambda: stopped.append(command))
+    for words in ([command, "--help"], ["checkpoints", "--help"]):
+        monkeypatch.setattr("sys.argv", ["sheepop-jax", *words])
+        with pytest.raises(SystemExit):
+            program.main()
+    assert len(stopped) == 1  # of checkpoints, which has nothing to remove
+
+
+def test_a_file_that_cannot_be_verified_is_a_failed_verification(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise InputError("model.gguf", "a file that llama.cpp does not load", "a GGUF file")
+
+    monkeypatch.setattr(verify, "verify_hf", refuse)
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit) as left:
+        main(["export", "--ckpt", str(SAVED), "--format", "hf", "--out", out])
+    shown = capsys.readouterr()
+    assert left.value.code == 1 and "nothing was deleted" in shown.err
+    assert "exported" in shown.out and "llama.cpp does not load" in shown.out
+    assert "does not load" in (tmp_path / "out/README.md").read_text()

@@ -83,7 +83,10 @@ def make_run(
                 made[fields] = make(MODELS[fields])
             return made[fields]
         fields = {"norm_eps": EPSILON, **fields}
-        config = make_config({f"model.{name}": value for name, value in fields.items()})
+        words = {f"model.{name}": value for name, value in fields.items()}
+        config = make_config(
+            words | ({"data.seq_len": 1} if fields.get("max_seq_len") == 1 else {})
+        )
         rows = max(own.vocab_size, ROWS)
         run = Run(Path("runs/small"), config, own, rows, {}, 0.0, Path("shards"), {})
         params = random_params(run.model())
@@ -275,6 +278,7 @@ REFUSED = [
     ({"sliding_window": 8}, "model.sliding_window", "model.sliding_window=0"),
     ({"rope_scaling": "llama3"}, "model.rope_scaling", "model.rope_scaling=linear"),
     ({"position": "sinusoidal"}, "model.position", "model.position=rope"),
+    ({"max_seq_len": 1}, "model.max_seq_len", "model.max_seq_len=2"),
     ({"logit_softcap": 30.0}, "model.logit_softcap", "model.logit_softcap=0.0"),
 ]
 

@@ -153,7 +153,7 @@ def test_something_in_the_way_stays_as_it_is(run, params, tmp_path, monkeypatch)
     for out, got in (
         (full, "a directory with files"),
         (file, "a file"),
-        (tmp_path / "broken", "a file"),
+        (tmp_path / "broken", "a broken link"),
         (Path("."), "the current directory"),
     ):
         with pytest.raises(InputError, match=got) as error:
@@ -251,6 +251,12 @@ def test_the_card_says_where_parameters_came_from(run) -> None:
     tuned = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
     card = model_card(tuned, model, STEP, "float32")
     assert "parameters at the start | base |" in card and "/elsewhere" not in card
+
+
+def test_transformers_4_gets_no_token_types(exported) -> None:
+    """It would pass them on to the model; GPT-2 adds their embedding to its input."""
+    config = json.loads((exported / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_the_card_of_qwen2_does_not_load_the_tokenizer_of_the_public_models(run) -> None:

@@ -408,11 +408,25 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "model type": (lambda d: change(d, model_type="mamba"), "model_type"),
     "unknown key": (lambda d: change(d, attention_sinks=4), "attention_sinks"),
     "not built": (lambda d: change(d, scale_attn_by_inverse_layer_idx=True), "scale_attn"),
+    "vast number": (lambda d: change(d, layer_norm_epsilon=10**400), "norm_eps"),
+    "more layers than tensors": (lambda d: change(d, n_layer=2 * 10**9), "2000000000"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "broken config": (lambda d: (d / "config.json").write_text("{"), "config.json"),
     "config that is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "save_pretrained"),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text('{"model": 3}'), "tokenizer"),
+    "empty template": (
+        lambda d: change(
+            d, "tokenizer.json", post_processor={"type": "TemplateProcessing", "single": []}
+        ),
+        "not a tokenizer (IndexError",
+    ),
+    "an id that is no number": (
+        lambda d: change(
+            d, "tokenizer.json", model={"type": "BPE", "vocab": {"a": "x"}, "merges": []}
+        ),
+        "not a tokenizer (TypeError",
+    ),
     "unigram": (
         lambda d: change(d, "tokenizer.json", model={"type": "Unigram", "vocab": [["a", 0.0]]}),
         "Unigram",
@@ -434,6 +448,28 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "eos_token_id",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("case", "keys"),
+    [
+        ("gpt2", {"n_special": 0, "predict_special_tokens": True, "output_past": True}),
+        ("qwen2", {"use_mrope": False}),
+        ("starcoder2", {"rms_norm_eps": 1e-5}),
+    ],
+)
+def test_keys_of_the_public_models_that_today_s_transformers_drops(case, keys):
+    config = read(GOLDEN / case / "config.json")
+    assert read_config(config | keys).config == read_config(config).config
+
+
+def test_a_tokenizer_without_optional_parts(tmp_path):
+    directory = hub(tmp_path, "starcoder2")
+    content = read(directory / "tokenizer.json")
+    eos, kept = content["added_tokens"][0]["content"], read_tokenizer(directory, {}, 99).to_json()
+    content = {key: content[key] for key in ("version", "model", "decoder", "added_tokens")}
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    assert read_tokenizer(directory, {}, 99).to_json() == kept and eos == "<|endoftext|>"
 
 
 @pytest.mark.parametrize("case", BAD)

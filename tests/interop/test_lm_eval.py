@@ -157,6 +157,21 @@ def test_texts_begin_with_the_bos_of_the_tokenizer(adapter, monkeypatch):
     assert asked == [[bos, *tokenizer.encode(text)[-(CONTEXT - 4 - 1) :]], [bos, *cat]]
 
 
+def test_a_task_without_a_limit_leaves_half_the_context_to_the_prompt(adapter, monkeypatch, caplog):
+    asked = []
+
+    def record(model, params, prompts, end, config):
+        asked.append((prompts, config.max_new_tokens))
+        return generate(model, params, prompts, end, config)
+
+    monkeypatch.setattr(harness, "generate", record)
+    text = "the cat sat on the mat."
+    adapter.continuations([(text, {"until": []}), ("ox", {"until": []})])
+    ids = adapter.tokenizer.encode(text)
+    assert asked == [([ids[-(CONTEXT - 6) :], adapter.tokenizer.encode("ox")], 6)]
+    assert "1 of 2 prompts exceed the context" in caplog.text
+
+
 def test_sampling_settings_are_passed_on(adapter):
     drawn = adapter.continuations(
         [("ox", {"max_gen_toks": 8, "temperature": 50.0, "top_k": 0, "top_p": 1.0})]
@@ -201,6 +216,7 @@ def test_the_harness_gets_the_answers_of_the_adapter(adapter, monkeypatch):
     [
         (["--lm_eval", "arc_easy"], "lm_eval"),  # the package is missing
         (["--lm_eval", "arc_easy", "--data", "text.txt"], "data"),
+        (["--lm_eval", " , "], "lm_eval"),
         (["--lm_eval", "arc_easy", "--overlap", "3"], "overlap"),
         (["--lm_eval", "arc_easy", "--include_path", "nowhere"], "include_path"),
         (["--include_path", "."], "include_path"),
@@ -214,7 +230,7 @@ def test_what_is_missing_or_contradictory_is_one_line(
     code, out, err, error = run_program("tools", [*run, *words])
     assert code == 2 and not out
     assert error.field == field and f"error: --{field}: got" in err.splitlines()[-1]
-    if field == "lm_eval":
+    if field == "lm_eval" and "arc_easy" in words:
         assert "pip install lm-eval" in err
 
 

@@ -204,6 +204,32 @@ def test_what_does_not_contradict_is_taken(source, words):
     assert load_config("gpt2_124m", words()).model == model
 
 
+def test_a_run_is_the_same_by_any_path(source, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    started = load_config("base", words("train.init_from=source"), tmp_path / "new")
+    assert started.train.init_from == "source"
+    (tmp_path / "new").mkdir()
+    saved = {"schema": 2, "config": started.to_dict()}
+    (tmp_path / "new/config.json").write_text(json.dumps(saved))
+    for same in ("source/", f"{source}", "./source"):
+        again = load_config("base", words(f"train.init_from={same}"), tmp_path / "new")
+        assert again == started
+
+
+def test_the_vocabulary_is_that_of_the_run(source, words):
+    with pytest.raises(InputError) as error:
+        load_config("base", words("data.vocab_size=4000"))
+    assert error.value.field == "data.vocab_size"
+    path = source / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"imported": {"directory": "x"}}))
+    kind = saved["config"]["data"]["tokenizer"]  # of the configuration that an import writes
+    for word in (f"data.tokenizer={kind}", "data.vocab_size=50257"):
+        with pytest.raises(InputError) as error:
+            load_config("base", words(word))
+        assert error.value.field == word.partition("=")[0]
+
+
 def test_learned_positions_fix_the_context(source, words):
     saved = json.loads((source / "config.json").read_text())
     saved["config"]["model"]["position"] = "learned"
