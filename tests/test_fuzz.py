@@ -52,6 +52,11 @@ CHOICES = {
     "optimizer.name": ["adamw", "muon"],
     "optimizer.schedule": ["cosine", "linear", "constant"],
     "data.packing": ["stream", "one_per_window"],
+    "data.encoding_errors": ["strict", "replace", "skip"],
+    "data.source": ["auto", "stdlib", "files", "json"],
+    "data.val_split": ["auto", "document", "tail", "tails"],
+    "train.platform": ["auto", "cpu", "cuda", "tpu"],
+    "train.trackers": ["", "tensorboard", "wandb", "tensorboard,wandb"],
     "train.dtype": ["auto", "float32", "bfloat16"],
 }
 # What is only traced would still cost the compiler or this test its time: one block each.
@@ -68,6 +73,13 @@ FLOATS = st.one_of(
     st.floats(0, 1),
     st.sampled_from([-1.0, -0.0, 0.0, 1.0, 1e-45, 1e-300, 1e300, math.inf, -math.inf, math.nan]),
 )
+# Where the range of INTS or FLOATS has few good values.
+SCALES: dict[str, list[Any]] = {
+    "model.partial_rotary": [0.25, 0.5, 1.0],
+    "model.rope_scaling_factor": [1.0, 2.5, 8.0],
+    "model.rope_high_freq_factor": [1.5, 4.0],
+    "data.vocab_size": [257, 300, 5000],
+}
 STRANGE: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.just("nan"), st.just(""), st.just(True), st.just(1.5), st.just(7), st.just([1]),
     st.just({}), st.just({"a": 1}), st.just(10**400), st.text(max_size=4),
@@ -82,8 +94,9 @@ def values(name: str) -> st.SearchStrategy[Any]:
         case int():
             top = COSTLY.get(name)
             good = st.integers(-1, top) if top else INTS
+            good = good | st.sampled_from(SCALES[name]) if name in SCALES else good
         case float():
-            good = FLOATS
+            good = FLOATS | st.sampled_from(SCALES[name]) if name in SCALES else FLOATS
         case str():
             named = st.sampled_from(CHOICES.get(name, ["", "auto", "char"]))
             good = st.one_of(named, named, named, st.text(max_size=5))
