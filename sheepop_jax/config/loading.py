@@ -102,13 +102,14 @@ def _as_in_run(
         return values
     run = train.init_from = str(Path(run))  # without a slash at the end
     path = Path(run) / "config.json"
-    with contextlib.suppress(AttributeError, InputError):  # no section `data`; no run yet
+    # No section `data`, no run yet, or no path at all.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         own = Path(workdir or default_workdir(name, values)) / "config.json"
         started = _read_saved(own)["train"]["init_from"]
-        if started and Path(started).resolve() == Path(run).resolve():
+        if started and os.path.realpath(started) == os.path.realpath(run):
             path, run = own, started
             train.init_from = started
-    if not path.is_file():
+    if not os.path.isfile(path):  # not Path.is_file, which raises for overlong names
         raise InputError(FIELD, run, "the directory of a run (with config.json)")
     saved = _read_saved(path)
     try:

@@ -95,5 +95,5 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
                 axes.plot(lengths, values, line, color=f"C{i}", label=name)
         axes.set(xlabel="prompt length, tokens", ylabel=label, yscale="log")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left")
     figure.savefig(path, dpi=110)

@@ -59,7 +59,7 @@ def draw_curve(directory: Path) -> Path | None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="upper right")  # "best" is slow with many points
     if any(loss > 0 for loss in column(train, "loss")[1] + column(validation, "val_loss")[1]):
         axes[0, 0].set_yscale("log")
         axes[0, 0].yaxis.set_major_locator(_log_ticks(*axes[0, 0].get_ylim()))
