@@ -111,7 +111,7 @@ def _gguf(
     if flags.no_verify:
         return None
     if importlib.util.find_spec("xllamacpp") is None:
-        _say("not verified: the Python package xllamacpp is not installed (sheepop_jax[gguf])")
+        _say("not verified: the Python package xllamacpp is not installed (pip install xllamacpp)")
         return None
     from sheepop_jax.interop.verify_gguf import verify_gguf
 

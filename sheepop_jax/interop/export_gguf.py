@@ -47,7 +47,7 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ModuleNotFoundError:
-        got, hint = "no package gguf", "pip install 'sheepop_jax[gguf]'"
+        got, hint = "no package gguf", "'pip install gguf xllamacpp'"
         raise InputError("format", got, "the package gguf, which writes GGUF files", hint) from None
     return gguf
 

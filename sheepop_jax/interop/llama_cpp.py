@@ -38,7 +38,7 @@ class LlamaCpp:
         try:
             import xllamacpp
         except ModuleNotFoundError:
-            expected, hint = "the package xllamacpp", "pip install 'sheepop_jax[gguf]'"
+            expected, hint = "the package xllamacpp", "'pip install gguf xllamacpp'"
             raise InputError("format", "no package xllamacpp", expected, hint) from None
         params = xllamacpp.CommonParams()
         params.model.path = str(path)

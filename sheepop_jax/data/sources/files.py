@@ -82,7 +82,7 @@ class TextFiles:
         self.field, self.value, self.skipped = field, masked(value), found.skipped
         self._files, self._errors = found.files, encoding_errors
         self._urls, self._downloads, self._walk = urls, downloads, walk
-        self._replaced = 0
+        self._replaced = self._tagged = 0
         self.paths = [path for _, path in found.files]
         unknown = urls or any(path.suffix.lower() in {*COMPRESSED, ".zip"} for path in self.paths)
         self.num_bytes = 0 if unknown else sum(size_of(path) for path in self.paths)
@@ -95,7 +95,7 @@ class TextFiles:
         return signature_of(self.paths, ("text", 2 if converted else 1, self._errors))
 
     def __iter__(self) -> Iterator[Document]:
-        self._replaced = 0
+        self._replaced = self._tagged = 0
         try:
             for name, path in self._files:
                 yield from self._documents(name, path)
@@ -105,6 +105,12 @@ class TextFiles:
         finally:  # also when data.max_bytes stops reading early
             if self._replaced:
                 logger.warning("%d invalid UTF-8 sequences replaced by U+FFFD", self._replaced)
+            if self._tagged:
+                logger.warning(
+                    "%d HTML files read with their tags; convert them first for text alone, for "
+                    "example with 'pandoc --to=plain'",
+                    self._tagged,
+                )
 
     def _documents(self, name: str, path: Path) -> Iterator[Document]:
         """Yields the text of a file, or the texts in a zip archive."""
@@ -117,6 +123,8 @@ class TextFiles:
                 yield Document(f"{name}/{member}", self._text(path / member, blocks))
 
     def _text(self, path: Path, blocks: Generator[bytes, None, None]) -> Iterator[str]:
+        if self._walk is not None and inner_suffix(path) in (".html", ".htm"):
+            self._tagged += 1
         with contextlib.closing(blocks):  # also the file, after an error in the text
             if self._walk is None or inner_suffix(path) != ".ipynb":
                 yield from self._decoded(path, blocks)

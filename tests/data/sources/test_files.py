@@ -732,3 +732,17 @@ class TestStandardLibrary:
         monkeypatch.setattr(module.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
         with pytest.raises(InputError, match=r"data\.source: got 'stdlib'.*try `data\.path"):
             standard_library()
+
+
+@pytest.mark.parametrize("tags_as_asked", [False, True])
+def test_html_that_is_read_with_its_tags_is_said(tmp_path, caplog, tags_as_asked):
+    (tmp_path / "a.html").write_text("<p>one</p>")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("c.htm", "<p>two</p>")
+        archive.writestr("d.txt", "three")
+    walk = None if tags_as_asked else Walk(suffixes=TEXT_SUFFIXES)
+    names = ["a.html"] if tags_as_asked else ["a.html", "b.zip"]
+    found = Found([(name, tmp_path / name) for name in names])
+    texts = TextFiles("data.path", str(tmp_path), found, "strict", walk=walk)
+    assert len([list(document.pieces) for document in texts]) == (1 if tags_as_asked else 3)
+    assert ("2 HTML files read with their tags" in caplog.text) != tags_as_asked
