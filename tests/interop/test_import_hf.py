@@ -323,7 +323,7 @@ print(memory("VmHWM") - before, 4 * files.num_parameters)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it says how much is used")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_peak_memory_is_that_of_the_weights(tmp_path, process_env):
     width = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
     large = drawn(

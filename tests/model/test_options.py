@@ -18,8 +18,9 @@ from sheepop_jax.model.linear import quantized
 from tests import reference
 from tests.conftest import draw_params
 from tests.generation.test_quantize import dequantized
+from tests.model.test_transformer import VOCAB, jit_logits, relative_error
 
-VOCAB, B, T = 131, 3, 13
+B, T = 3, 13
 
 QWEN3 = dict(norm="rmsnorm", feed_forward="gated", activation="silu", qk_norm=True, head_dim=14)
 LLAMA = dict(norm="rmsnorm", feed_forward="gated", activation="silu", tie_embeddings=False)
@@ -58,24 +59,8 @@ def tokens(rows=B, length=T) -> np.ndarray:
 
 
 @functools.cache
-def jit_logits(model):
-    @jax.jit
-    def logits(params, tokens_BT, cache=None):
-        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, cache)
-        return tf.logits(model, params, hidden_BTD)[..., :VOCAB], cache
-
-    return logits
-
-
-@functools.cache
 def expected_logits(model, rows=B, length=T):
     return reference.logits(draw_params(model), model.config, tokens(rows, length))[..., :VOCAB]
-
-
-def relative_error(got, expected) -> float:
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    return float(np.max(np.abs(got - expected)) / np.max(np.abs(expected)))
 
 
 def test_logits_are_the_reference(model, params):
