@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.engine import NO_END, bucket, build_request, decode
-from sheepop_jax.generation.requests import SamplingConfig, new_token_limit
+from sheepop_jax.generation.decode import advance
+from sheepop_jax.generation.engine import NO_END, generate, plan_texts, prefilled_batch
+from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig, new_token_limit
 from sheepop_jax.generation.sampling import most_probable
 from sheepop_jax.model.transformer import Transformer, logits
 
@@ -146,7 +147,7 @@ def benchmark(
 class Program:
     """A compiled program that generates tokens."""
 
-    write: Callable[[bool], jax.Array]  # stop after the first token? → tokens [B, ≥ N]
+    write: Callable[[bool], Any]  # stop after the first token? → tokens [B, ≥ N]
     new_tokens: int
     peak_bytes: int
 
@@ -157,10 +158,10 @@ def _measure(program: Program, repeats: int) -> tuple[float, float, int, np.ndar
     medians = []
     for first_only in (True, False):
         times = []
-        program.write(first_only).block_until_ready()
+        jax.block_until_ready(program.write(first_only))
         for _ in range(repeats):
             begin = time.perf_counter()
-            program.write(first_only).block_until_ready()
+            jax.block_until_ready(program.write(first_only))
             times.append(time.perf_counter() - begin)
         medians.append(statistics.median(times))
     return medians[0], medians[1], program.peak_bytes, tokens
@@ -169,34 +170,21 @@ def _measure(program: Program, repeats: int) -> tuple[float, float, int, np.ndar
 def cached_program(
     model: Transformer, params: Any, prompts_BT: np.ndarray, new_tokens: int, context: int
 ) -> Program:
-    """Compiles greedy `decode` for the prompts [B, T]."""
-    greedy = SamplingConfig(temperature=0)
+    """Greedy decoding of the prompts [B, T]; its peak is that of the decoding loop."""
+    prompts = prompts_BT.tolist()
 
-    def request(limit: int) -> Any:
-        built = build_request(
-            prompts_BT.tolist(),
-            [limit] * len(prompts_BT),
-            context=context,
-            sampling=greedy,
-            seed=0,
-            end_of_text=NO_END,
-        )
-        return jax.device_put(built)
+    def config(new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(SamplingConfig(temperature=0), new_tokens, context=context)
 
-    one, all_ = request(1), request(new_tokens)
-    program = decode.lower(
-        params,
-        all_,
-        model=model,
-        kind=greedy.kind,
-        num_samples=1,
-        new_slots=bucket(new_tokens, context),
-    ).compile()
-    return Program(
-        lambda first_only: program(params, one if first_only else all_)[0],
-        new_tokens,
-        _peak_bytes(program),
-    )
+    def write(first_only: bool) -> np.ndarray:
+        new = 1 if first_only else new_tokens
+        written = generate(model, params, prompts, NO_END, config(new))
+        return np.array([completion.tokens for completion in written])
+
+    texts, program, slots = plan_texts(model, params, prompts, NO_END, config(new_tokens))
+    batch = prefilled_batch(program, texts, (len(texts), len(texts)), slots)
+    loop = advance.lower(*batch.arguments(new_tokens, None), **program.static).compile()
+    return Program(write, new_tokens, _peak_bytes(loop))
 
 
 def _uncached(model: Transformer, params: Any, prompts_BT: np.ndarray, new_tokens: int) -> Program:

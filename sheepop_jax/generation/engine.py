@@ -1,114 +1,294 @@
-"""Text generation: prefill the key/value cache with the prompts, then decode one token per step.
+"""Text generation with continuous batching: texts join and leave a running batch between steps.
 
-Alphabet: P prompts, B rows (P · samples, prompt-major), T prompt bucket, N bucket of new tokens,
-D model width, V vocabulary (padded).
+`Engine` writes texts for many callers, a few tokens per step; `generate` writes a fixed set of
+texts as fast as possible, in the same batches. A text depends on its own request alone, so both
+write the same.
 
-Lengths are rounded up to a few buckets and all other values are traced, so one compilation serves
-many requests. A row's random key is folded from the seed, the prompt's tokens, the sample number
-and the token's place in the text, so a sample does not depend on the batch or the padding.
-
-A text longer than the context of C tokens is written with a sliding window: each time it reaches C
-tokens, the cache is prefilled again with the last C // 2, whose positions restart at 0. A model
-with a sliding window of its own and rotary positions needs no restart: it writes on, in a cache of
-that size.
+Shapes are rounded up to a few buckets, so that few programs are compiled. A text longer than the
+context of C tokens is written with a sliding window: each time it reaches C tokens, the cache is
+prefilled again with the last C // 2, whose positions restart at 0; penalties then count these. A
+model with a sliding window of its own and rotary positions needs no restart: it writes on, in a
+cache of that size.
 """
 
-import functools
-import zlib
+import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.requests import GenerationConfig, Kind, SamplingConfig, new_token_limit
-from sheepop_jax.generation.sampling import sample
-from sheepop_jax.model.kv_cache import Cache, init_cache
-from sheepop_jax.model.transformer import Transformer, logits
+from sheepop_jax.generation.batch import Batch, Program, Text, empty_cache
+from sheepop_jax.generation.decode import Joining, cast_matrices, prefill, prefill_chunk
+from sheepop_jax.generation.requests import (
+    ALL,
+    Completion,
+    GenerationConfig,
+    Output,
+    Request,
+    StopReason,
+    new_token_limit,
+)
+from sheepop_jax.model.kv_cache import Cache
+from sheepop_jax.model.transformer import Transformer
 
 NO_END = -1  # end-of-text id that matches no token
 SMALLEST_BUCKET = 16
+LARGEST_CHUNK = 128  # prompt tokens prefilled between two decoding steps of the other texts
+SHORTEST_CACHE = 256
+STEP_SECONDS = 0.05  # aim of one `Engine.step`: text appears smoothly, and new texts wait little
+SHRINK_AFTER = 4  # steps with rows that a smaller batch would not have
 
 
 @dataclass(frozen=True)
-class Completion:
-    """The continuation of a prompt.
+class EngineConfig:
+    """Settings of an engine.
 
     Attributes:
-        tokens: new token ids, without the final end-of-text.
-        stop_reason: "end_of_text", or "length" if the limit of new tokens was reached first.
+        context: maximum positions per text; None for `model.max_seq_len`.
+        slots: texts written at the same time.
+        chunk: maximum tokens of each text per step.
+        slide: whether a text may exceed the context, with a sliding window.
     """
 
-    tokens: list[int]
-    stop_reason: Literal["end_of_text", "length"]
+    context: int | None = None
+    slots: int = 8
+    chunk: int = 8
+    slide: bool = True
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Request:
-    """A batch of prompts and sampling settings as arrays, all of them traced.
+class Engine:
+    """Writes the texts of many requests in one running batch. Not thread-safe.
+
+    Each `step` starts waiting texts while rows are free, prefilling long prompts in chunks so that
+    the other texts go on, and then writes a few tokens to each text. The batch has a few possible
+    shapes: 1, 8, 32 or 128 rows, up to `slots`, and caches of 256, 1024 or all tokens of the
+    context. It takes the smallest that its texts need.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Any,
+        end_of_text: int | Sequence[int],
+        config: EngineConfig = EngineConfig(),
+    ) -> None:
+        """Prepares the parameters; compiles no step before the first one.
+
+        Args:
+            model: the model; activations and cache use its `dtype`.
+            params: model parameters, fp32 or quantized.
+            end_of_text: token ids that end a text, the first of which starts an empty prompt;
+                `NO_END` for none.
+            config: settings.
+        """
+        self.config = config
+        self.context = model.config.max_seq_len if config.context is None else config.context
+        ends = (end_of_text,) if isinstance(end_of_text, int) else tuple(end_of_text)
+        self._program = Program(
+            model,
+            compute_params(model, params),
+            ends,
+            ALL,
+            config.chunk,
+            self.context + config.chunk,
+        )
+        longest = min(self.context, model.config.sliding_window or self.context)
+        chunk = min(LARGEST_CHUNK, _round_up(longest, SMALLEST_BUCKET))
+        full = _round_up(longest, chunk)
+        shorter = [n for n in (SHORTEST_CACHE, 4 * SHORTEST_CACHE) if 2 * n <= full]
+        self._lengths = [*shorter, full]
+        self._rows = [*(n for n in (1, 8, 32, 128) if n < config.slots), config.slots]
+        self._prompt = _Prompt(self._program, full, chunk)
+        self._batch: Batch | None = None
+        self._waiting: deque[Text] = deque()
+        self._finished: list[Output] = []
+        self._next_id = 0
+        self._oversized = 0  # steps in a batch that is too large
+        self._step_seconds = 0.0
+
+    @property
+    def num_active(self) -> int:
+        """Texts that are being decoded."""
+        return len(self._batch.active()) if self._batch else 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts that wait for a row or are being prefilled."""
+        return len(self._waiting) + (self._prompt.text is not None)
+
+    def add(self, request: Request) -> int:
+        """Queues a request and returns its id.
+
+        Raises:
+            InputError: the prompt or its new tokens exceed the context, or a token id is outside
+                the vocabulary.
+        """
+        ends, slide = self._program.ends, self.config.slide
+        text = new_text(self._program.model, request, ends, self.context, slide)
+        text.id, self._next_id = self._next_id, self._next_id + 1
+        if text.room:
+            self._waiting.append(text)
+        else:
+            self._finished.append(Output(text.id, [], [], "length"))
+        return text.id
+
+    def cancel(self, id: int) -> None:
+        """Ends a text; its row is free in the next step. An unknown id is ignored."""
+        self._waiting = deque(text for text in self._waiting if text.id != id)
+        if self._prompt.text is not None and self._prompt.text.id == id:
+            self._prompt.text = None
+        if self._batch:
+            texts = self._batch.texts
+            self._batch.texts = [None if text and text.id == id else text for text in texts]
+
+    def step(self) -> list[Output]:
+        """Starts waiting texts, writes a few tokens to each text, and returns what is new.
+
+        Raises:
+            InputError: the model's logits are not finite.
+        """
+        finished, self._finished = self._finished, []
+        self._start_waiting()
+        if self._batch is None or not self.num_active:
+            return finished
+        batch = self._shrunk(self._batch)
+        steps = self.config.chunk
+        if any(len(text.tokens) == text.prompt_length for text in batch.active()):
+            steps = 1  # the first token of a text appears at once
+        elif self._step_seconds:
+            steps = max(1, min(steps, round(STEP_SECONDS / self._step_seconds)))
+        begin = time.perf_counter()
+        outputs, full, count = batch.advance(steps, self._prompt.idle)
+        self._step_seconds = (time.perf_counter() - begin) / count
+        for text in reversed(full):
+            text.slide()
+            self._waiting.appendleft(text)
+        return finished + outputs
+
+    def warm_up(self) -> None:
+        """Compiles every program that requests can need, so that none waits for it later."""
+        self._prompt.warm_up()
+        for rows in self._rows:
+            for length in self._lengths:
+                batch = Batch.empty(self._program, rows, length)
+                batch.advance(0, self._prompt.idle)
+                batch.take(0, self._prompt.slots)
+
+    def _start_waiting(self) -> None:
+        """Prefills waiting texts; while others are decoded, at most one large chunk of tokens."""
+        budget = self._prompt.chunk
+        while self._prompt.text or (self._waiting and self.num_active < self.config.slots):
+            text = self._prompt.text or self._prompt.begin(self._waiting.popleft())
+            while self._prompt.chunks:
+                if budget <= 0 and self.num_active:
+                    return
+                budget -= self._prompt.run()
+            self._prompt.text = None
+            self._fitting(text).join(text, self._prompt.cache)
+            budget -= 1
+
+    def _fitting(self, text: Text) -> Batch:
+        """A batch with room for one more text, and with the texts of the old one."""
+        old = self._batch
+        texts = [*(old.active() if old else []), text]
+        rows = next(n for n in self._rows if n >= len(texts))
+        longest = max(min(text.end - text.window, text.context) for text in texts)
+        length = next((n for n in self._lengths if n >= longest), self._lengths[-1])
+        if old is None:
+            return self._moved(rows, length)
+        if len(texts) > 1:  # not smaller while texts are in it
+            rows, length = max(rows, len(old.texts)), max(length, old.slots)
+        if rows <= len(old.texts) and min(length, self._prompt.slots) <= old.slots:
+            return old
+        return self._moved(rows, length)
+
+    def _shrunk(self, batch: Batch) -> Batch:
+        """The batch, or one of fewer rows if these have sufficed for several steps."""
+        rows = next(n for n in self._rows if n >= self.num_active)
+        oversized = rows < len(batch.texts) and not self.num_waiting
+        self._oversized = self._oversized + 1 if oversized else 0
+        if self._oversized <= SHRINK_AFTER:
+            return batch
+        self._oversized = 0
+        return self._moved(rows, batch.slots)
+
+    def _moved(self, rows: int, length: int) -> Batch:
+        """A batch of another shape, with the texts of the old one."""
+        old, self._batch = self._batch, Batch.empty(self._program, rows, length)
+        for row, text in enumerate(old.texts if old else []):
+            if old and text:
+                self._batch.join(text, old.take(row, self._prompt.slots))
+        return self._batch
+
+
+class _Prompt:
+    """The text that is being prefilled, and the cache of one row that all texts use in turn.
 
     Attributes:
-        prompts_PT: int32, left-padded.
-        start_P: int32, slot of each prompt's first token.
-        hash_P: uint32, CRC-32 of each prompt's tokens.
-        sample_P: int32, number of each prompt's first sample.
-        dropped_P: int32, tokens of each text before the window, which `prompts_PT` lacks.
-        limit_P: int32 in [1, N], maximum new tokens.
-        seed: uint32 scalar.
-        end_of_text: int32 scalar.
-        temperature: fp32 scalar; top_k: int32 scalar; top_p: fp32 scalar.
+        chunk: tokens of a large chunk; a small one has `SMALLEST_BUCKET`.
+        slots: slots of the cache.
+        text: the text; None if there is none.
+        chunks: tokens [1, T] that are not in the cache yet.
     """
 
-    prompts_PT: Any
-    start_P: Any
-    hash_P: Any
-    sample_P: Any
-    dropped_P: Any
-    limit_P: Any
-    seed: Any
-    end_of_text: Any
-    temperature: Any
-    top_k: Any
-    top_p: Any
+    def __init__(self, program: Program, length: int, chunk: int) -> None:
+        self.chunk, self._program = chunk, program
+        self.text: Text | None = None
+        self.chunks: list[np.ndarray] = []
+        self._keys, self._values = empty_cache(program.model, 1, length)
+        self.slots = self._keys[0].shape[1]
+        self._index = self._pad = 0
 
+    @property
+    def cache(self) -> Cache:
+        """The cache of the tokens so far."""
+        start_1 = np.array([self._pad], np.int32)
+        return Cache(self._keys, self._values, np.int32(self._index), start_1)  # type: ignore
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SamplerState:
-    """The state of all rows between two decoding steps.
+    @property
+    def idle(self) -> Joining:
+        """A `Joining` that adds nothing."""
+        return Joining(self.cache, np.int32(0), np.int32(0))
 
-    Attributes:
-        cache: keys and values of every token except the newest.
-        key_B: random key of each row, before folding in the position. Constant.
-        dropped_B: int32, tokens of each text before the window. Constant.
-        limit_B: int32, maximum new tokens of each row. Constant.
-        newest_B: int32, the last sampled token.
-        tokens_BN: int32, the sampled tokens; undefined beyond a row's length.
-        count: int32 scalar, tokens sampled per row, including finished rows.
-        length_B: int32, number of valid tokens in each row.
-        done_B: boolean, rows that have reached end-of-text or their limit.
-    """
+    def begin(self, text: Text) -> Text:
+        """Splits a text into chunks of two sizes, left-padded; the last token is no part of it."""
+        prompt, sizes = text.cached, list[int]()
+        while (left := len(prompt) - sum(sizes)) > 0:
+            sizes.append(self.chunk if 2 * left > self.chunk else SMALLEST_BUCKET)
+        padded = np.zeros((1, sum(sizes)), np.int32)
+        self._index, self._pad = 0, padded.shape[1] - len(prompt)
+        padded[0, self._pad :] = prompt
+        self.chunks = np.split(padded, np.cumsum(sizes)[:-1], axis=1) if sizes else []
+        self.text = text
+        return text
 
-    cache: Cache
-    key_B: jax.Array
-    dropped_B: jax.Array
-    limit_B: jax.Array
-    newest_B: jax.Array
-    tokens_BN: jax.Array
-    count: jax.Array
-    length_B: jax.Array
-    done_B: jax.Array
+    def run(self) -> int:
+        """Prefills the next chunk and returns its number of tokens."""
+        tokens_1T = self.chunks.pop(0)
+        cache = prefill_chunk(
+            self._program.params, tokens_1T, self.cache, model=self._program.model
+        )
+        self._keys, self._values = cache.keys, cache.values
+        self._index += tokens_1T.shape[1]
+        return tokens_1T.shape[1]
+
+    def warm_up(self) -> None:
+        """Compiles the programs of both sizes."""
+        for size in (SMALLEST_BUCKET, self.chunk):
+            self._index, self.chunks = 0, [np.zeros((1, size), np.int32)]
+            self.run()
 
 
 def generate(
     model: Transformer,
     params: Any,
     prompts: Sequence[Sequence[int]],
-    end_of_text: int,
+    end_of_text: int | Sequence[int],
     config: GenerationConfig,
 ) -> list[Completion]:
     """Continues each prompt `config.num_samples` times.
@@ -117,7 +297,8 @@ def generate(
         model: the model; activations and cache use its `dtype`, and matrices are cast to it once.
         params: model parameters, fp32 or quantized.
         prompts: token ids; an empty prompt starts from end-of-text.
-        end_of_text: token id that ends a row; `NO_END` for none.
+        end_of_text: token ids that end a row, the first of which starts an empty prompt; `NO_END`
+            for none.
         config: sampling settings, number of new tokens and of samples.
 
     Returns:
@@ -127,75 +308,78 @@ def generate(
         InputError: a prompt or its new tokens exceed the context, a token id is outside the
             vocabulary, or the model's logits are not finite.
     """
-    context = model.config.max_seq_len if config.context is None else config.context
-    max_new_tokens, num_samples = config.max_new_tokens, config.num_samples
-    prompts = [list(ids) or [end_of_text] for ids in prompts]
-    learned = model.config.position == "learned"
-    limits = [
-        new_token_limit(len(ids), max_new_tokens, context, slide=config.slide, learned=learned)
-        for ids in prompts
-    ]
-    for ids in prompts:
-        if not 0 <= min(ids) <= max(ids) < model.vocab_size:
-            raise InputError(
-                "prompt", [min(ids), max(ids)], f"token ids from 0 to {model.vocab_size - 1}"
-            )
-    if config.slide and model.config.sliding_window and model.config.position == "rope":
-        longest = max((n + len(ids) for n, ids in zip(limits, prompts, strict=True)), default=0)
-        context = max(context, longest)
-    if not prompts or max_new_tokens == 0:
-        return [Completion([], "length") for _ in range(len(prompts) * num_samples)]
+    texts, program, slots = plan_texts(model, params, prompts, end_of_text, config)
+    reasons: dict[int, StopReason] = {text.id: "length" for text in texts}
+    waiting, distinct = [text for text in texts if text.room], len(prompts)
+    while waiting:
+        batch = prefilled_batch(program, waiting, (distinct, len(texts)), slots)
+        waiting, distinct = [], len(texts)
+        while batch.active():
+            outputs, full, _ = batch.advance(program.size, None)
+            reasons |= {output.id: output.stop_reason for output in outputs if output.stop_reason}
+            waiting += full
+        for text in waiting:
+            text.slide()
+    return [Completion(text.tokens[text.prompt_length :], reasons[text.id]) for text in texts]
 
-    build = functools.partial(
-        build_request,
-        context=context,
-        sampling=config.sampling,
-        seed=config.seed,
-        end_of_text=end_of_text,
+
+def plan_texts(
+    model: Transformer,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    end_of_text: int | Sequence[int],
+    config: GenerationConfig,
+) -> tuple[list[Text], Program, int]:
+    """Returns the texts of `generate`, the program that writes them, and the slots of its cache."""
+    context = model.config.max_seq_len if config.context is None else config.context
+    ends = (end_of_text,) if isinstance(end_of_text, int) else tuple(end_of_text)
+    new, seed, samples = config.max_new_tokens, config.seed, range(config.num_samples)
+    texts = []
+    for ids in prompts:
+        for sample in samples:
+            request = Request(tuple(ids), config.sampling, new, seed, sample)
+            texts.append(new_text(model, request, ends, context, config.slide))
+            texts[-1].id = len(texts) - 1
+    longest = max((len(text.tokens) for text in texts), default=1)
+    most = max((text.room for text in texts), default=0) or 1
+    slots = bucket(longest, context) + bucket(most, context)
+    if any(text.end > text.context for text in texts):  # their windows slide
+        most, slots = max(most, context - context // 2), max(slots, bucket(context, context))
+    size = bucket(most, max(most, context))
+    params = compute_params(model, params)
+    return texts, Program(model, params, ends, config.sampling.kind, size, context + size), slots
+
+
+def new_text(
+    model: Transformer, request: Request, ends: Sequence[int], context: int, slide: bool
+) -> Text:
+    """Returns the text that a request starts with.
+
+    Raises:
+        InputError: the prompt or its new tokens exceed the context, or a token id is outside the
+            vocabulary.
+    """
+    tokens = list(request.prompt) or [ends[0]]
+    learned = model.config.position == "learned"
+    limit = new_token_limit(
+        len(tokens), request.max_new_tokens, context, slide=slide, learned=learned
     )
-    rooms = [min(limit, context - len(ids)) for ids, limit in zip(prompts, limits, strict=True)]
-    request, samples, new_tokens = build(prompts, rooms), num_samples, max(rooms)
-    hash_B = np.repeat(request.hash_P, num_samples)
-    sample_B = np.tile(np.arange(num_samples, dtype=np.int32), len(prompts))
-    texts = [list(ids) for ids in prompts for _ in range(num_samples)]
-    starts = [len(text) for text in texts]
-    ends = starts + np.repeat(limits, num_samples)
-    going = np.ones(len(texts), bool)  # neither ended nor at the limit of new tokens
-    kept = context // 2
-    while True:
-        decoded = decode(
-            params,
-            jax.device_put(request),
-            model=model,
-            kind=config.sampling.kind,
-            num_samples=samples,
-            new_slots=bucket(new_tokens, context),
-        )
-        tokens_BN, length_B = map(np.asarray, decoded)
-        for row in np.flatnonzero(going):
-            texts[row] += tokens_BN[row, : length_B[row]].tolist()
-            full = length_B[row] == request.limit_P[row // samples]
-            going[row] = full and len(texts[row]) < ends[row]
-        if max(map(max, texts)) >= model.vocab_size:
-            raise InputError("parameters", "NaN logits", "finite logits", "another `step`")
-        if not going.any():
-            break
-        # Slide the windows. Rows that are done write one token, which is dropped, so that the
-        # shapes stay the same.
-        length_B = np.array([len(text) for text in texts], np.int32)
-        windows = [text[-kept:] if going[row] else [0] for row, text in enumerate(texts)]
-        samples, new_tokens = 1, context - kept
-        rooms = np.where(going, np.minimum(ends - length_B, new_tokens), 1).tolist()
-        request = replace(
-            build(windows, rooms),
-            hash_P=hash_B,
-            sample_P=sample_B,
-            dropped_P=length_B - kept,
-        )
-    return [
-        Completion(text[start:], "length" if len(text) == end else "end_of_text")
-        for text, start, end in zip(texts, starts, ends, strict=True)
-    ]
+    biased = [token for token, _ in request.sampling.logit_bias]
+    for name, ids in (("prompt", tokens), ("logit_bias", biased)):
+        if ids and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+            rule = f"token ids from 0 to {model.vocab_size - 1}"
+            raise InputError(name, [min(ids), max(ids)], rule)
+    end = len(tokens) + limit
+    if slide and model.config.sliding_window and model.config.position == "rope":
+        context = max(context, end)
+    return Text(request, tokens, end, context)
+
+
+def compute_params(model: Transformer, params: Any) -> Any:
+    """The parameters on the device, with matrices in the model's dtype."""
+    if any(p.ndim > 1 and p.dtype not in (model.dtype, jnp.int8) for p in jax.tree.leaves(params)):
+        return cast_matrices(params, model.dtype)
+    return jax.device_put(params)
 
 
 def bucket(length: int, context: int) -> int:
@@ -204,141 +388,35 @@ def bucket(length: int, context: int) -> int:
     return max(length, min(power, context))
 
 
-def build_request(
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    *,
-    context: int,
-    sampling: SamplingConfig,
-    seed: int,
-    end_of_text: int,
-) -> Request:
-    """Builds a NumPy `Request` from nonempty prompts, left-padded to one bucket."""
-    slots = bucket(max(map(len, prompts)), context)
-    prompts_PT = np.zeros((len(prompts), slots), np.int32)
-    for row, ids in zip(prompts_PT, prompts, strict=True):
-        row[slots - len(ids) :] = ids
-    return Request(
-        prompts_PT=prompts_PT,
-        start_P=np.array([slots - len(ids) for ids in prompts], np.int32),
-        hash_P=np.array([zlib.crc32(np.array(ids, "<u4").tobytes()) for ids in prompts], np.uint32),
-        sample_P=np.zeros(len(prompts), np.int32),
-        dropped_P=np.zeros(len(prompts), np.int32),
-        limit_P=np.array(limits, np.int32),
-        seed=np.uint32(seed),
-        end_of_text=np.int32(end_of_text),
-        temperature=np.float32(sampling.fp32_temperature),
-        top_k=np.int32(min(sampling.top_k, np.iinfo(np.int32).max)),
-        top_p=np.float32(sampling.top_p),
-    )
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind", "num_samples", "new_slots"))
-def decode(
-    params: Any,
-    request: Request,
-    *,
-    model: Transformer,
-    kind: Kind,
-    num_samples: int,
-    new_slots: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Generates completions in one compiled program: prefill, then a decoding loop.
+def prefilled_batch(
+    program: Program, texts: Sequence[Text], shape: tuple[int, int], slots: int
+) -> Batch:
+    """Prefills texts together.
 
-    Recompiles only for a new model, kind, number of prompts or samples, or pair of buckets. Each
-    prompt is prefilled once, independent of the number of samples.
-
-    Returns:
-        `SamplerState.tokens_BN` and `SamplerState.length_B`.
+    Args:
+        program: settings of the batch.
+        texts: the texts.
+        shape: number of distinct prompts and of rows; further ones are empty.
+        slots: tokens per row.
     """
-    params = _cast_matrices(params, model.dtype)
-    num_prompts, prompt_slots = request.prompts_PT.shape
-    cache = init_cache(model.config, request.start_P, prompt_slots + new_slots, model.dtype)
-    hidden_PTD, cache = _forward(model, params, request.prompts_PT, cache)
-
-    def repeat(x: jax.Array) -> jax.Array:
-        return jnp.repeat(x, num_samples, axis=0) if num_samples > 1 else x
-
-    rows = num_prompts * num_samples
-    key_P = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(request.seed), request.hash_P)
-    sample_B = jnp.tile(jnp.arange(num_samples, dtype=jnp.int32), num_prompts)
-    sample_B += repeat(request.sample_P)
-    state = SamplerState(
-        cache=replace(
-            cache,
-            keys=tuple(map(repeat, cache.keys)),
-            values=tuple(map(repeat, cache.values)),
-            start=repeat(cache.start),
-        ),
-        key_B=jax.vmap(jax.random.fold_in)(repeat(key_P), sample_B),
-        dropped_B=repeat(request.dropped_P),
-        limit_B=repeat(request.limit_P),
-        newest_B=jnp.zeros(rows, jnp.int32),
-        tokens_BN=jnp.zeros((rows, new_slots), jnp.int32),
-        count=jnp.zeros((), jnp.int32),
-        length_B=jnp.zeros(rows, jnp.int32),
-        done_B=jnp.zeros(rows, bool),
-    )
-    state = _choose(model, kind, params, request, state, repeat(hidden_PTD[:, -1]))
-    step = functools.partial(_sample_step, model, kind, params, request)
-    state = jax.lax.while_loop(lambda state: ~jnp.all(state.done_B), step, state)
-    return state.tokens_BN, state.length_B
-
-
-def _sample_step(
-    model: Transformer, kind: Kind, params: Any, request: Request, state: SamplerState
-) -> SamplerState:
-    """Runs the model on each row's newest token and samples the next one. Pure."""
-    hidden_B1D, cache = _forward(model, params, state.newest_B[:, None], state.cache)
-    return _choose(model, kind, params, request, replace(state, cache=cache), hidden_B1D[:, 0])
-
-
-def _choose(
-    model: Transformer,
-    kind: Kind,
-    params: Any,
-    request: Request,
-    state: SamplerState,
-    hidden_BD: jax.Array,
-) -> SamplerState:
-    """Samples each row's next token from its last hidden state and stores it."""
-    logits_BV = logits(model, params, hidden_BD)
-    position_B = state.dropped_B + state.cache.index - state.cache.start
-    token_B = sample(
-        jax.vmap(jax.random.fold_in)(state.key_B, position_B),
-        logits_BV,
-        request.temperature,
-        request.top_k,
-        request.top_p,
-        kind=kind,
-    )
-    counts_B = ~state.done_B & (token_B != request.end_of_text)
-    length_B = state.length_B + counts_B.astype(jnp.int32)
-    return replace(
-        state,
-        newest_B=token_B,
-        tokens_BN=jax.lax.dynamic_update_slice(
-            state.tokens_BN, token_B[:, None], (jnp.zeros((), jnp.int32), state.count)
-        ),
-        count=state.count + 1,
-        length_B=length_B,
-        done_B=~counts_B | (length_B >= state.limit_B),
-    )
-
-
-def _forward(
-    model: Transformer, params: Any, tokens_BT: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Returns hidden states [B, T, D] of the next T slots and the updated cache."""
-    outputs: Any = model.apply({"params": params}, tokens_BT, cache)
-    return outputs
-
-
-def _cast_matrices(params: Any, dtype: Any) -> Any:
-    """Casts matrices to the compute dtype; int8 matrices and vectors are unchanged.
-
-    Called outside the decoding loop; otherwise every step would read and cast the fp32 parameters.
-    """
-    return jax.tree.map(
-        lambda p: p if p.ndim < 2 or p.dtype == jnp.int8 else p.astype(dtype), params
-    )
+    prompts, rows = shape
+    cached, source_B = [tuple(text.cached) for text in texts], None
+    if prompts < rows:
+        distinct = list(dict.fromkeys(cached))
+        source_B = np.zeros(rows, np.int32)
+        source_B[: len(texts)] = [distinct.index(tokens) for tokens in cached]
+        cached = distinct
+    longest = max(map(len, cached))
+    width = min(bucket(longest, slots), slots) if longest else 0
+    tokens_PT, start_P = np.zeros((prompts, width), np.int32), np.full(prompts, width, np.int32)
+    for row, tokens in enumerate(cached):
+        start_P[row] = width - len(tokens)
+        tokens_PT[row, start_P[row] :] = tokens
+    cache = prefill(program.params, tokens_PT, start_P, source_B, model=program.model, slots=slots)
+    start_B = start_P if source_B is None else start_P[source_B]
+    unused = [None] * (rows - len(texts))
+    return Batch(program, cache.keys, cache.values, [*texts, *unused], width, start_B)

@@ -1,7 +1,9 @@
-"""Static-shape key/value cache for decoding, with one write per step.
+"""Static-shape key/value cache for decoding: a ring buffer, with one write per step for all rows.
 
-With a sliding window of W tokens the cache has at most W slots, and token number n of a row
-(padding included) is in slot n mod S: it overwrites the one that has left the window.
+Token number n of a row (padding included) is in slot n mod S. All rows share the number of the next
+token, so rows may begin at any time: a row that joins is numbered backwards from there, and its
+numbers may be negative. With a sliding window of W tokens the cache has at most W slots, and a new
+token overwrites the one that has left the window.
 
 Alphabet: B batch, T new tokens, S slots, K key/value heads, C head width.
 """
@@ -23,8 +25,7 @@ class Cache:
     Attributes:
         keys: one [B, S, K, C] array per layer, with RoPE already applied.
         values: one [B, S, K, C] array per layer.
-        index: int32 scalar, the number of the next token to write, shared by all rows; its slot
-            without a window.
+        index: int32 scalar, the number of the next token to write, shared by all rows.
         start: int32 [B], the number of each row's first token that is no padding. A token's
             position is its number minus `start`.
     """
@@ -50,14 +51,15 @@ class Cache:
         slots = jnp.arange(self.keys[0].shape[1], dtype=jnp.int32)
         tokens = self.index + jnp.arange(length, dtype=jnp.int32)
         queries = tokens[:, None]
-        if not window:
+        if not window and length > 1:
             return (slots <= queries) & (slots >= self.start[:, None, None])
         # The newest token in the slots, and the number of the token that each slot holds.
         newest = self.index if length == 1 else self.index - 1
         keys = newest - (newest - slots) % slots.size
         if length > 1:
             keys = jnp.concatenate([keys, tokens])
-        return (keys <= queries) & (keys > queries - window) & (keys >= self.start[:, None, None])
+        mask = (keys <= queries) & (keys >= self.start[:, None, None])
+        return mask & (keys > queries - window) if window else mask
 
 
 def init_cache(config: ModelConfig, start: jax.Array, length: int, dtype: Any) -> Cache:
@@ -81,18 +83,15 @@ def extend(
         buffer_BSKC: the keys or values so far.
         rows_BTKC: those of the new tokens.
         index: int32 scalar, number of the first new token.
-        window: the sliding window; 0 for none.
+        window: the sliding window; 0 for none: T > 1 tokens then must fit before the buffer's end.
 
     Returns:
         The new buffer, and what the new tokens attend to, in the order of `Cache.mask`: the buffer,
         or, with a window and T > 1, its old content followed by all new tokens, of which the buffer
         may be too small to hold the first.
     """
-    if not window:
-        buffer_BSKC = write_cache(buffer_BSKC, rows_BTKC, index)
-        return buffer_BSKC, buffer_BSKC
     length, slots = rows_BTKC.shape[1], buffer_BSKC.shape[1]
-    if length == 1:
+    if length == 1 or not window:
         buffer_BSKC = write_cache(buffer_BSKC, rows_BTKC, index % slots)
         return buffer_BSKC, buffer_BSKC
     rows_BTKC = rows_BTKC.astype(buffer_BSKC.dtype)
@@ -107,4 +106,46 @@ def write_cache(buffer_BSKC: jax.Array, rows_BTKC: jax.Array, index: jax.Array) 
     zero = jnp.zeros((), index.dtype)
     return jax.lax.dynamic_update_slice(
         buffer_BSKC, rows_BTKC.astype(buffer_BSKC.dtype), (zero, index, zero, zero)
+    )
+
+
+def read_row(cache: Cache, row: jax.Array, length: int) -> Cache:
+    """Copies one row to a cache of its own with `length` slots, its first token numbered 0."""
+    start = cache.start[row]
+
+    def read(buffer_BSKC: jax.Array) -> jax.Array:
+        slots = buffer_BSKC.shape[1]
+        row_1SKC = jax.lax.dynamic_slice_in_dim(buffer_BSKC, row, 1)
+        row_1SKC = jnp.roll(row_1SKC, -start % slots, axis=1)
+        return jnp.pad(row_1SKC, ((0, 0), (0, max(0, length - slots)), (0, 0), (0, 0)))
+
+    return Cache(
+        tuple(map(read, cache.keys)),
+        tuple(map(read, cache.values)),
+        cache.index - start,
+        jnp.zeros(1, jnp.int32),
+    )
+
+
+def write_row(cache: Cache, row: jax.Array, new: Cache) -> Cache:
+    """Replaces a row with the only row of `new`, numbered so that its next token is `cache.index`.
+
+    Args:
+        cache: S slots.
+        row: int32 scalar.
+        new: at least S slots, of which, without a window, only the first S are in use.
+    """
+    shift = cache.index - new.index
+    zero = jnp.zeros((), jnp.int32)
+
+    def write(buffer_BSKC: jax.Array, new_1SKC: jax.Array) -> jax.Array:
+        slots = buffer_BSKC.shape[1]
+        rolled_1SKC = jnp.roll(new_1SKC[:, :slots], shift % slots, axis=1)
+        return jax.lax.dynamic_update_slice(buffer_BSKC, rolled_1SKC, (row, zero, zero, zero))
+
+    return Cache(
+        tuple(map(write, cache.keys, new.keys)),
+        tuple(map(write, cache.values, new.values)),
+        cache.index,
+        cache.start.at[row].set(new.start[0] + shift),
     )

@@ -15,12 +15,13 @@ from scipy import stats
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.engine import (
     NO_END,
-    Completion,
     bucket,
-    build_request,
-    decode,
+    plan_texts,
+    prefilled_batch,
 )
 from sheepop_jax.generation.requests import (
+    Completion,
+    GenerationConfig,
     SamplingConfig,
     new_token_limit,
     resolve_context,
@@ -28,7 +29,7 @@ from sheepop_jax.generation.requests import (
 )
 from sheepop_jax.model.transformer import Transformer, logits
 from tests import reference
-from tests.writing import generate
+from tests.writing import decoding_loop, generate
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -206,17 +207,12 @@ def test_end_of_text_ends_a_row(build: Build) -> None:
     assert {completion.stop_reason for completion in got} == {"end_of_text", "length"}
 
     model, params = build()
-    request = build_request(
-        PROMPTS[2:3] * 4, [42] * 4, context=CONTEXT, sampling=GREEDY, seed=0, end_of_text=end
-    )
-    slots = bucket(42, CONTEXT)
-    tokens, lengths = decode(
-        params, request, model=model, kind=GREEDY.kind, num_samples=1, new_slots=slots
-    )
-    written = whole[2].index(end) + 1
-    assert lengths.tolist() == [written - 1] * 4
-    assert tokens[0, :written].tolist() == whole[2][:written]
-    assert not tokens[:, written:].any()  # no step was taken for these
+    config = GenerationConfig(GREEDY, 42, context=CONTEXT)
+    texts, program, slots = plan_texts(model, params, PROMPTS[2:3] * 4, end, config)
+    outputs, _, steps = prefilled_batch(program, texts, (4, 4), slots).advance(42, None)
+    written = whole[2].index(end)
+    assert steps == written + 1  # no step was taken after the end
+    assert [output.tokens for output in outputs] == [whole[2][:written]] * 4
 
 
 def test_end_of_text_as_the_last_allowed_token(build: Build) -> None:
@@ -250,7 +246,7 @@ def test_second_call_compiles_nothing(build: Build, compilations: list[str]) -> 
     assert compilations  # the listener hears
     compilations.clear()
     hot(build, PROMPTS[:1], num_samples=2, max_new_tokens=9)
-    assert len(compilations) <= 1  # one program, if no test before compiled it
+    assert len(compilations) <= 2  # prefill and decode, if no test before compiled them
     compilations.clear()
     generate(
         Transformer(model.config, VOCAB, jnp.float32),  # an equal model, not the same one
@@ -357,10 +353,10 @@ def test_draws_past_the_context_are_fresh_and_those_of_the_row(build: Build) -> 
     assert [text[: SHORT - 3] for text in among[4:]] == inside
 
 
-def test_a_sliding_window_is_one_more_program(build: Build, compilations: list[str]) -> None:
+def test_a_sliding_window_is_one_more_prefill(build: Build, compilations: list[str]) -> None:
     model, params = build({"model.num_layers": 1})
     settings = {"slide": True, "num_samples": 2, "context": 40, "end_of_text": NO_END}
-    for prompt, count, programs in (([5], 100, 2), ([3, 41, 7], 61, 0), ([9], 170, 0)):
+    for prompt, count, programs in (([5], 100, 3), ([3, 41, 7], 61, 0), ([9], 170, 0)):
         compilations.clear()
         generate(model, params, [prompt], sampling=HOT, max_new_tokens=count, **settings)
         assert len(compilations) <= programs
@@ -380,12 +376,7 @@ def while_bodies(hlo: str) -> list[str]:
 def test_loop_copies_and_casts_nothing_big(build: Build, dtype: Any) -> None:
     """Neither a cache nor the embedding is copied, transposed or cast at each step."""
     model, params = build({"model.num_layers": 1}, dtype)
-    request = build_request(
-        PROMPTS, [16] * 4, context=29, sampling=GREEDY, seed=0, end_of_text=NO_END
-    )
-    arguments = {"model": model, "kind": GREEDY.kind, "num_samples": 1, "new_slots": 16}
-    traced = decode.trace(params, request, **arguments)
-
+    traced = decoding_loop(model, params, PROMPTS, GenerationConfig(GREEDY, 16, context=29))
     cache, embedding = (4, 32, 3, 10), (384, 60)
     (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
     inputs = {var.aval.shape: var.aval.dtype for var in loop.invars}

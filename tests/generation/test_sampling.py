@@ -7,14 +7,15 @@ import pytest
 from scipy import stats
 
 from sheepop_jax.errors import InputError
+from sheepop_jax.generation import sampling
 from sheepop_jax.generation.requests import SamplingConfig
-from sheepop_jax.generation.sampling import keep_top_k, keep_top_p, most_probable, sample
+from sheepop_jax.generation.sampling import SamplingArrays, keep_top_k, keep_top_p, most_probable
 
 ROWS, VOCAB = 7, 113
 DRAWS = 40_000
 
 top_k, top_p, best = map(jax.jit, (keep_top_k, keep_top_p, most_probable))
-draw_jit = jax.jit(sample, static_argnames="kind")
+draw_jit = jax.jit(sampling.draw, static_argnames="kind")
 
 
 def random_logits(seed: int, *, ties: bool = False) -> np.ndarray:
@@ -64,13 +65,9 @@ def keys(count: int, seed: int = 0) -> jax.Array:
 
 
 def draw(logits: np.ndarray, config: SamplingConfig, row_keys: jax.Array) -> np.ndarray:
-    """`sample` by a configuration, [B]."""
-    scalars = (
-        np.float32(config.fp32_temperature),
-        np.int32(min(config.top_k, 2**31 - 1)),
-        np.float32(config.top_p),
-    )
-    return np.asarray(draw_jit(row_keys, logits, *scalars, kind=config.kind))
+    """`sampling.draw` by a configuration, [B]."""
+    arrays = SamplingArrays.of([config] * len(logits), config.kind)
+    return np.asarray(draw_jit(row_keys, logits, arrays, kind=config.kind))
 
 
 @pytest.fixture(params=["cpu", "default"])
