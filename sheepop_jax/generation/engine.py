@@ -199,11 +199,10 @@ class Engine:
         rows = next(n for n in self._rows if n >= len(texts))
         longest = max(min(text.end - text.window, text.context) for text in texts)
         length = next((n for n in self._lengths if n >= longest), self._lengths[-1])
-        if old is None:
-            return self._moved(rows, length)
-        if len(texts) > 1:  # not smaller while texts are in it
+        if old and len(texts) > 1:  # not smaller while texts are in it
             rows, length = max(rows, len(old.texts)), max(length, old.slots)
-        if rows <= len(old.texts) and min(length, self._prompt.slots) <= old.slots:
+        slots = min(length, self._prompt.slots)
+        if old and (len(old.texts), old.slots) == (rows, slots):
             return old
         return self._moved(rows, length)
 

@@ -1,5 +1,7 @@
 """Sampling against brute force in numpy float64, and against the distribution it stands for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from scipy import stats
 
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation import sampling
-from sheepop_jax.generation.requests import SamplingConfig
+from sheepop_jax.generation.requests import ALL, MAX_LOGPROBS, Kind, SamplingConfig
 from sheepop_jax.generation.sampling import SamplingArrays, keep_top_k, keep_top_p, most_probable
 
 ROWS, VOCAB = 7, 113
@@ -151,6 +153,94 @@ def test_padding_is_never_chosen(temperature: float) -> None:
     assert tokens.max() < 20
 
 
+def test_min_p_is_brute_force() -> None:
+    """Every row with its own limit; the best token is always kept, and 0 keeps all."""
+    logits = random_logits(8)
+    limits = np.array([0, 1e-30, 0.01, 0.1, 0.5, 0.999, 1], np.float32)
+    got = np.asarray(jax.jit(sampling.keep_min_p)(logits, limits))
+    for row, limit, out in zip(logits, limits, got, strict=True):
+        p = probabilities(row[None])[0]
+        kept = p >= float(limit) * p.max() * (1 - 1e-6)
+        assert np.array_equal(out, np.where(kept, row, -np.inf))
+
+
+ADJUSTED = [
+    SamplingConfig(0, repetition_penalty=1.7),
+    SamplingConfig(0, repetition_penalty=0.6, presence_penalty=-1.5),
+    SamplingConfig(0, frequency_penalty=0.9),
+    SamplingConfig(0, presence_penalty=0.8, frequency_penalty=-0.3),
+    SamplingConfig(0, logit_bias=((3, 5.0), (3, 1.0), (107, -100.0))),
+    SamplingConfig(0, 0, 1, 0, 1.2, 0.3, 0.2, ((0, -2.5), (50, 2.5))),
+    SamplingConfig(0),
+]
+
+
+def test_penalties_and_biases_are_brute_force() -> None:
+    """Row by row and token by token in float64, from the definition; every row has its own."""
+    logits = random_logits(9)
+    chance = np.random.default_rng(10)
+    texts = [chance.integers(0, 20, 9).tolist() for _ in ADJUSTED]
+    prompt = 4
+    seen, written = np.zeros((2, ROWS, VOCAB), np.int32)
+    for row, tokens in enumerate(texts):
+        for place, token in enumerate(tokens):
+            seen[row, token] = 1
+            written[row, token] += place >= prompt
+    kind = Kind(adjusted=True)
+    arrays = SamplingArrays.of(ADJUSTED, kind)
+    got = jax.jit(sampling.adjust)(logits, arrays, seen > 0, written)
+    for row, config in enumerate(ADJUSTED):
+        for token in range(VOCAB):
+            value = float(logits[row, token])
+            if token in texts[row]:
+                value *= config.repetition_penalty ** (-1 if value > 0 else 1)
+            count = texts[row][prompt:].count(token)
+            value -= config.presence_penalty * (count > 0) + config.frequency_penalty * count
+            value += sum(bias for biased, bias in config.logit_bias if biased == token)
+            np.testing.assert_allclose(got[row, token], value, rtol=1e-6, atol=1e-6)
+
+
+def test_log_probabilities_are_brute_force() -> None:
+    """Of the raw logits; those of the same token are the same bits; lower ids first in a tie."""
+    logits = random_logits(11)
+    logits[0, [5, 9]] = logits[0].max() + 1
+    tokens = np.array([9, 0, 1, 2, 3, 4, 5], np.int32)
+    got = jax.jit(sampling.report)(logits, tokens)
+    with np.errstate(divide="ignore"):  # padding
+        expected = np.log(probabilities(logits))
+    rows = np.arange(ROWS)
+    np.testing.assert_allclose(got.chosen_B, expected[rows, tokens], rtol=1e-5)
+    for row in range(ROWS):
+        assert got.tokens_BK[row].tolist() == by_rank(logits[row])[:MAX_LOGPROBS]
+    np.testing.assert_allclose(got.top_BK, expected[rows[:, None], got.tokens_BK], rtol=1e-5)
+    assert got.top_BK[0, 1] == got.chosen_B[0]
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def chosen(row_keys: jax.Array, logits: jax.Array, arrays: SamplingArrays, kind: Kind) -> jax.Array:
+    def counts() -> tuple[jax.Array, jax.Array]:
+        return logits > 1, (logits > 2).astype(jnp.int32)
+
+    return sampling.choose(row_keys, logits, arrays, counts, kind)[0]
+
+
+def test_as_needed_is_as_compiled() -> None:
+    """A program with every operation chooses as one with only those that a row needs."""
+    logits, row_keys = random_logits(12), keys(ROWS, 13)
+    hot = [SamplingConfig(1.3), SamplingConfig(0.8, 9, 0.9), SamplingConfig(0), ADJUSTED[4]]
+    mixed = [*hot, SamplingConfig(2, min_p=0.1), ADJUSTED[5], SamplingConfig(0)]
+    alone = [
+        chosen(row_keys, logits, SamplingArrays.of([c] * ROWS, c.kind), c.kind).tolist()
+        for c in mixed
+    ]
+    together = chosen(row_keys, logits, SamplingArrays.of(mixed, ALL), ALL).tolist()
+    assert together == [tokens[row] for row, tokens in enumerate(alone)]
+    for row in (0, 2):  # without any row that needs more
+        same = SamplingArrays.of([mixed[row]] * ROWS, ALL)
+        assert same.level == (1 if row == 0 else 0)
+        assert chosen(row_keys, logits, same, ALL).tolist() == alone[row]
+
+
 def expected_distribution(row: np.ndarray, config: SamplingConfig) -> np.ndarray:
     """float64: temperature first, then top-k, then top-p of what is left."""
     logits = row[None].astype(np.float64) / config.temperature
@@ -158,6 +248,9 @@ def expected_distribution(row: np.ndarray, config: SamplingConfig) -> np.ndarray
         logits = brute_top_k(logits, config.top_k)
     if config.top_p < 1:
         logits = brute_top_p(logits, config.top_p)
+    if config.min_p:
+        weights = probabilities(logits)
+        logits = np.where(weights >= config.min_p * weights.max(), logits, -np.inf)
     return probabilities(logits)[0]
 
 
@@ -168,6 +261,7 @@ def expected_distribution(row: np.ndarray, config: SamplingConfig) -> np.ndarray
         SamplingConfig(2.0, top_k=11),
         SamplingConfig(2.5, top_p=0.7),
         SamplingConfig(2.5, top_k=9, top_p=0.6),
+        SamplingConfig(2.5, min_p=0.2),
     ],
 )
 def test_frequencies(config: SamplingConfig) -> None:
@@ -221,6 +315,14 @@ def test_new_values_compile_nothing(compilations: list[str]) -> None:
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", float("nan")),
+        ("presence_penalty", -101.0),
+        ("frequency_penalty", 101.0),
     ],
 )
 def test_bad_settings_are_refused_by_name(name: str, value: float) -> None:
