@@ -126,6 +126,22 @@ def fast_compile_once() -> Iterator[None]:
 
 
 @pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """One entry for everything that jax compiles while the test runs, small operations included."""
+    import jax
+
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
 def disk_order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     """Each `fsync`, with the bytes that the file then holds, and each rename, with the new name."""
     done: list[tuple[str, object]] = []
