@@ -1,26 +1,22 @@
-"""Validation metrics over every token, and the log-likelihood of given continuations."""
+"""Validation metrics over every token of a stream."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import EvaluationBatches, PackingConfig
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.errors import InputError
 from sheepop_jax.model.loss import EvaluationSums, chunk_length, evaluation_sums
 from sheepop_jax.model.partitioning import global_batch, own_rows, sum_over_replicas
 from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.progress import Progress
-
-_SHORTEST_ROW = 16  # rows are padded to this length, or twice that, four times and so on
 
 
 @dataclass(frozen=True)
@@ -171,119 +167,3 @@ class Evaluator:
                 self.check()
                 yield global_batch(self.mesh, self.batch_size, 0, batch) if self.mesh else batch
                 progress.update()
-
-
-def continuation_log_likelihoods(
-    model: Transformer,
-    params: Any,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    context: int | None = None,
-    batch_size: int = 8,
-) -> list[tuple[float, bool]]:
-    """The log-likelihood of each continuation after its context.
-
-    Rows of similar length share a batch. Contexts that are too long lose tokens at the start.
-
-    Args:
-        model: the model, with the dtype to compute in.
-        params: model parameters, fp32 or quantized.
-        pairs: token ids of (context, continuation); the context has at least one.
-        context: maximum positions of a row, at least 1; None for `model.max_seq_len`.
-        batch_size: rows per batch.
-
-    Returns:
-        For each pair, in order: the sum of log p(token) over the continuation in nats, and whether
-        each of its tokens is the most probable one.
-
-    Raises:
-        InputError: a continuation is longer than the context, or a token id is outside the
-            vocabulary.
-        ValueError: a context is empty.
-    """
-    limit = model.config.max_seq_len if context is None else context
-    rows = [_Row.of(before, after, limit, model.vocab_size) for before, after in pairs]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
-    starts = range(0, len(order), batch_size)
-    found: dict[int, tuple[float, bool]] = {}
-    with Progress("scoring", len(starts), unit="batch") as progress:
-        for start in starts:
-            chosen = order[start : start + batch_size]
-            batch = _padded([rows[i] for i in chosen], batch_size, limit)
-            loss_B, correct_B, count_B = map(np.asarray, _row_sums(model, params, *batch))
-            for i, loss, correct, count in zip(chosen, loss_B, correct_B, count_B, strict=False):
-                found[i] = -float(loss), bool(correct == count)
-            progress.update()
-    return [found[i] for i in range(len(rows))]
-
-
-def rolling_windows(
-    tokens: Sequence[int], first: int, context: int
-) -> list[tuple[list[int], list[int]]]:
-    """Splits a text into (context, continuation) pairs that predict each of its tokens once.
-
-    Each window predicts up to `context` tokens; the last one, which has fewer, gets as many of the
-    tokens before it as fit.
-
-    Args:
-        tokens: ids of the text.
-        first: id that predicts the first token.
-        context: maximum positions of a window.
-    """
-    text, windows = [first, *tokens], []
-    for start in range(1, len(text), context):
-        stop = min(start + context, len(text))
-        windows.append((text[max(0, stop - 1 - context) : start], text[start:stop]))
-    return windows
-
-
-@dataclass(frozen=True)
-class _Row:
-    """The tokens of a context and its continuation, and how many are the continuation's."""
-
-    tokens: list[int]
-    predicted: int
-
-    @classmethod
-    def of(
-        cls, before: Sequence[int], after: Sequence[int], context: int, vocab_size: int
-    ) -> "_Row":
-        if not before:
-            raise ValueError("an empty context predicts nothing")
-        if len(after) > context:
-            raise InputError("continuation", f"{len(after)} tokens", f"at most {context} tokens")
-        tokens = [*before, *after][-(context + 1) :]
-        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
-            rule = f"token ids from 0 to {vocab_size - 1}"
-            raise InputError("continuation", [min(tokens), max(tokens)], rule)
-        return cls(tokens, len(after))
-
-
-def _padded(rows: list[_Row], batch_size: int, context: int) -> tuple[np.ndarray, ...]:
-    """Inputs, targets and weights [B, T] of rows, padded at the right."""
-    longest = max(len(row.tokens) - 1 for row in rows)
-    length = max(longest, min(max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()), context), 1)
-    inputs_BT, targets_BT = np.zeros((2, batch_size, length), np.int32)
-    weights_BT = np.zeros((batch_size, length), np.float32)
-    for i, row in enumerate(rows):
-        last = len(row.tokens) - 1
-        inputs_BT[i, :last], targets_BT[i, :last] = row.tokens[:-1], row.tokens[1:]
-        weights_BT[i, last - row.predicted : last] = 1
-    return inputs_BT, targets_BT, weights_BT
-
-
-@partial(jax.jit, static_argnums=0)
-def _row_sums(
-    model: Transformer, params: Any, inputs_BT: Any, targets_BT: Any, weights_BT: Any
-) -> EvaluationSums:
-    """The sums of each row [B]."""
-    hidden_BTD, _ = model.apply({"params": params}, inputs_BT)
-    embedding_VD = output_embedding(params)
-    chunk = chunk_length(targets_BT.shape[1], embedding_VD.shape[0])
-
-    def sums(row: tuple[jax.Array, ...]) -> EvaluationSums:
-        hidden_1TD, targets_1T, weights_1T = (x[None] for x in row)
-        arrays = hidden_1TD, embedding_VD, targets_1T, weights_1T
-        return evaluation_sums(*arrays, model.vocab_size, model.config.logit_softcap, chunk)
-
-    return jax.lax.map(sums, (hidden_BTD, targets_BT, weights_BT))

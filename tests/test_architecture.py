@@ -28,10 +28,11 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.training": {"checkpoint", "config", "data", "faults", "model", "runtime"},
     "sheepop_jax.generation": {"config", "data.tokenizer", "model"},
     "sheepop_jax.evaluation": {"config", "data", "model"},
+    "sheepop_jax.scoring": {"model"},
     # A leaf: it may look at all that a run needs, and only `pipeline` and `cli` import it.
     "sheepop_jax.planning": {"checkpoint.state", "config", "model", "runtime.devices", "training"},
     # A leaf: it reads finished runs, and only `cli` imports it.
-    "sheepop_jax.interop": {"checkpoint", "config", "data", "evaluation", "generation", "model"},
+    "sheepop_jax.interop": {"checkpoint", "config", "data", "generation", "model", "scoring"},
     "sheepop_jax.pipeline": {
         "checkpoint",
         "config",
@@ -76,6 +77,7 @@ WITH_JAX = tuple(
         "pipeline",
         "planning",
         "runtime",
+        "scoring",
         "training",
     )
 )

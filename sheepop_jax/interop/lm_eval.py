@@ -6,6 +6,7 @@ harness.
 
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
-from sheepop_jax.evaluation import continuation_log_likelihoods, rolling_windows
 from sheepop_jax.generation.engine import generate
 from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.scoring import continuation_log_likelihoods, score
 
 log = logging.getLogger(__name__)
 
@@ -56,31 +57,26 @@ class Adapter:
             (before if list(before[:1]) == bos else [*bos, *before], after)
             for before, after in pairs
         ]
-        return self._scored([(before or self._start, after) for before, after in begun])
+        return continuation_log_likelihoods(
+            self.model,
+            self.params,
+            [(before or self._start, after) for before, after in begun],
+            context=self.context,
+            batch_size=self.batch_size,
+        )
 
     @property
     def _start(self) -> list[int]:
         """What stands before a text."""
         return self.tokenizer.prompt_start or [self.tokenizer.end_of_text]
 
-    def _scored(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[tuple[float, bool]]:
-        return continuation_log_likelihoods(
-            self.model, self.params, pairs, context=self.context, batch_size=self.batch_size
-        )
-
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
         """Log-likelihood of each text after BOS or end-of-text, in windows of the whole context."""
-        windows, owners = [], []
-        for i, ids in enumerate(self.tokenizer.encode_batch(list(texts))):
-            own = rolling_windows(ids, self._start[0], self.context)
-            windows += own
-            owners += [i] * len(own)
-        sums = [0.0] * len(texts)
-        for i, (found, _) in zip(owners, self._scored(windows), strict=True):
-            sums[i] += found
-        return sums
+        begun = [[*self._start, *ids] for ids in self.tokenizer.encode_batch(list(texts))]
+        scores = score(
+            self.model, self.params, begun, context=self.context, batch_size=self.batch_size
+        )
+        return [math.fsum(scored.logprobs[1:]) for scored in scores]
 
     def continuations(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """Continues each text, up to the first of its stop strings.

@@ -79,7 +79,7 @@ def _terms(hidden_MD, embedding_VD, targets_M, vocab_size, softcap):
     return logits_MV, largest_M, total_M, largest_M + jnp.log(total_M) - target_M
 
 
-def _over_chunks(
+def over_chunks(
     body: Callable[..., tuple[Any, Any]], carry: Any, arrays: tuple[jax.Array, ...], chunk: int
 ) -> tuple[Any, Any]:
     """`lax.scan` of `body(carry, *chunks)` over the tokens of [B, T, …] arrays.
@@ -160,7 +160,7 @@ def _forward(hidden_BTD, embedding_VD, targets_BT, weights_BT, vocab_size, softc
 
     carry = jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape, jnp.float32)
     arrays = (hidden_BTD, targets_BT, weights_BT)
-    (loss, d_embedding), d_hidden = _over_chunks(body, carry, arrays, chunk)
+    (loss, d_embedding), d_hidden = over_chunks(body, carry, arrays, chunk)
     return loss, (d_hidden, d_embedding)
 
 
@@ -190,5 +190,5 @@ def evaluation_sums(
         return jax.tree.map(jnp.add, sums, added), None
 
     zero = EvaluationSums(*(jnp.zeros((), jnp.float32) for _ in EvaluationSums._fields))
-    sums, _ = _over_chunks(body, zero, (hidden_BTD, targets_BT, weights_BT), chunk)
+    sums, _ = over_chunks(body, zero, (hidden_BTD, targets_BT, weights_BT), chunk)
     return sums

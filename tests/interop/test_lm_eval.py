@@ -12,10 +12,10 @@ from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
-from sheepop_jax.evaluation import continuation_log_likelihoods, rolling_windows
 from sheepop_jax.generation.engine import generate
 from sheepop_jax.interop import lm_eval as harness
 from sheepop_jax.model.transformer import Transformer
+from sheepop_jax.scoring import continuation_log_likelihoods, rolling_windows
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
