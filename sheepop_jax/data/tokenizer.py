@@ -12,7 +12,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,26 @@ CUT = re.compile(r"\S(?=[ \n])")
 CONTEXT_CHARS = 2**10  # text on each side of a split that decides about the ids near it
 _CUTS_TRIED = 64
 _PLAIN_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+# Where `ChatSettings` are in a tokenizer.json: entries of the post-processor's table of tokens.
+_END_TOKENS, _CHAT_TEMPLATE, _ROLE = "end_tokens", "chat_template", re.compile(r"[a-z]+_token")
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What a chat model's tokenizer has more than that of a model that continues text.
+
+    Attributes:
+        end_tokens: tokens that end a text as end-of-text does, such as that of a turn.
+        chat_template: the Jinja template of a conversation (`data.chat_template`); None for none.
+        special_tokens: the template's variables, such as `eos_token`, and their tokens.
+    """
+
+    end_tokens: tuple[str, ...] = ()
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+
+_NO_CHAT = ChatSettings()
 
 
 class Tokenizer:
@@ -45,17 +66,23 @@ class Tokenizer:
         vocab_size: the largest id plus one.
         end_of_text: the id after every document, and before the first unless it begins with BOS.
         bos_id: the id at the beginning of every document and prompt (BOS); None for none.
+        end_ids: the ids that end a text while it is sampled; the first is `end_of_text`.
+        chat_template: the Jinja template of a conversation; None for none.
+        special_tokens: tokens by the names that a chat template calls them, such as `eos_token`.
     """
 
     vocab_size: int
     end_of_text: int
     bos_id: int | None
+    end_ids: tuple[int, ...]
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "data.tokenizer"):
         """Wraps and configures `inner`; `name` is the field named in error messages."""
         ids = inner.get_vocab(with_added_tokens=True)
         content = json.loads(inner.to_str())
-        begin, end = _stream_tokens(content)
+        begin, end, chat = _stream_tokens(content)
         ends = [end] if end else [token for token in _END_OF_TEXT_NAMES if token in ids]
         if not ends:
             expected = "a tokenizer with an end-of-text token: " + ", ".join(_END_OF_TEXT_NAMES)
@@ -74,6 +101,10 @@ class Tokenizer:
         self.vocab_size = max(ids.values()) + 1
         self.end_of_text = ids[ends[0]]
         self.bos_id = ids[begin] if begin else None
+        self.end_ids = tuple(dict.fromkeys(ids[token] for token in (ends[0], *chat.end_tokens)))
+        self.chat_template = chat.chat_template
+        roles = {"bos_token": begin, "eos_token": ends[0], **chat.special_tokens}
+        self.special_tokens = {role: token for role, token in roles.items() if token is not None}
         content = json.loads(inner.to_str())
         stream_tokens = {ends[0], *([begin] if begin else [])}
         self._encoder = _without_special(inner, content, ends[0], stream_tokens, name)
@@ -264,22 +295,30 @@ class Tokenizer:
 
     @classmethod
     def with_stream_tokens(
-        cls, content: str, bos: str | None, end_of_text: str, name: str = "data.tokenizer"
+        cls,
+        content: str,
+        bos: str | None,
+        end_of_text: str,
+        name: str = "data.tokenizer",
+        chat: ChatSettings = _NO_CHAT,
     ) -> "Tokenizer":
-        """Loads a `tokenizer.json` of a model with this BOS and end-of-text.
+        """Loads a `tokenizer.json` of a model with this BOS, end-of-text and chat settings.
 
         They are stored in its post-processor, where `from_json` finds them again: the template of
-        one text is BOS and the text, that of two is their stream, with end-of-text in between.
+        one text is BOS and the text, that of two is their stream, with end-of-text in between. The
+        chat settings are entries of its table of tokens, which other programs do not use: they
+        refuse a `tokenizer.json` with fields that they do not know.
 
         Raises:
             InputError: not a tokenizer, or a token is not in its vocabulary.
         """
         inner = _parsed(content, name)
         ids = inner.get_vocab(with_added_tokens=True)
-        for token in (bos, end_of_text):
+        for token in (bos, end_of_text, *chat.end_tokens, *chat.special_tokens.values()):
             if token is not None and token not in ids:
                 raise InputError(name, token, f"one of the tokenizer's {len(ids)} tokens")
         template = _stream_template(bos, end_of_text, ids)
+        template["special_tokens"] |= _chat_entries(chat, ids)
         changed = json.loads(inner.to_str()) | {"post_processor": template}
         return cls.from_json(json.dumps(changed), name)
 
@@ -356,19 +395,52 @@ def _stream_template(bos: str | None, end_of_text: str, ids: dict[str, int]) -> 
     }
 
 
-def _stream_tokens(content: dict[str, Any]) -> tuple[str | None, str | None]:
-    """BOS and end-of-text of a tokenizer from `with_stream_tokens`; otherwise (None, None).
+def _chat_entries(chat: ChatSettings, ids: dict[str, int]) -> dict[str, Any]:
+    """Entries of the post-processor's table of tokens that hold the settings."""
+    named = {role: [token] for role, token in sorted(chat.special_tokens.items())}
+    named |= {_END_TOKENS: [*chat.end_tokens]} if chat.end_tokens else {}
+    entries: dict[str, Any] = {
+        name: {"id": name, "ids": [ids[token] for token in tokens], "tokens": tokens}
+        for name, tokens in named.items()
+    }
+    if chat.chat_template is not None:
+        entries[_CHAT_TEMPLATE] = {"id": _CHAT_TEMPLATE, "ids": [], "tokens": [chat.chat_template]}
+    return entries
+
+
+def _chat_settings(entries: dict[str, Any]) -> ChatSettings:
+    """The settings of `_chat_entries`, which are removed from `entries`."""
+    found = {name: entries.pop(name)["tokens"] for name in [*entries] if _is_setting(name, entries)}
+    return ChatSettings(
+        tuple(found.pop(_END_TOKENS, ())),
+        found.pop(_CHAT_TEMPLATE, [None])[0],
+        {role: tokens[0] for role, tokens in found.items()},
+    )
+
+
+def _is_setting(name: str, entries: dict[str, Any]) -> bool:
+    """Whether an entry is not a token of the template, which is its own only token."""
+    known = name in (_END_TOKENS, _CHAT_TEMPLATE) or _ROLE.fullmatch(name)
+    return bool(known) and entries[name]["tokens"] != [name]
+
+
+def _stream_tokens(content: dict[str, Any]) -> tuple[str | None, str | None, ChatSettings]:
+    """BOS, end-of-text and settings from `with_stream_tokens`; otherwise Nones and the defaults.
 
     Other tokenizers may have a template too, which says nothing about what separates documents.
     """
     found = content["post_processor"] or {}
     if found.get("type") != "TemplateProcessing":
-        return None, None
+        return None, None, _NO_CHAT
     named = [part["SpecialToken"]["id"] for part in found["pair"] if "SpecialToken" in part]
     bos, end = (named[0], named[1]) if len(named) > 1 else (None, *named) if named else (None, None)
-    ids = {token: entry["ids"][0] for token, entry in found["special_tokens"].items()}
-    is_ours = end is not None and found == _stream_template(bos, end, ids)
-    return (bos, end) if is_ours else (None, None)
+    entries = {**found["special_tokens"]}
+    chat = _chat_settings(entries)
+    ids = {token: (entry["ids"] or [-1])[0] for token, entry in entries.items()}
+    is_ours = end is not None and {**found, "special_tokens": entries} == _stream_template(
+        bos, end, ids
+    )
+    return (bos, end, chat) if is_ours else (None, None, _NO_CHAT)
 
 
 def _without_special(

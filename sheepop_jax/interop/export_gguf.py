@@ -4,7 +4,6 @@ The file holds the weights, the tokenizer and the numbers that the architecture 
 layouts follow from those of Hugging Face (`hub_tensors`), as llama.cpp's own converter does it.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from sheepop_jax.interop.families import HubModel, for_export
 from sheepop_jax.interop.gguf_tokenizer import Vocabulary, gguf_vocabulary
 from sheepop_jax.interop.hub_tensors import Tensor, tensors
 from sheepop_jax.interop.new_directory import check_new, new_directory
+from sheepop_jax.interop.ollama import modelfile, recognized
 
 GGUF_FILE = "model.gguf"
 MODELFILE = "Modelfile"
@@ -66,12 +66,13 @@ def check_gguf(run: Run, out: Path, dtype: str = "float32") -> HubModel:
     Raises:
         InputError: llama.cpp cannot express the model or its tokenizer (names the field and the
             nearest value that works), `out` exists, an unknown dtype, or the package `gguf` is
-            missing.
+            missing, or for a chat model `jinja2`.
     """
     if dtype not in DTYPES:
         raise InputError("dtype", dtype, "one of " + ", ".join(DTYPES) + " for `format=gguf`")
     model = checked_model(run)
     gguf_vocabulary(run.tokenizer, model.vocab_size)
+    recognized(run.tokenizer)
     check_new(out, "out")
     import_gguf()
     return model
@@ -99,7 +100,8 @@ def export_gguf(run: Run, params: Any, step: int, out: Path, dtype: str = "float
     """
     model = check_gguf(run, out, dtype)
     with new_directory(out, "out") as pending:
-        write_atomic(pending / MODELFILE, modelfile(run))
+        context = run.config.model.max_seq_len
+        write_atomic(pending / MODELFILE, modelfile(run.tokenizer, GGUF_FILE, context))
         _write(pending / GGUF_FILE, run, params, step, model, dtype)
     return model
 
@@ -129,21 +131,6 @@ def checked_model(run: Run) -> HubModel:
     if family.name != "llama":  # the others ignore the tensor of the angles' factors
         require(config.rope_scaling != "llama3", "rope_scaling", "none or linear", "linear")
     return model
-
-
-def modelfile(run: Run) -> str:
-    """Ollama's description of the model: it continues text, within the trained context."""
-    end = json.dumps(_token(run, run.tokenizer.end_of_text), ensure_ascii=False)
-    return (
-        f"FROM ./{GGUF_FILE}\n"
-        'TEMPLATE """{{ .Prompt }}"""\n'
-        f"PARAMETER num_ctx {run.config.model.max_seq_len}\n"
-        f"PARAMETER stop {end}\n"
-    )
-
-
-def _token(run: Run, index: int) -> str:
-    return run.tokenizer.decode([index], skip_special=False)
 
 
 def _write(path: Path, run: Run, params: Any, step: int, model: HubModel, dtype: str) -> None:
@@ -208,6 +195,12 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     begins = vocabulary.bos is not None
     writer.add_bos_token_id(vocabulary.bos if begins else vocabulary.end_of_text)
     writer.add_eos_token_id(vocabulary.end_of_text)
+    # llama.cpp also ends a text at the end of a turn and at that of a message (a call of a tool).
+    add_ends = (writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, index in zip(add_ends, vocabulary.other_ends, strict=False):
+        add(index)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
     writer.add_add_bos_token(begins)
     writer.add_add_eos_token(False)
 

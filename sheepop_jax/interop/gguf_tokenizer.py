@@ -36,6 +36,9 @@ class Vocabulary:
         pre_tokenizer: llama.cpp's name for the way in which text is split into words.
         end_of_text: an id.
         bos: the id that begins each text, or None.
+        other_ends: further ids that end a text. llama.cpp is told of two, and knows the rest by
+            name.
+        chat_template: a Jinja template, or None.
     """
 
     tokens: list[str]
@@ -44,6 +47,8 @@ class Vocabulary:
     pre_tokenizer: str
     end_of_text: int
     bos: int | None
+    other_ends: tuple[int, ...] = ()
+    chat_template: str | None = None
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
@@ -67,8 +72,16 @@ def gguf_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [" ".join(pair) for pair in content["model"]["merges"]] or _NO_MERGES
-    bos = tokenizer.bos_id
-    return Vocabulary(tokens, types, merges, pre_tokenizer, tokenizer.end_of_text, bos)
+    return Vocabulary(
+        tokens,
+        types,
+        merges,
+        pre_tokenizer,
+        tokenizer.end_of_text,
+        tokenizer.bos_id,
+        tokenizer.end_ids[1:],
+        tokenizer.chat_template,
+    )
 
 
 def normalizes(tokenizer: Tokenizer) -> bool:

@@ -24,7 +24,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> N
     files = {
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": _tokenizer_config(tokenizer, max_length),
-        "generation_config.json": special_ids(tokenizer),
+        "generation_config.json": {**special_ids(tokenizer), **_end_ids(tokenizer)},
     }
     for name, content in files.items():
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
@@ -41,17 +41,24 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos_token_id": end if bos is None else bos, "eos_token_id": end, "pad_token_id": end}
 
 
+def _end_ids(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """All ids that end a text, if there are several."""
+    return {"eos_token_id": [*tokenizer.end_ids]} if len(tokenizer.end_ids) > 1 else {}
+
+
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json: it begins texts with the tokenizer's BOS, or with nothing.
 
-    A public tokenizer.json may add tokens that the run was not trained with.
+    A public tokenizer.json may add tokens that the run was not trained with. Chat settings are left
+    out: other programs read them in tokenizer_config.json.
     """
     content: dict[str, Any] = json.loads(tokenizer.to_json())
     inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     bos = tokenizer.bos_id
     plain = inner.encode("a", add_special_tokens=False).ids
     wanted = plain if bos is None else [bos, *plain]
-    if inner.encode("a", add_special_tokens=True).ids != wanted:
+    has_settings = len(tokenizer.end_ids) > 1 or tokenizer.chat_template is not None
+    if has_settings or inner.encode("a", add_special_tokens=True).ids != wanted:
         content["post_processor"] = None if bos is None else _begins_with(tokenizer, bos)
     return content
 
@@ -75,6 +82,9 @@ def _tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
         name.removesuffix("_id"): tokenizer.decode([index], skip_special=False)
         for name, index in ids.items()
     }
+    has_chat = tokenizer.chat_template is not None
+    if has_chat:  # it may call them by these names
+        names |= tokenizer.special_tokens
     return {
         # The only class that keeps character vocabularies in transformers 5.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -82,7 +92,9 @@ def _tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
         "model_input_names": ["input_ids", "attention_mask"],
         **names,
         "clean_up_tokenization_spaces": False,
-        # The text of a special token is text, as in training.
-        "split_special_tokens": True,
+        # The text of a special token is text, as in training. But transformers encodes what a
+        # template has rendered as any text.
+        "split_special_tokens": not has_chat,
         "model_max_length": max_length,
+        **({"chat_template": tokenizer.chat_template} if has_chat else {}),
     }

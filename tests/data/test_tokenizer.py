@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from sheepop_jax.data import tokenizer as module
 from sheepop_jax.data.preprocess import train_tokenizer
 from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
-from sheepop_jax.data.tokenizer import Tokenizer, split_text
+from sheepop_jax.data.tokenizer import END_OF_TEXT, ChatSettings, Tokenizer, split_text
 from sheepop_jax.errors import InputError
 
 TEXTS = ["the cat sat on the mat\r\n", "  the dog's, 'twas e\u0301 \U0001f411", "\tthe end."] * 5
@@ -345,6 +345,64 @@ def test_bos_and_end_of_text_are_stored_in_the_tokenizer_file(tmp_path, bos, end
     the, cat = tokenizer.encode_batch(["the", "cat"])
     start = tokenizer.encode_prompt("")
     assert both == [*start, *the, tokenizer.end_of_text, *start, *cat]
+
+
+CHAT = ChatSettings(
+    ("</s>", "<|im_end|>", "<s>"),
+    "{{ 'a\n\u00e9' }}",
+    {"eos_token": "<|im_end|>", "pad_token": "</s>"},
+)
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize(
+    "chat", [CHAT, ChatSettings(("<s>",)), ChatSettings(chat_template="")], ids=["all", "end", ""]
+)
+def test_the_settings_of_a_chat_model_are_stored_in_the_tokenizer_file(tmp_path, bos, chat):
+    plain, inner = imported(bos, "</s>")
+    tokenizer = Tokenizer.with_stream_tokens(inner.to_str(), bos, "</s>", chat=chat)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    for found in (tokenizer, Tokenizer.from_file(tmp_path / "tokenizer.json")):
+        ends = [token for token in chat.end_tokens if token != "</s>"]
+        assert found.end_ids == tuple(map(inner.token_to_id, ["</s>", *ends]))
+        assert found.end_of_text == found.end_ids[0] == plain.end_of_text
+        assert found.bos_id == plain.bos_id
+        assert found.chat_template == chat.chat_template
+        names = {"bos_token": "<s>"} if bos else {}
+        assert found.special_tokens == {**names, "eos_token": "</s>", **chat.special_tokens}
+        assert found.fingerprint == tokenizer.fingerprint != plain.fingerprint
+        assert found.encode("the <s>cat</s>") == plain.encode("the <s>cat</s>")
+    # Other programs read the file as that without the settings.
+    for texts in (["the"], ["the", "cat"]):
+        assert tokenizer._inner.encode(*texts).ids == plain._inner.encode(*texts).ids
+
+
+def test_a_tokenizer_without_chat_settings_is_saved_as_before():
+    """So that runs of older versions keep their fingerprint, and open."""
+    tokenizer, inner = imported("<s>", "</s>")
+    table = json.loads(tokenizer.to_json())["post_processor"]["special_tokens"]
+    assert set(table) == {"<s>", "</s>"}
+    assert (tokenizer.end_ids, tokenizer.chat_template) == ((tokenizer.end_of_text,), None)
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    trained = train_bpe(iter(["a cat"]), 257)
+    assert trained.end_ids == (trained.end_of_text,) and trained.chat_template is None
+    assert trained.special_tokens == {"eos_token": END_OF_TEXT}
+
+
+def test_a_token_may_have_the_name_of_a_setting():
+    inner = imported("<s>", "</s>")[1]
+    inner.add_special_tokens(["eos_token", "end_tokens", "chat_template"])
+    for bos, end in (("eos_token", "end_tokens"), ("end_tokens", "chat_template")):
+        found = Tokenizer.with_stream_tokens(inner.to_str(), bos, end)
+        assert (found.bos_id, found.end_ids) == (inner.token_to_id(bos), (inner.token_to_id(end),))
+        assert found.chat_template is None
+
+
+def test_a_setting_that_the_vocabulary_lacks_is_bad_input():
+    inner = imported("<s>", "</s>")[1]
+    for chat in (ChatSettings(("<none>",)), ChatSettings(special_tokens={"eos_token": "<none>"})):
+        with pytest.raises(InputError, match="<none>"):
+            Tokenizer.with_stream_tokens(inner.to_str(), None, "</s>", chat=chat)
 
 
 def test_the_template_of_another_program_says_nothing_about_streams():
