@@ -95,7 +95,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pickle": (),
     "dill": (),
     "cloudpickle": (),
-    "torch": ("sheepop_jax.interop.verify",),  # which asks transformers for safetensors only
+    # It asks transformers for safetensors only.
+    "torch": ("sheepop_jax.interop.transformers_model",),
     "joblib": (),
     "shelve": (),
     "marshal": (),

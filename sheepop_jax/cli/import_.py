@@ -19,7 +19,8 @@ examples:
   python -m sheepop_jax evaluate --ckpt runs/smollm2 --data my_text.txt
 
 Every key of config.json and every tensor must be known; otherwise nothing is written. The weights
-become fp32. The run's logits are compared with a float64 computation from the imported files.
+become fp32. The run's logits are compared with a float64 computation from the imported files, and
+with transformers where it is installed.
 
 exit codes: 0 done, 1 failed (disk full, or other logits), 2 bad input, 130 Ctrl-C"""
 
@@ -50,7 +51,7 @@ def run(flags: argparse.Namespace) -> None:
     from sheepop_jax.interop.import_hf import import_hf
 
     defaults = load_config("base")
-    files, verification = import_hf(
+    files, verified = import_hf(
         Path(flags.hf), Path(flags.out), defaults, verify=not flags.no_verify
     )
     model, tokenizer = files.model.config, files.tokenizer
@@ -66,15 +67,19 @@ def run(flags: argparse.Namespace) -> None:
         "context": f"{model.max_seq_len:,} tokens",
         "vocabulary": f"{files.model.vocab_size:,} rows, {tokenizer.vocab_size:,} tokens",
         "BOS": "none" if tokenizer.bos_id is None else shown(tokenizer.bos_id),
-        "end-of-text": shown(tokenizer.end_of_text),
+        "end-of-text": ", ".join(map(shown, tokenizer.end_ids)),
+        "chat template": "none" if tokenizer.chat_template is None else "kept",
     }
     print(f"imported {flags.hf} as {flags.out}")
     for name, value in rows.items():
         print(f"  {name:24}{value}")
-    if verification is None:
+    if verified is None:
         return
-    print(f"verified against a float64 computation from {flags.hf}")
-    count = verification.positions
-    print(f"  {'max relative error':24}{verification.max_error:.1e} of {count} positions' logits")
-    print(f"  {'mean KL per token':24}{verification.mean_kl:.1e} nats")
-    print(f"  {'most likely token equal':24}{verification.same_token} of {count}")
+    for result in verified.results:
+        print(f"verified against {result.reference} from {flags.hf}")
+        count = result.positions
+        print(f"  {'max relative error':24}{result.max_error:.1e} of {count} positions' logits")
+        print(f"  {'mean KL per token':24}{result.mean_kl:.1e} nats")
+        print(f"  {'most likely token equal':24}{result.same_token} of {count}")
+    for note in verified.notes:
+        print(note)

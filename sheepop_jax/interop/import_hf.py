@@ -28,6 +28,12 @@ from sheepop_jax.interop.hub_tokenizer import read_json, read_tokenizer
 from sheepop_jax.interop.new_directory import check_new, new_directory
 from sheepop_jax.interop.reference import HubReference
 from sheepop_jax.interop.safetensors_files import DTYPES, WeightFiles
+from sheepop_jax.interop.transformers_model import (
+    NotCompared,
+    NotReadable,
+    one_line,
+    transformers_model,
+)
 from sheepop_jax.model.transformer import logits
 
 # Windows of `evaluate`; those of some public models do not fit into memory.
@@ -74,19 +80,34 @@ class HubFiles:
 
 @dataclass(frozen=True)
 class Verification:
-    """The imported run against the float64 reader of the imported files.
+    """The imported run against another program that reads the imported files.
 
     Attributes:
+        reference: the other program.
         positions: number of positions compared.
         max_error: largest difference of a logit, relative to the largest logit.
         mean_kl: mean KL divergence of the next token, in nats.
         same_token: number of positions with the same most likely token.
     """
 
+    reference: str
     positions: int
     max_error: float
     mean_kl: float
     same_token: int
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the imported run was compared with.
+
+    Attributes:
+        results: the comparisons: with `HubReference`, and with transformers where installed.
+        notes: what was not compared, and why.
+    """
+
+    results: tuple[Verification, ...]
+    notes: tuple[str, ...]
 
 
 def check_hf_files(directory: Path) -> HubFiles:
@@ -115,7 +136,7 @@ def check_hf_files(directory: Path) -> HubFiles:
 
 def import_hf(
     directory: Path, out: Path, defaults: Config, verify: bool = True
-) -> tuple[HubFiles, Verification | None]:
+) -> tuple[HubFiles, Verified | None]:
     """Imports a Hugging Face directory as the run `out`, which appears whole by one rename.
 
     Peak memory is the fp32 weights, and of the largest tensor two more copies.
@@ -124,10 +145,11 @@ def import_hf(
         directory: a local directory with config.json, safetensors and tokenizer.json.
         out: the run directory; it does not exist, or is empty.
         defaults: the configuration of everything but the model.
-        verify: whether to compare the logits of the run with those of `HubReference`.
+        verify: whether to compare the logits of the run with those of `HubReference`, and of
+            transformers where it is installed.
 
     Returns:
-        What was imported, and the result of the verification.
+        What was imported, and the results of the verification.
 
     Raises:
         InputError: see `check_hf_files`; or `out` exists. Nothing is written.
@@ -241,8 +263,12 @@ def _record(files: HubFiles, config: Config) -> dict[str, Any]:
     }
 
 
-def _verify(files: HubFiles, run: Run) -> Verification:
-    """Compares logits of a text, and of ids from the whole vocabulary."""
+def _verify(files: HubFiles, run: Run) -> Verified:
+    """Compares logits of a text, and of ids from the whole vocabulary.
+
+    Raises:
+        RunFailed: they differ.
+    """
     length, tokenizer = min(_TOKENS, files.model.config.max_seq_len), run.tokenizer
     spread = np.linspace(0, files.model.vocab_size - 1, length).astype(np.int32)
     text = spread[::-1]  # a vocabulary of characters may lack those of the text
@@ -250,14 +276,32 @@ def _verify(files: HubFiles, run: Run) -> Verification:
         ids = tokenizer.encode(_TEXT) * length
         text = np.array([*tokenizer.prompt_start, *ids][:length], np.int32)
     ids_BT = np.stack([text, spread])
-    expected_BTV = np.stack(list(HubReference(files.directory).logits(ids_BT)))
-    found = compare_logits(logits_of(run, ids_BT), expected_BTV)
-    if not found.max_error <= LARGEST_ERROR:
-        raise RunFailed(
-            f"{files.directory}: the imported model computes other logits (relative error "
-            f"{found.max_error:.1e}, allowed {LARGEST_ERROR:.0e}); nothing was written"
-        )
-    return found
+    ours_BTV = logits_of(run, ids_BT)
+
+    def compared(name: str, expected_BTV: np.ndarray, unused: str = "") -> Verification:
+        found = compare_logits(name, ours_BTV, expected_BTV)
+        if not found.max_error <= LARGEST_ERROR:
+            raise RunFailed(
+                f"{files.directory}: the imported model computes other logits than {name} "
+                f"(relative error {found.max_error:.1e}, allowed {LARGEST_ERROR:.0e}{unused}); "
+                "nothing was written"
+            )
+        return found
+
+    reference = HubReference(files.directory)
+    results = [compared("a float64 computation", np.stack(list(reference.logits(ids_BT))))]
+    try:
+        name, theirs, unused = transformers_model(files.directory)
+    except NotCompared as error:
+        return Verified(tuple(results), (str(error),))
+    except NotReadable as error:  # by an older release, perhaps; the other reader has agreed
+        return Verified(tuple(results), (f"{error.name}: not compared ({error})",))
+    try:
+        expected_BTV = np.stack([theirs(ids_T) for ids_T in ids_BT])
+    except Exception as error:  # of any type
+        return Verified(tuple(results), (f"{name}: not compared ({one_line(error)})",))
+    results.append(compared(name, expected_BTV, f", {unused}"[:300] if unused else ""))
+    return Verified(tuple(results), ())
 
 
 def logits_of(run: Run, ids_BT: np.ndarray) -> np.ndarray:
@@ -275,12 +319,15 @@ def logits_of(run: Run, ids_BT: np.ndarray) -> np.ndarray:
         return np.asarray(forward(params, jnp.asarray(ids_BT, jnp.int32)))
 
 
-def compare_logits(logits_BTV: np.ndarray, expected_BTV: np.ndarray) -> Verification:
+def compare_logits(
+    reference: str, logits_BTV: np.ndarray, expected_BTV: np.ndarray
+) -> Verification:
     """Compares logits with those of a reference, in float64."""
     found, expected = logits_BTV.astype(np.float64), expected_BTV.astype(np.float64)
     logp, expected_logp = _log_softmax(found), _log_softmax(expected)
     kl_BT = np.sum(np.exp(expected_logp) * (expected_logp - logp), -1)
     return Verification(
+        reference=reference,
         positions=kl_BT.size,
         max_error=float(np.abs(found - expected).max() / np.abs(expected).max()),
         mean_kl=float(kl_BT.mean()),

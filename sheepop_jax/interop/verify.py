@@ -6,9 +6,8 @@ transformers where it is installed.
 Alphabet: T tokens of a text, V vocabulary.
 """
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -29,6 +28,13 @@ from sheepop_jax.interop.hub_config import write_config
 from sheepop_jax.interop.hub_tensors import tensors
 from sheepop_jax.interop.reference import HubReference
 from sheepop_jax.interop.safetensors_files import DTYPES, WeightFiles
+from sheepop_jax.interop.transformers_model import (
+    Logits,
+    NotCompared,
+    NotReadable,
+    one_line,
+    transformers_model,
+)
 from sheepop_jax.interop.verification import Row, VerificationReport
 from sheepop_jax.interop.verification_text import Texts, special_texts, strings_of, texts_of
 from sheepop_jax.model.transformer import Transformer, output_embedding, unembed
@@ -38,8 +44,6 @@ LOGIT_LIMIT = 1e-4
 KL_LIMIT = 1e-6  # nats per token
 # Nats per token that rounding the weights costs, by type of the file.
 ROUNDING_LIMITS = {"F16": 1e-4, "BF16": 1e-2}
-
-Logits = Callable[[np.ndarray], np.ndarray]  # ids [T] -> [T, V]
 
 
 def verify_hf(run: Run, params: Mapping[str, Any], directory: Path) -> VerificationReport:
@@ -85,11 +89,7 @@ def _verify(
         )
     except InputError as error:
         rows.append(_failure("float64 reader", error))
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        notes.append(f"transformers: not compared ({' and '.join(missing)} not installed)")
-    else:
-        rows += _transformers_rows(directory, ours, texts, notes)
+    rows += _transformers_rows(directory, ours, texts, notes)
     if kind != "F32":
         exact = partial(_our_logits, model, params)
         rows.append(_rounding_row(kind, exact, ours, texts))
@@ -263,35 +263,20 @@ def _rounding_row(kind: str, exact: Logits, rounded: Logits, texts: Texts) -> Ro
 def _transformers_rows(
     directory: Path, ours: Logits, texts: Texts, notes: list[str]
 ) -> Iterator[Row]:
-    # Lazy: seconds to import, and not installed by this project.
     try:
-        import torch
-        import transformers
-    except Exception as error:  # a broken installation says nothing about the export
-        notes.append(f"transformers: not compared ({' '.join(str(error).split())[:200]})")
+        name, theirs, unused = transformers_model(directory)
+    except NotCompared as error:
+        notes.append(str(error))
         return
-    name = f"transformers {transformers.__version__}"
+    except NotReadable as error:
+        yield _failure(error.name, error)
+        return
+    if unused:
+        yield Row(f"{name}: tensors", "differ", "all used", False, unused[:300])
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        unused = [
-            f"{kind}: {', '.join(sorted(map(str, names)))}"
-            for kind, names in report.items()
-            if names
-        ]
-        if unused:  # transformers only warns, and draws what is missing
-            yield Row(f"{name}: tensors", "differ", "all used", False, "; ".join(unused)[:300])
-        model = model.float().eval()
-
-        @torch.no_grad()
-        def theirs(ids_T: np.ndarray) -> np.ndarray:
-            logits_BTV = model(input_ids=torch.from_numpy(ids_T).long()[None]).logits
-            return np.asarray(logits_BTV[0].double().numpy())
-
         yield from _compare(name, ours, theirs, texts)
-    except (ImportError, MemoryError) as error:
-        notes.append(f"{name}: not compared ({' '.join(str(error).split())[:200]})")
+    except MemoryError as error:
+        notes.append(f"{name}: not compared ({one_line(error)})")
     except Exception as error:  # whatever transformers raises is the result of this check
         yield _failure(name, error)
 

@@ -25,12 +25,13 @@ from sheepop_jax.data.preprocess.train_tokenizer import train_char
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.generation import engine
-from sheepop_jax.interop import hub_tensors, import_hf
+from sheepop_jax.interop import hub_tensors, import_hf, transformers_model
 from sheepop_jax.interop.export_hf import export_hf
 from sheepop_jax.interop.hub_config import read_config
 from sheepop_jax.interop.hub_tokenizer import read_tokenizer
 from sheepop_jax.interop.reference import HubReference
 from sheepop_jax.interop.safetensors_files import write_weights
+from tests.interop.fake import fake_transformers
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -279,6 +280,53 @@ def test_an_exported_run_is_imported_bit_for_bit(case, tmp_path):
     for name in ("bos_id", "end_of_text", "prompt_start"):
         assert getattr(second.tokenizer, name) == getattr(first.tokenizer, name)
     assert second.tokenizer.encode_prompt("a sheep") == first.tokenizer.encode_prompt("a sheep")
+
+
+def test_transformers_is_asked_where_it_is_installed(tmp_path, monkeypatch, run_program):
+    directory = hub(tmp_path, "qwen2")
+    fake_transformers(monkeypatch, directory, {"unexpected_keys": []})
+    words = ["import", "--hf", str(directory), "--out", str(tmp_path / "run")]
+    code, out, err, _ = run_program("tools", words)
+    assert code == 0, err
+    for reference in ("a float64 computation", "transformers 5.0"):
+        said = out.partition(f"verified against {reference} from {directory}\n")[2].splitlines()
+        assert "max relative error" in said[0] and float(said[0].split()[3]) < 1e-5
+        assert said[2].split()[-3:] == ["64", "of", "64"]
+    assert "not compared" not in out
+
+
+def test_transformers_that_differs_fails_and_nothing_is_written(tmp_path, monkeypatch):
+    directory = hub(tmp_path, "gpt2")
+    fake_transformers(monkeypatch, directory, {"missing_keys": ["a.bias"]}, scale=1.01)
+    said = r"other logits than transformers 5\.0 \(.*, missing_keys: a\.bias\); nothing was written"
+    with pytest.raises(RunFailed, match=said):
+        import_hf.import_hf(directory, tmp_path / "run", defaults())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"]
+
+
+@pytest.mark.parametrize("place", ["missing", "import", "load", "forward"])
+def test_without_an_answer_of_transformers_the_import_says_so(place, tmp_path, monkeypatch):
+    directory = hub(tmp_path, "gpt2")
+    fake_transformers(monkeypatch, directory, {})
+
+    def fail(*given: Any, **options: Any) -> Any:
+        raise ValueError("no\nqwen3")
+
+    said = "transformers 5.0: not compared (no qwen3)"
+    if place == "missing":
+        monkeypatch.setattr(transformers_model.importlib.util, "find_spec", lambda name: None)
+        said = "transformers: not compared (torch and transformers not installed)"
+    elif place == "import":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        said = "transformers: not compared (import of transformers halted"
+    elif place == "load":
+        sys.modules["transformers"].AutoModelForCausalLM.from_pretrained = fail
+    else:
+        sys.modules["torch"].from_numpy = fail
+    _, verified = import_hf.import_hf(directory, tmp_path / "run", defaults())
+    assert [result.reference for result in verified.results] == ["a float64 computation"]
+    [note] = verified.notes
+    assert note.startswith(said)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "biases", "order"])

@@ -5,21 +5,20 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from sheepop_jax.checkpoint.run import Run, open_run
-from sheepop_jax.interop import verify
+from sheepop_jax.interop import transformers_model, verify
 from sheepop_jax.interop.families import for_export
 from sheepop_jax.interop.hub_config import write_config
 from sheepop_jax.interop.hub_tensors import tensors
-from sheepop_jax.interop.reference import HubReference
 from sheepop_jax.interop.safetensors_files import WEIGHTS, WeightFiles, write_weights
 from sheepop_jax.interop.verification import Row, VerificationReport
 from sheepop_jax.interop.verify import verify_hf
+from tests.interop.fake import fake_transformers
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -287,48 +286,6 @@ def test_the_text_of_a_special_token_is_compared_as_the_file_encodes_it(run, par
     assert "not compared on special tokens" in report.notes[-1]
 
 
-class FakeTensor(np.ndarray):
-    """Just enough of torch's."""
-
-    def long(self):
-        return self
-
-    def double(self):
-        return self
-
-    def numpy(self):
-        return np.asarray(self, np.float64)
-
-
-def fake_transformers(monkeypatch, directory: Path, report, scale=1.0) -> None:
-    """torch and transformers whose model computes by the float64 reader."""
-    reference = HubReference(directory)
-
-    def forward(input_ids):
-        logits = np.stack(list(reference.logits(np.asarray(input_ids)))) * scale
-        return SimpleNamespace(logits=logits.view(FakeTensor))
-
-    class Model:
-        def float(self):
-            return self
-
-        def eval(self):
-            return forward
-
-    def load(path, **options):
-        assert path == directory and options["use_safetensors"] and options["local_files_only"]
-        return Model(), report
-
-    torch, transformers = ModuleType("torch"), ModuleType("transformers")
-    torch.no_grad = lambda: lambda function: function
-    torch.from_numpy = lambda x: x.view(FakeTensor)
-    transformers.AutoModelForCausalLM = SimpleNamespace(from_pretrained=load)
-    transformers.__version__ = "5.0"
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "transformers", transformers)
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: object())
-
-
 def test_transformers_is_asked_where_it_is_installed(run, params, exported, monkeypatch):
     fake_transformers(monkeypatch, exported, {"missing_keys": []})
     report = verify_hf(run, params, exported)
@@ -356,7 +313,7 @@ def test_what_transformers_raises_is_one_line(run, params, exported, monkeypatch
 
 
 def test_without_transformers_the_report_says_so(run, params, exported, monkeypatch):
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(transformers_model.importlib.util, "find_spec", lambda name: None)
     notes = verify_hf(run, params, exported).notes
     assert notes[-1] == "transformers: not compared (torch and transformers not installed)"
 
