@@ -83,8 +83,8 @@ def _tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
         for name, index in ids.items()
     }
     has_chat = tokenizer.chat_template is not None
-    if has_chat:  # it may call them by these names
-        names |= tokenizer.special_tokens
+    if has_chat:  # the template may call them by these names, and ask whether there is a BOS
+        names = {"pad_token": names["pad_token"], **tokenizer.special_tokens}
     return {
         # The only class that keeps character vocabularies in transformers 5.
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+import xllamacpp
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from sheepop_jax.checkpoint.run import Run
 from sheepop_jax.config.schema import Config
+from sheepop_jax.data import chat_template
 from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
-from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.data.tokenizer import ChatSettings, Tokenizer
 from sheepop_jax.errors import InputError, RunFailed
 from sheepop_jax.interop import export_gguf as module
 from sheepop_jax.interop import verify_gguf as verify
@@ -361,6 +363,53 @@ def test_modelfile(make_run, tmp_path):
         "PARAMETER num_ctx 29\n"
         'PARAMETER stop "<|endoftext|>"\n'
     )
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_model(make_run, tokenizer, tmp_path):
+    """llama.cpp has its template, and ends a text at each of its ends, by the ids of the file."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    inner.add_special_tokens(["<turn>", "<message>"])  # names that llama.cpp does not know
+    chat = ChatSettings(("<turn>", "<message>"), CHATML)
+    own = Tokenizer.with_stream_tokens(inner.to_str(), None, "<|endoftext|>", chat=chat)
+    run, params = make_run({}, own)
+    export_gguf(run, params, 7, tmp_path / "out")
+    path = tmp_path / "out" / GGUF_FILE
+    fields = gguf.GGUFReader(path).fields
+    keys = ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id", "chat_template")
+    assert [fields[f"tokenizer.{key}"].contents() for key in keys] == [*own.end_ids, CHATML]
+    report = verified(run, params, tmp_path / "out")
+    assert report.passed, report.table()
+    text = (tmp_path / "out" / MODELFILE).read_text()
+    assert "{{ range .Messages }}<|im_start|>{{ .Role }}" in text
+    assert text.endswith('PARAMETER stop "<turn>"\nPARAMETER stop "<message>"\n')
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_gpu_layers = str(path), 29, 0
+    settings.warmup, settings.fit_params, settings.verbosity = False, False, -1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(settings)
+    reasons = []
+    for index in (*own.end_ids, own.encode("d")[0]):
+        request = {"prompt": [5, 6], "n_predict": 3, "logit_bias": [[index, 1e6]]}
+        reasons.append(server.handle_completions(request)["choices"][0]["finish_reason"])
+    del server
+    assert reasons == ["stop", "stop", "stop", "length"]
+
+
+def test_a_chat_model_needs_jinja_before_anything_is_written(make_run, tokenizer, tmp_path):
+    chat = ChatSettings((), CHATML)
+    own = Tokenizer.with_stream_tokens(tokenizer.to_json(), None, "<|endoftext|>", chat=chat)
+    run, params = make_run({}, own)
+    chat_template._environment.cache_clear()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="jinja2"):
+        patch.setitem(sys.modules, "jinja2", None)
+        export_gguf(run, params, 7, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_verifies_on_the_texts_of_a_run(make_run, tmp_path, monkeypatch):
