@@ -401,15 +401,16 @@ def test_a_chat_model(make_run, tokenizer, tmp_path):
     assert reasons == ["stop", "stop", "stop", "length"]
 
 
-def test_a_chat_model_needs_jinja_before_anything_is_written(make_run, tokenizer, tmp_path):
+def test_a_chat_model_needs_jinja_before_parameters_are_loaded(
+    make_run, tokenizer, tmp_path, monkeypatch
+):
     chat = ChatSettings((), CHATML)
     own = Tokenizer.with_stream_tokens(tokenizer.to_json(), None, "<|endoftext|>", chat=chat)
-    run, params = make_run({}, own)
+    run, _ = make_run({}, own)
     chat_template._environment.cache_clear()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="jinja2"):
-        patch.setitem(sys.modules, "jinja2", None)
-        export_gguf(run, params, 7, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(InputError, match="no package jinja2"):
+        module.check_gguf(run, tmp_path / "out")
 
 
 def test_verifies_on_the_texts_of_a_run(make_run, tmp_path, monkeypatch):
