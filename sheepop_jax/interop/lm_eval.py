@@ -104,7 +104,7 @@ class Adapter:
                 kept = [[*bos, *prompts[i][max(0, len(prompts[i]) - room) :]] for i in chosen]
                 shortened += sum(len(prompts[i]) > room for i in chosen)
                 config = GenerationConfig(sampling, limit, context=self.context)
-                end = self.tokenizer.end_of_text
+                end = self.tokenizer.end_ids
                 written = generate(self.model, self.params, kept, end, config)
                 for i, prompt, completion in zip(chosen, kept, written, strict=True):
                     text = self.tokenizer.decode_after(prompt, completion.tokens)

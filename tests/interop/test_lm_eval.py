@@ -10,7 +10,7 @@ import pytest
 
 from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.data.preprocess.train_tokenizer import train_char
-from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.data.tokenizer import ChatSettings, Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.engine import generate
 from sheepop_jax.interop import lm_eval as harness
@@ -134,6 +134,17 @@ def test_continuations_are_greedy_up_to_a_stop(adapter):
     assert cut == [text.split(stops[0])[0].split(stops[1])[0] for text in wanted]
     one = adapter.continuations([("ox", {"max_gen_toks": size, "until": longest[1]})])
     assert one == [wanted[2].split(longest[1])[0]]
+
+
+def test_a_continuation_ends_at_any_token_that_ends_a_text(adapter):
+    own, size = adapter.tokenizer, 6
+    asked = [("the cat", {"max_gen_toks": size, "until": []})]
+    [whole] = adapter.continuations(asked)
+    last = whole[-1]
+    chat = ChatSettings((last,))
+    tokenizer = Tokenizer.with_stream_tokens(own.to_json(), None, "<|endoftext|>", chat=chat)
+    found = dataclasses.replace(adapter, tokenizer=tokenizer).continuations(asked)
+    assert found == [whole.partition(last)[0]] != [whole]
 
 
 def test_texts_begin_with_the_bos_of_the_tokenizer(adapter, monkeypatch):
