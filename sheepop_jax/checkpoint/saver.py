@@ -5,6 +5,7 @@ time leaves older checkpoints intact. The next save or resume removes leftover `
 `.deleted-` directories.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -200,13 +201,31 @@ class CheckpointSaver(Checkpoints):
         self._follow()
         if distributed.is_main_process():
             self._sweep()
-        pending = self._fixed() / f".pending-{step:08d}"
-        fault_during("save-writing", begun=lambda: storage.has_begun(pending))
-        storage.write(pending, items, bytes_at_once)
+        pending = self._write_arrays(f".pending-{step:08d}", items, bytes_at_once)
         fault_point("save-written")
         if distributed.is_main_process():
             self._publish(pending, step, figures)
         storage.wait_for_all(f"commit {step}")
+
+    def _write_arrays(self, name: str, items: dict[str, Any], bytes_at_once: int | None) -> Path:
+        """Writes the arrays to a new directory; again if a rename has led them elsewhere."""
+        while True:
+            pending, failure = self._fixed() / name, None
+            fault_during("save-writing", begun=lambda path=pending: storage.has_begun(path))
+            try:
+                storage.write(pending, items, bytes_at_once)
+            except Exception as error:
+                failure = error
+            if distributed.count() > 1 or self._fixed() == pending.parent:
+                if failure:
+                    raise failure
+                return pending
+            self._follow()
+            # orbax may have created the run directory again, under its old name.
+            shutil.rmtree(pending, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: another run's
+                pending.parent.rmdir()
+                pending.parent.parent.rmdir()
 
     def _follow(self) -> None:
         """Continues in the run directory if it was renamed."""

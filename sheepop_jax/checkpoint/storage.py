@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 
 # Barrier timeout; other processes may have much more to write.
 _BARRIER_SECONDS = 3600
+# What is left of other arrays when one fails; that one is raised.
+_ASIDE = ("Event loop is closed", "Encountered error while reading array index")
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def has_begun(directory: Path) -> bool:
 
 def read(directory: Path, targets: dict[str, Any]) -> dict[str, Any]:
     """Reads items with the shapes, dtypes and shardings of abstract targets."""
+    _hush_orbax()
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     with _checkpointer() as checkpointer:
         return checkpointer.restore(directory.absolute(), args=ocp.args.Composite(**args))
@@ -131,10 +134,11 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 
 def _hush_orbax() -> None:
-    """Silences orbax's output on a failed save, which we report in one line; not with --debug.
+    """Silences orbax's output on a failed save or read, which is one line; not with --debug.
 
     Otherwise each writer thread logs a traceback, tensorstore prints another when it notifies an
-    event loop that has already closed, and writes never started warn about unawaited coroutines.
+    event loop that has already closed, writes never started warn about unawaited coroutines, and
+    so do reads that are given up, as of a checkpoint that is deleted meanwhile.
     """
     absl = logging.getLogger("absl")
     if log.isEnabledFor(logging.DEBUG) or _from_elsewhere in absl.filters:
@@ -144,7 +148,7 @@ def _hush_orbax() -> None:
     others = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(_ASIDE):
             others(unraisable)
 
     sys.unraisablehook = hook

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +40,9 @@ ORIGIN = "init_from"
 # What training writes in the run directory, hours after it began.
 _FILES = ("tokenizer.json", "metrics.jsonl", "train.log", "training_curve.png")
 _DIRECTORIES = (".", "checkpoints")
+_BY_DESCRIPTOR = Path("/proc/self/fd")  # links to the open files, on Linux
+_PRINT_PATH = "import os, sys; os.fchdir(int(sys.argv[1])); sys.stdout.write(os.getcwd())"
+_PRINT_SECONDS = 60
 
 
 def check_run(directory: Path, config: Config) -> None:
@@ -163,7 +168,7 @@ class HeldDirectory:
     def __init__(self, path: Path):
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        self._by_descriptor = Path(f"/proc/self/fd/{self._descriptor}")
+        self._by_descriptor = _BY_DESCRIPTOR / str(self._descriptor)
 
     def where(self) -> Path:
         """Its path now: `path` unless it was renamed; costs one stat if it was not.
@@ -179,13 +184,37 @@ class HeldDirectory:
                 renamed = self._by_descriptor.readlink()
                 # Another machine may have renamed it, without this kernel knowing the new name.
                 return renamed if _is_same(renamed, mine) else self._by_descriptor
+            if mine.st_nlink and (path := self._printed_path()) and _is_same(path, mine):
+                return path
         except OSError as error:
             raise DirectoryLost(f"{self.path}: lost during training ({error.strerror})") from None
-        raise DirectoryLost(f"{self.path}: deleted or renamed during training; nothing is saved")
+        raise DirectoryLost(
+            f"{self.path}: deleted or renamed during training; nothing is saved; if it was "
+            "renamed, resume it from its new place"
+        )
 
     def fixed(self, name: str) -> Path:
-        """The path of an entry that stays valid if the directory is renamed, on Linux."""
+        """The path of an entry that stays valid if the directory is renamed, on Linux only."""
         return (self._by_descriptor if self._by_descriptor.is_dir() else self.where()) / name
+
+    def _printed_path(self) -> Path | None:
+        """Its path as the working directory of a new process; None if it has none.
+
+        The working directory of this process is left alone: its threads may use relative paths.
+        """
+        words = [sys.executable, "-ISc", _PRINT_PATH, str(self._descriptor)]
+        try:
+            printed = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=True,
+                pass_fds=[self._descriptor],
+                timeout=_PRINT_SECONDS,
+            ).stdout
+        except subprocess.SubprocessError:  # it was deleted
+            return None
+        return Path(os.fsdecode(printed))
 
     def close(self) -> None:
         """Releases the directory."""

@@ -1,8 +1,10 @@
 """CheckpointSaver: whole or absent, verified, pruned, and never the wrong one."""
 
+import asyncio
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -10,6 +12,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +26,7 @@ from sheepop_jax.checkpoint.checkpoints import (
     FORMAT,
     MANIFEST,
     REASON,
+    Checkpoints,
     DamagedCheckpoint,
     file_names,
 )
@@ -201,7 +207,7 @@ def test_the_best_is_neither_damaged_nor_without_a_number(tmp_path):
     assert checkpoints.steps() == [2] and checkpoints.best() is None
 
 
-def test_files_of_others_in_a_checkpoint_do_not_matter(tmp_path, monkeypatch):
+def test_files_of_others_in_a_checkpoint_do_not_matter(tmp_path, monkeypatch, caplog):
     """A file manager adds them at any time, also during a save, and takes them away again."""
     write = storage.write
 
@@ -217,7 +223,10 @@ def test_files_of_others_in_a_checkpoint_do_not_matter(tmp_path, monkeypatch):
     (root / ".DS_Store").unlink()
     (root / "optimizer" / "desktop.ini").write_text("changed")
     (root / "params" / "._other").write_text("added")
-    assert checkpoints.verify(6)["step"] == 6
+    with caplog.at_level("DEBUG", "sheepop_jax.checkpoint"):
+        assert checkpoints.verify(6)["step"] == 6
+    others = "optimizer/desktop.ini, params/._other, params/d/~sync.tmp"
+    assert caplog.messages == [f"{root}: ignoring {others}"]
     state = make_state(6, seed=6)
     assert_same(checkpoints.restore(6, abstract(state)), state)
     save_all(checkpoints, [7])
@@ -317,6 +326,57 @@ def test_a_reader_takes_the_next_newest_when_training_deletes_its_step(tmp_path,
     steps, nothing = checkpoints.steps(), iter([[]])
     monkeypatch.setattr(checkpoints, "steps", lambda: next(nothing, steps))
     assert checkpoints.resolve("latest") == 4  # though a listing missed it
+
+
+def test_readers_never_fail_while_another_thread_saves_and_prunes(tmp_path):
+    """For real, with a save and a deletion for almost every read; which meet is up to chance."""
+    checkpoints = CheckpointSaver(tmp_path, keep=1)
+    save_all(checkpoints, [1])
+    target = abstract(make_state(1).params)
+
+    def write():
+        for step in range(2, 26):
+            # The best is sometimes an old one, which goes once there is a better one.
+            save_all(checkpoints, [step], {step: 9.0 + step % 7 - step / 9})
+
+    def load(step):
+        return step, found.restore_params(step, target)
+
+    found, done = Checkpoints(tmp_path), False
+    with ThreadPoolExecutor(1) as other:
+        writer = other.submit(write)
+        while not done:
+            done = writer.done()
+            for wanted in (None, "best", "latest"):
+                if wanted == "best" and found.best() is None:
+                    continue  # of step 1
+                step, params = found.read(wanted, load)
+                assert_same(params, make_state(step, seed=step).params)
+            assert inventory(found)[-1].is_latest
+        writer.result()
+    assert step == 25
+
+
+def test_reads_that_are_given_up_print_nothing(monkeypatch):
+    """As orbax leaves them when another array cannot be read."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: printed.append(str(found.exc_value)))
+    monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
+    monkeypatch.setattr(warnings, "filterwarnings", lambda *rule: None)
+    with pytest.raises(FileNotFoundError):
+        storage.read(Path("/nowhere"), {})
+
+    async def read(message):
+        try:
+            await asyncio.sleep(0)
+        except BaseException as error:
+            raise Exception(message) from error
+
+    for message in ("Encountered error while reading array index: 0", "another"):
+        given_up = read(message)
+        given_up.send(None)
+        del given_up
+    assert printed == ["another"]
 
 
 def test_a_reader_that_fails_for_another_reason_does_not_try_again(tmp_path):

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from sheepop_jax.checkpoint import storage
+from sheepop_jax.checkpoint import storage, workdir
 from sheepop_jax.checkpoint.checkpoints import MANIFEST
 from sheepop_jax.checkpoint.saver import CheckpointSaver
-from sheepop_jax.checkpoint.workdir import HeldDirectory
+from sheepop_jax.checkpoint.workdir import DirectoryLost, HeldDirectory
 from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.stream import TokenStream
@@ -551,11 +551,14 @@ def run_directory(tmp_path):
     return directory
 
 
+@pytest.mark.parametrize("system", ["Linux", "another"])
 @pytest.mark.parametrize("when", ["between saves", "during a save"])
 def test_a_renamed_run_directory_stops_the_run_with_a_save_there(
-    make_job, run_directory, tmp_path, monkeypatch, when
+    make_job, run_directory, tmp_path, monkeypatch, when, system
 ):
     """It is not created again under its old name, and the run resumes in the new one."""
+    if system == "another":
+        monkeypatch.setattr(workdir, "_BY_DESCRIPTOR", tmp_path / "no proc")
     moved, write, evaluated = tmp_path / "moved", storage.write, []
 
     def evaluate(params):
@@ -594,6 +597,26 @@ def test_a_deleted_run_directory_is_an_error_and_stays_deleted(make_job, run_dir
     assert not run_directory.exists()
     saving = [t for t in threading.enumerate() if type(t).__module__.startswith("orbax")]
     assert [t for t in saving if not t.daemon] == []  # the process would wait for them when it ends
+
+
+def test_without_proc_a_deleted_directory_is_not_taken_for_a_renamed_one(
+    run_directory, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workdir, "_BY_DESCRIPTOR", tmp_path / "no proc")
+    held = HeldDirectory(run_directory)
+    run_directory.rmdir()
+    run_directory.mkdir()  # another of its name
+    fstat = os.fstat
+    for links in (0, 2):  # not every file system counts none
+        monkeypatch.setattr(os, "fstat", lambda file, n=links: with_links(fstat(file), n))
+        with pytest.raises(DirectoryLost, match="resume it from its new place"):
+            held.where()
+    monkeypatch.undo()
+    held.close()
+
+
+def with_links(found, count):
+    return os.stat_result(count if i == 3 else value for i, value in enumerate(found))
 
 
 def test_a_directory_that_another_machine_renames_is_still_reached(run_directory, monkeypatch):

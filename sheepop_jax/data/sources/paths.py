@@ -32,7 +32,8 @@ _EXPORTS = {
     "mssql": "exporting the rows to CSV",
     "oracle": "exporting the rows to CSV",
 }
-_MOST_KINDS = 5  # other suffixes that are listed
+_MOST_KINDS = 5  # other suffixes that are listed each
+_MOST_NAMED = 20  # that are named at all
 
 
 @dataclass
@@ -169,9 +170,14 @@ def walk_files(name: str, root: Path, walk: Walk) -> Found:
             else:
                 found.files.append((path.relative_to(root).as_posix(), path))
     found.files.sort()
-    found.skipped.update(dict(others.most_common(_MOST_KINDS)))
-    if rest := others.total() - sum(n for _, n in others.most_common(_MOST_KINDS)):
-        found.skipped["files of other types"] = rest
+    by_count = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
+    found.skipped.update(dict(by_count[:_MOST_KINDS]))
+    if rest := by_count[_MOST_KINDS:]:
+        names = [f"{kind.removesuffix(' files')} x {n}" for kind, n in rest]
+        if len(by_count) > _MOST_NAMED:
+            names[_MOST_NAMED - _MOST_KINDS :] = ["..."]
+        reason = f"files of other types ({', '.join(names)})"
+        found.skipped[reason] = sum(n for _, n in rest)
     return found
 
 

@@ -134,11 +134,17 @@ def test_the_same_file_twice_counts_once_and_directories_add_up(tmp_path):
     assert found.skipped == {".png files": 3}
 
 
-def test_the_most_frequent_other_suffixes_are_listed_and_the_rest_counted(tmp_path):
+def test_all_other_suffixes_are_counted_and_twenty_named(tmp_path):
     write(tmp_path, "a.txt", *(f"{n}.s{kind}" for kind in range(7) for n in range(8 - kind)))
-    found = find_files("data.path", str(tmp_path), TEXT)
     listed = {f".s{kind} files": 8 - kind for kind in range(5)}
-    assert found.skipped == {**listed, "files of other types": 5}
+    found = find_files("data.path", str(tmp_path), TEXT)
+    assert found.skipped == {**listed, "files of other types (.s5 x 3, .s6 x 2)": 5}
+    write(tmp_path, *(f"x.t{kind:02}" for kind in range(14)))
+    [*_, (reason, count)] = find_files("data.path", str(tmp_path), TEXT).skipped.items()
+    assert count == 5 + 14 and reason.count(" x 1") == 13 and reason.endswith("x 1, ...)")
+    (tmp_path / "x.t13").unlink()
+    [*_, (reason, count)] = find_files("data.path", str(tmp_path), TEXT).skipped.items()
+    assert count == 5 + 13 and reason.count(" x 1") == 13 and "..." not in reason
 
 
 def test_a_named_file_is_taken_whatever_it_is(tmp_path):
