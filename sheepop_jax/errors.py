@@ -1,5 +1,6 @@
 """The exceptions for invalid input and failed runs; the command line prints each on one line."""
 
+import logging
 import re
 
 _SECRET_NAME = (
@@ -26,6 +27,17 @@ def masked(text: str) -> str:
 def is_masked(text: str) -> bool:
     """Whether `masked` has replaced something in a URL."""
     return "://" in text and "…" in text
+
+
+class MaskingFormatter(logging.Formatter):
+    """Formats log records, tracebacks included, without the secrets of URLs.
+
+    Other libraries log and raise whole URLs, which --debug shows.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Formats a record."""
+        return masked(super().format(record))
 
 
 class InputError(ValueError):

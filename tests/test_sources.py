@@ -285,6 +285,10 @@ BAD = [
         r"data\.path: got 's3://…@h/a\.txt'; .*http",
     ),
     (
+        lambda root: {"path": "http://[me:secret@h/a.jsonl"},
+        r"data\.path: got 'http://…@h/a\.jsonl \(.*Invalid IPv6 URL\)'",
+    ),
+    (
         lambda root: {"path": root / "a.txt", "text_column": "b"},
         r"data\.text_column: got 'b'; .*fil",
     ),

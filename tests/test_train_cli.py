@@ -6,6 +6,7 @@ programs' `main` in this process.
 
 import argparse
 import json
+import logging
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ import train
 from sheepop_jax import __main__ as tools
 from sheepop_jax import pipeline
 from sheepop_jax.checkpoint.saver import CheckpointSaver
+from sheepop_jax.cli import train as train_command
 from sheepop_jax.cli.common import command
 from sheepop_jax.config.loading import load_config
 from sheepop_jax.errors import InputError
@@ -342,6 +344,34 @@ def test_each_error_has_its_line_and_its_exit_code(capsys, error, code, shown):
         assert left.value.code == code
         traced = capsys.readouterr().err
         assert "Traceback" in traced and traced.endswith(err)
+
+
+SECRET = "https://me:s3cret@h/x.csv?X-Amz-Signature=s3cret"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, f"GET {SECRET}"), InputError("x", 1, "less"), ValueError(SECRET)]
+)
+def test_tracebacks_and_debug_lines_have_no_secrets_of_urls(capsys, monkeypatch, tmp_path, error):
+    """Neither of the error, nor of its cause, nor of what other libraries log, nor of a bug."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    flags = argparse.Namespace(debug=True)
+    with pytest.raises((SystemExit, ValueError)) as left:
+        with command(flags), train_command._recorded(flags) as run_log:
+            run_log.open(tmp_path)
+            logging.getLogger("other").debug("GET %s", SECRET)
+            try:
+                raise RuntimeError(f"a cause with {SECRET}")
+            except RuntimeError as cause:
+                logging.getLogger("other").debug("failed", exc_info=True)
+                raise error from cause
+    if left.value is error:  # as the interpreter shows a bug
+        sys.excepthook(type(error), error, error.__traceback__)
+    said, logged = capsys.readouterr().err, (tmp_path / "train.log").read_text()
+    assert "s3cret" not in said + logged
+    shown = "https://\u2026@h/x.csv?X-Amz-Signature=\u2026"
+    assert f"GET {shown}" in said and said.count(f"a cause with {shown}") >= 2
+    assert f"GET {shown}" in logged and f"a cause with {shown}" in logged
 
 
 def test_a_reader_that_is_gone_is_no_error():

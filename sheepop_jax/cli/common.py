@@ -11,10 +11,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sheepop_jax.config.schema import DTYPES, PLATFORMS
-from sheepop_jax.errors import InputError, RunFailed
+from sheepop_jax.errors import InputError, MaskingFormatter, RunFailed, masked
 
 if TYPE_CHECKING:  # these import jax
     from sheepop_jax.checkpoint.checkpoints import Checkpoints
@@ -170,7 +171,7 @@ def command(flags: argparse.Namespace) -> Iterator[None]:
     before, level = root.handlers[:], root.level
     shown = "%(asctime)s %(name)s %(levelname)s %(message)s" if debug else "%(message)s"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(shown))
+    handler.setFormatter(MaskingFormatter(shown))
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
     if not debug:  # other loggers: warnings only
@@ -190,10 +191,11 @@ def command(flags: argparse.Namespace) -> Iterator[None]:
     except Exception as error:
         line = explained(error, set(vars(flags)))
         if not line:
+            sys.excepthook = _print_masked
             raise
         if debug:
-            traceback.print_exc()
-        print(f"error: {line}", file=sys.stderr)
+            _print_masked(type(error), error, error.__traceback__)
+        print(f"error: {masked(line)}", file=sys.stderr)
         bad_input = isinstance(error, InputError | ModuleNotFoundError)
         sys.exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
     except KeyboardInterrupt:
@@ -202,6 +204,13 @@ def command(flags: argparse.Namespace) -> Iterator[None]:
         root.handlers[:] = before
         root.setLevel(level)
         streams.close()
+
+
+def _print_masked(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Prints a traceback without the secrets of URLs."""
+    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def execute(run: Callable[..., int | None], flags: argparse.Namespace, *rest: Any) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sheepop_jax.errors import MaskingFormatter
 from sheepop_jax.runtime import streams
 
 NAME = "train.log"
@@ -28,7 +29,7 @@ class RunLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setFormatter(MaskingFormatter("%(asctime)s %(message)s"))
         self._kept: deque[str] | None = deque(maxlen=_KEPT_LINES)
         self._file: IO[bytes] | None = None
 

@@ -37,8 +37,8 @@ def on_disk(field: str, place: str) -> Iterator[str]:
         yield place
         return
     with tempfile.TemporaryDirectory(prefix="sheepop-") as directory:
-        path = os.path.join(directory, _name(place) or "table")
         try:
+            path = os.path.join(directory, _name(place) or "table")
             with _open_url(place, {}) as answer:
                 _copy(answer, Path(path), place, 0)
         except Exception as error:  # each URL scheme raises its own types
