@@ -7,8 +7,11 @@ import subprocess
 
 import numpy as np
 import pytest
+import tokenizers
 
-from sheepop_jax import evaluation
+from configs import base
+from sheepop_jax import evaluation, pipeline
+from sheepop_jax.config.schema import Config
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.compression import gzip_bits_per_byte, xz_bits_per_byte
 from sheepop_jax.data.loader import PackingConfig
@@ -18,6 +21,7 @@ from sheepop_jax.model.loss import EvaluationSums
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.training.signals import StopRequested
 from tests import reference
+from tests.tiny import MACHINE, one_device, tiny
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 VOCAB = 101
@@ -203,6 +207,50 @@ def test_bits_per_byte_of_lost_text_are_left_out(trained):
         for lossless in (True, False)
     ]
     assert set(figures[0]) - set(figures[1]) == {"val_bits_per_byte"}
+
+
+@pytest.fixture(scope="module")
+def lossy_run(tmp_path_factory):
+    """A run whose tokenizer knows one word, and whose validation text has others."""
+    root = tmp_path_factory.mktemp("lossy")
+    vocabulary = {"\u2581a": 0, "?": 1, "\u2581": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    inner.add_special_tokens(["</s>"])
+    (root / "words.json").write_text(inner.to_str())
+    (root / "text.txt").write_text("a " * 900 + "b " * 99)
+    config = base.get_config()
+    more = {"data.tokenizer": str(root / "words.json"), "data.val_split": "tail"}
+    config.update_from_flattened_dict({**tiny(root), **more, "train.num_steps": 1})
+    with one_device():
+        figures = pipeline.train(Config.from_dict(config), root / "run", MACHINE)
+    assert "val_loss" in figures and "val_bits_per_byte" not in figures
+    return root / "run"
+
+
+@pytest.mark.parametrize(
+    ("text", "lossless"), [(None, False), ("a a a a b", False), ("a a a a", True)]
+)
+def test_evaluate_has_no_bits_per_byte_of_lost_text(
+    lossy_run, tmp_path, run_program, text, lossless
+):
+    """Of the run's validation split, and of other text, which the tokenizer may restore."""
+    words = ["evaluate", "--ckpt", str(lossy_run)]
+    if text:
+        (tmp_path / "text.txt").write_text(text)
+        words += ["--data", str(tmp_path / "text.txt")]
+    code, out, err, _ = run_program("tools", [*words, "--json"])
+    found = json.loads(out)
+    assert code == 0 and math.isfinite(found["loss"]) and found["gzip_bits_per_byte"] > 0
+    assert ("bits_per_byte is left out" in err) is not lossless
+    if lossless:
+        nats = found["loss"] * found["tokens"]
+        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text))
+    else:
+        assert found["bits_per_byte"] is None
+        _, out, _, _ = run_program("tools", words)
+        assert "  loss  " in out and "  bits_per_byte" not in out
 
 
 def test_what_is_evaluated_of_a_stream(trained):

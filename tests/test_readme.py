@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from sheepop_jax.checkpoint import workdir
+from sheepop_jax.checkpoint.checkpoints import Checkpoints
 from sheepop_jax.cli import sample
 from sheepop_jax.cli import train as train_command
 from sheepop_jax.config import loading
@@ -21,6 +23,7 @@ from sheepop_jax.config.loading import load_config, load_saved_config
 from sheepop_jax.config.schema import Config
 from sheepop_jax.errors import InputError
 from sheepop_jax.runtime import platform
+from sheepop_jax.training import loop
 from tests.test_docs import ROOT, documents
 from tests.tiny import MACHINE, TEXT, TINY, one_device, overrides
 
@@ -178,26 +181,66 @@ def test_the_programs_of_the_readme_run(from_python: tuple[Path, str]) -> None:
     assert len(printed.splitlines()) >= 2  # a figure and a text
 
 
-def test_the_recipe_of_make_train_runs(
-    from_python: tuple[Path, str], run_program: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "pages",
+    [
+        ["README.md"],
+        pytest.param(["README.md", "docs/getting-started.md"], marks=pytest.mark.slow),
+    ],
+    ids=["README", "both"],
+)
+def test_the_commands_of_the_first_pages_run_in_order(
+    pages: list[str], tmp_path: Path, run_program: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small, and on the run that README's programs trained."""
-    monkeypatch.chdir(from_python[0])
-    [run] = Path("runs").iterdir()
+    """Those of `make train`, README and getting-started, in one directory.
+
+    Models, texts and runs are small. Runs with a model of the same shape share a train step.
+    """
+    for name in ("stdlib/a.py", "my_texts/a.txt", "play.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n{TEXT}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "stdlib")})
+    compiled: dict[str, Any] = {}
+    compile_step = loop._Loop._compile
+
+    def once(self: loop._Loop, batch: Any) -> Any:
+        key = repr((self.job.model, self.job.config.optimizer, batch.inputs.shape))
+        if key not in compiled:
+            compiled[key] = compile_step(self, batch)
+        return compiled[key]
+
+    monkeypatch.setattr(loop._Loop, "_compile", once)
+    monkeypatch.setattr(loop, "draw_curve", lambda directory: None)
+    fast = {"optimizer.name": "adamw", "data.cache_dir": "cache", "train.num_steps": 2}
+    fields = {**SMALL, **fast}
+    shown = [(words[0], words[1:]) for words in recipe()]
+    for page in pages:
+        shown += commands((ROOT / page).read_text(encoding="utf-8"))
     done = []
-    for program, *words in recipe():
-        words = [word.replace("configs/", f"{ROOT}/configs/") for word in words]
+    for program, words in shown:
+        if words[0] == "plan" or "cuda" in words[-1]:
+            continue  # tested with the estimates; needs a GPU
         if program == "train.py":
-            fields = {**SMALL, "data.path": "text.txt", "data.cache_dir": "cache"}
-            saved = json.loads((run / "config.json").read_text())["config"]
-            fields["train.num_steps"] = saved["train"]["num_steps"]  # so that none is left
-            words += ["--workdir", str(run), *overrides(fields)]
-        else:
-            words[words.index("--ckpt") + 1] = str(run)
+            words = [re.sub("(num_steps)=.*", r"\1=3", word) for word in words]
+            small = dict(fields)
+            if "shakespeare_char" in words:
+                small["data.tokenizer"] = "char"
+            if any("--config" == word for word in words):
+                words = [*overrides(small), *words]  # of a flag given twice the last counts
         with one_device():
-            code, out, err, _ = run_program(program.removesuffix(".py"), words)
-        assert code == 0, err
-        done.append((program, out))
-    assert [program for program, _ in done] == ["train.py", "sample.py"]
-    prompt = words[words.index("--prompt") + 1]
-    assert done[-1][1].count(prompt) == int(words[words.index("--num_samples") + 1])
+            name = {"-m sheepop_jax": "tools"}.get(program, program.removesuffix(".py"))
+            code, out, err, _ = run_program(name, words)
+        assert code == 0, (words, err)
+        done.append(name)
+        if name == "sample":
+            prompt = words[words.index("--prompt") + 1]
+            samples = words[words.index("--num_samples") + 1] if "--num_samples" in words else 1
+            assert out.count(prompt) >= int(samples)
+    assert done[:5] == ["train", "sample"] * 2 + ["train"]
+    runs = {run.name: Checkpoints(run / "checkpoints").steps() for run in Path("runs").iterdir()}
+    if len(pages) == 1:
+        assert runs == {"quickstart": [2], "mine": [2]}
+    else:
+        assert runs == {"quickstart": [2], "mine": [2, 3], "play": [2]} and "tools" in done

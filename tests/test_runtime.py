@@ -69,6 +69,7 @@ PINNED = {  # of another value than `platform.PINNED`
     "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
 }
 
 
@@ -81,7 +82,7 @@ def fresh(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "XDG_CACHE_HOME": str(cache),
         "JAX_COMPILATION_CACHE_DIR": "",
-        "JAX_DEFAULT_MATMUL_PRECISION": "float32",
+        "JAX_DEBUG_INFS": "1",  # reported only
         **PINNED,
     }
     result = subprocess.run(
@@ -143,7 +144,7 @@ def test_what_prepare_settles_in_a_fresh_process(fresh):
 def test_the_environment_changes_no_types_and_no_random_numbers(fresh):
     assert fresh["settings"] == platform.PINNED
     warned = re.findall(r"^(JAX_\w+)=(\S+)", fresh["stderr"], re.MULTILINE)
-    assert {name for name, _ in warned} == {*PINNED, "JAX_DEFAULT_MATMUL_PRECISION"}
+    assert {name for name, _ in warned} == {*PINNED, "JAX_DEBUG_INFS"}
 
 
 def test_parameters_are_fp32_with_x64(small_config):

@@ -20,6 +20,7 @@ import sample
 import train
 from sheepop_jax import __main__ as tools
 from sheepop_jax import pipeline
+from sheepop_jax.checkpoint import storage
 from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.cli import train as train_command
 from sheepop_jax.cli.common import command
@@ -36,6 +37,8 @@ from tests.faults.harness import (
     STEP,
     TINY,
     environment,
+    largest_difference,
+    log_of,
     places,
 )
 
@@ -136,6 +139,30 @@ def test_training_leaves_a_whole_run(trained):
     assert re.fullmatch(r".*tiny: val_loss \d+\.\d{4}  .*\n", result.stdout)
     assert [int(step) for step in STEP.findall(result.stderr)] == [1, 2, 3, 4, 5, 6]
     assert "Traceback" not in result.stderr
+
+
+def test_settings_of_jax_and_a_home_that_cannot_be_written_change_nothing(
+    trained, texts, tmp_path, monkeypatch
+):
+    """`data.cache_dir` is all that a run needs besides its own directory."""
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")
+    monkeypatch.setenv("HOME", "/proc")  # not even root can write there
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    result = run("train.py", *train_words(texts, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert "JAX_ENABLE_X64=True is ignored" in result.stderr
+    assert "token shards reused" in result.stderr
+    assert largest_difference(log_of(tmp_path / "run"), log_of(trained[0])) < 1e-5
+
+    def arrays(workdir):
+        root = workdir / "checkpoints" / "00000006"
+        found = [storage.describe(root / name) for name in ("params", "optimizer")]
+        leaves = jax.tree_util.tree_leaves_with_path(found)
+        return {storage.name_of(path): (leaf.dtype, leaf.shape) for path, leaf in leaves}
+
+    assert arrays(tmp_path / "run") == arrays(trained[0])
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(trained, texts, call):

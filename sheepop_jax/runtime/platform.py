@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 USER_ENVIRONMENT = dict(os.environ)  # before `prepare` adds XLA flags
 
-# Settings of JAX that would change types, random numbers or which programs are valid. A run has its
-# own, so that it can be resumed and sampled in any environment.
+# Settings of JAX that would change types, random numbers, precision or which programs are valid. A
+# run has its own, so that it can be resumed and sampled in any environment.
 PINNED = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
@@ -31,10 +31,10 @@ PINNED = {
     "jax_high_dynamic_range_gumbel": False,
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
+    "jax_default_matmul_precision": None,  # that of the platform
 }
 # Settings left to the user, with their effect.
 REPORTED = {
-    "jax_default_matmul_precision": "matrix products have another precision",
     "jax_debug_nans": "a non-finite value ends the run instead of skipping the update",
     "jax_debug_infs": "a non-finite value ends the run instead of skipping the update",
     "jax_disable_jit": "nothing is compiled",
@@ -105,7 +105,9 @@ def _settle(config: Any) -> None:
     for name, value in PINNED.items():
         if config.values.get(name, value) != value:
             shown = f"{name.upper()}={config.values[name]}"
-            log.warning("%s is ignored: runs use %s", shown, value)
+            log.warning(
+                "%s is ignored: runs use %s", shown, "the default" if value is None else value
+            )
             config.update(name, value)
     for name, effect in REPORTED.items():
         if value := config.values.get(name):

@@ -34,7 +34,9 @@ def check_trackers(trackers: tuple[str, ...]) -> None:
     """
     if "wandb" not in trackers:
         return
-    if importlib.util.find_spec("wandb") is None:
+    package = importlib.util.find_spec("wandb")
+    # W&B keeps its files in ./wandb: without the package, Python takes that for a namespace.
+    if package is None or package.origin is None:
         rule = "a tracker that is installed"
         raise InputError("train.trackers", "wandb", rule, "'pip install wandb'")
     try:

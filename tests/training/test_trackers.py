@@ -2,6 +2,8 @@
 
 import json
 import logging
+import struct
+import sys
 
 import pytest
 
@@ -59,12 +61,14 @@ def test_a_missing_package_or_login_is_an_error(calls, tmp_path, monkeypatch):
     monkeypatch.delenv("STUB_KEY")
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_trackers(("wandb",))
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError) as error:
-        check_trackers(("wandb",))
-    assert "pip install" in error.value.hint
-    check_trackers(("tensorboard",))
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    (tmp_path / "wandb").mkdir()  # of an earlier run; no package
+    for path in ([str(tmp_path)], []):
+        with monkeypatch.context() as patched, pytest.raises(InputError) as error:
+            patched.setattr(sys, "path", path)
+            check_trackers(("wandb",))
+        assert "pip install" in error.value.hint
+    check_trackers(("tensorboard",))
 
 
 def test_lines_and_samples_are_sent_and_a_resumed_run_is_the_same_run(
@@ -90,6 +94,63 @@ def test_lines_and_samples_are_sent_and_a_resumed_run_is_the_same_run(
         {"step": 1, "val/loss": 2.5},
         {"step": 1, "sample": "<pre>a &lt;b&gt;</pre>"},
     ]
+
+
+@pytest.mark.slow
+def test_the_real_package_keeps_a_run_and_its_resumption_offline(
+    tmp_path, make_config, monkeypatch, caplog
+):
+    pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(trackers, "_CLOSE_SECONDS", 600)
+    check_trackers(("wandb",))
+    run = tmp_path / "run"
+    run.mkdir()
+    config = make_config({"train.trackers": "wandb"})
+    for first in (0, 3):
+        log = MetricsLog(run, first, config=config)
+        log.write(first + 1, {"loss": 2.0, "grad_norm": float("nan")})
+        log.write(first + 1, {"val_loss": 2.5})
+        log.write_sample(first + 1, "a <b>")
+        log.close()
+        assert log._wandb._process.returncode == 0
+    assert not caplog.text and (run / "wandb" / "process.log").read_text() == ""
+    for step, directory in zip((1, 4), sorted(run.glob("wandb/offline-run-*")), strict=True):
+        [path] = directory.glob("*.wandb")
+        assert path.name == f"run-{(run / 'wandb' / 'run_id').read_text()}.wandb"
+        kept = list(records(path.read_bytes()))
+        [about] = [record.run for record in kept if record.HasField("run")]
+        config_kept = {item.key: json.loads(item.value_json) for item in about.config.update}
+        assert about.display_name == "run" and config_kept["model"]["d_model"] == 60
+        lines = [
+            {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for record in kept
+            if record.HasField("history")
+        ]
+        assert [line["step"] for line in lines] == [step] * 3
+        assert lines[0]["train/loss"] == 2.0 and "train/grad_norm" not in lines[0]
+        assert lines[1]["val/loss"] == 2.5
+        [page] = directory.glob("files/media/html/*.html")
+        assert "<pre>a &lt;b&gt;</pre>" in page.read_text()
+        assert any(record.metric.step_metric == "step" for record in kept)
+
+
+def records(content):
+    """The records of a .wandb file: protobuf messages in the log format of LevelDB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    at, parts = 7, b""  # after the header of the file
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:  # the rest of a block
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(parts)
+            parts = b""
 
 
 def test_a_failure_turns_it_off_with_one_warning(calls, tmp_path, make_config, monkeypatch, caplog):
