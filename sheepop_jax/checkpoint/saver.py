@@ -13,6 +13,7 @@ import re
 import shutil
 import threading
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ class CheckpointSaver(Checkpoints):
         """Writes the arrays to a new directory; again if a rename has led them elsewhere."""
         while True:
             pending, failure = self._fixed() / name, None
-            fault_during("save-writing", begun=lambda path=pending: storage.has_begun(path))
+            fault_during("save-writing", begun=partial(storage.has_begun, pending))
             try:
                 storage.write(pending, items, bytes_at_once)
             except Exception as error:
