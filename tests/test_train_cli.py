@@ -401,6 +401,11 @@ def test_tracebacks_and_debug_lines_have_no_secrets_of_urls(capsys, monkeypatch,
     assert f"GET {shown}" in logged and f"a cause with {shown}" in logged
 
 
+def test_a_flag_that_is_refused_shows_no_secret_of_a_url(call):
+    result = call(train.main, f"--confg.data.path={SECRET}")
+    assert "https://\u2026@h/x.csv" in result.stderr and "s3cret" not in result.stderr
+
+
 def test_a_reader_that_is_gone_is_no_error():
     program = (
         "import argparse\nfrom sheepop_jax.cli.common import command\n"

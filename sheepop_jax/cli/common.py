@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints `error: …` and exits with 2."""
-        line = " ".join(message.split())  # an argument may contain line breaks
+        line = masked(" ".join(message.split()))  # an argument may contain line breaks
         print(f"error: {line}; try --help", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
