@@ -52,6 +52,11 @@ def run(place: Path, *words: object) -> subprocess.CompletedProcess[str]:
     return result
 
 
+def test_the_page_of_the_server_is_installed(place: Path) -> None:
+    [page] = place.glob("venv/lib/python*/site-packages/sheepop_jax/serving/page.html")
+    assert page.read_bytes() == (ROOT / "sheepop_jax/serving/page.html").read_bytes()
+
+
 def test_every_command_starts(place: Path) -> None:
     listed = run(place, "sheepop-jax", "--help").stdout
     # One process asks all of them: importing the project each time would cost seconds.

@@ -4,6 +4,7 @@
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -40,6 +41,31 @@ def security_policy(html: str) -> str:
     return f"default-src 'none'; {hashed('script')}; {hashed('style')}; {rest}"
 
 
+class Stream:
+    """The answer to one request to generate, sent when and as a test says."""
+
+    def __init__(self) -> None:
+        self.data: queue.Queue[bytes | None] = queue.Queue()  # None: the connection is over
+        self.left = threading.Event()  # the client closed the connection before the end
+        self.ended = False
+
+    def write_to(self, handler: BaseHTTPRequestHandler) -> None:
+        watcher = threading.Thread(target=self.watch, args=[handler.connection])
+        watcher.start()
+        while (data := self.data.get()) is not None:
+            handler.wfile.write(data)
+        handler.connection.shutdown(socket.SHUT_RD)
+        watcher.join()
+
+    def watch(self, connection: socket.socket) -> None:
+        """Waits until the client leaves, or until `write_to` wants no more."""
+        with contextlib.suppress(ConnectionError):
+            connection.recv(1)
+        if not self.ended:
+            self.left.set()
+            self.data.put(None)
+
+
 class Stub:
     """Serves the page; answers POST with the events that a test sends, when it sends them."""
 
@@ -47,12 +73,16 @@ class Stub:
         self.model: dict[str, Any] = {"id": "tiny"}
         self.key: str | None = None  # what Authorization must hold
         self.refusals: list[tuple[int, dict[str, str], bytes]] = []  # for the next POSTs
-        self.requests: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-        self.events: queue.Queue[bytes | None] = queue.Queue()  # None: the connection is over
-        self.left = threading.Event()  # the client closed the connection before the end
+        self.requests: queue.Queue[tuple[str, dict[str, Any], Stream]] = queue.Queue()
+        self.stream = Stream()  # of the request last received
+        self.connections: list[socket.socket] = []
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
+            def setup(self) -> None:
+                super().setup()
+                stub.connections.append(self.connection)
+
             def log_message(self, *args: Any) -> None:
                 pass
 
@@ -69,7 +99,7 @@ class Stub:
                     self.answer(401, {}, b'{"error": {"message": "Invalid API key."}}')
                 return bool(wrong)
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 if self.path == "/":
                     html = PAGE.read_text(encoding="utf-8")
                     kind = "text/html; charset=utf-8"
@@ -79,30 +109,18 @@ class Stub:
                 elif self.path == "/v1/models" and not self.refused():
                     self.answer(200, {}, json.dumps({"data": [stub.model]}).encode())
 
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.refused():
                     return
                 if stub.refusals:
                     self.answer(*stub.refusals.pop(0))
                     return
-                stub.requests.put((self.path, json.loads(body)))
+                stream = Stream()
+                stub.requests.put((self.path, json.loads(body), stream))
                 self.answer(200, {"Content-Type": "text/event-stream"}, b"")
-                watcher = threading.Thread(target=self.watch)
-                watcher.start()
-                while (event := stub.events.get()) is not None:
-                    self.wfile.write(event)
-                self.connection.shutdown(socket.SHUT_RD)
-                watcher.join()
+                stream.write_to(self)
 
-            def watch(self) -> None:
-                """Waits for the client to leave, or for `do_POST` to end."""
-                self.connection.recv(1)
-                if not stub.ended:
-                    stub.left.set()
-                    stub.events.put(None)
-
-        self.ended = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = False  # so that closing the server joins them
         self.thread = threading.Thread(target=self.server.serve_forever)
@@ -111,28 +129,27 @@ class Stub:
 
     def received(self, path: str = "/v1/completions") -> dict[str, Any]:
         """The body of the next request to generate, once it is there."""
-        got, body = self.requests.get(timeout=PATIENCE)
+        got, body, self.stream = self.requests.get(timeout=PATIENCE)
         assert got == path
-        self.ended = False
-        self.left.clear()
         return body
 
     def send(self, *chunks: dict[str, Any] | str) -> None:
         for chunk in chunks:
             data = chunk if isinstance(chunk, str) else json.dumps(chunk)
-            self.events.put(f"data: {data}\n\n".encode())
+            self.stream.data.put(f"data: {data}\n\n".encode())
 
     def end(self, done: bool = True) -> None:
         """The end of the stream, as it should be or as of a server that died."""
-        self.ended = True
+        self.stream.ended = True
         if done:
             self.send("[DONE]")
-        self.events.put(None)
+        self.stream.data.put(None)
 
     def close(self) -> None:
-        self.ended = True
-        self.events.put(None)
         self.server.shutdown()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # most are closed
+                connection.shutdown(socket.SHUT_RDWR)
         self.server.server_close()
         self.thread.join()
 
@@ -143,9 +160,7 @@ def chunk(text: str, *tokens: tuple[Any, ...], reason: str | None = None) -> dic
         "tokens": [token for token, _, _ in tokens],
         "text_offset": [offset for _, offset, _ in tokens],
         "token_logprobs": [math.log(top[token]) for token, _, top in tokens],
-        "top_logprobs": [
-            {other: math.log(p) for other, p in top.items()} for _, _, top in tokens
-        ],
+        "top_logprobs": [{other: math.log(p) for other, p in top.items()} for _, _, top in tokens],
     }
     return {"choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
 
@@ -190,7 +205,7 @@ def expect() -> Any:
 
 @pytest.fixture
 def open_page(browser: Any, stub: Stub) -> Iterator[Callable[..., Any]]:
-    """`open_page(**options of a context)`: the page; that no error was logged is checked at the end.
+    """`open_page(**options)` of a context: the page. In the end no error may have been logged.
 
     Chromium itself logs each answer of 400 and more, and each refused connection.
     """
@@ -304,7 +319,7 @@ def test_stop_closes_the_connection(how: str, open_page: Any, stub: Stub, expect
         page.get_by_role("button", name="Stop").click()
     else:
         page.keyboard.press("Escape")
-    assert stub.left.wait(PATIENCE)
+    assert stub.stream.left.wait(PATIENCE)
     expect(page.get_by_role("status")).to_have_text("Stopped.")
     assert text_of(page) == "OnceThe brown"
     write(page, stub, expect, *SENTENCE, prompt="Twice")
@@ -329,6 +344,7 @@ def test_alternatives_are_shown(how: str, open_page: Any, stub: Stub, expect: An
         ("↵", "0.002%"), ("all others", "3.6%"),
     ]  # fmt: skip
     assert tokens.nth(1).get_attribute("aria-describedby") == "alternatives"
+    assert page.locator(".token[tabindex='0']").count() == 1
     if how == "keyboard":
         page.keyboard.press("End")
     else:
@@ -386,7 +402,8 @@ def test_tokens_that_are_parts_of_a_character(open_page: Any, stub: Stub, expect
     expect(page.locator("#alternatives p")).to_have_text("3 tokens make up €")
     captions = page.locator("caption").all_text_contents()
     assert captions == [
-        f"{token} has probability {p}" for token, p in zip(euro, ["50.0%", "80.0%", "80.0%"])
+        f"{token} has probability {p}"
+        for token, p in zip(euro, ["50.0%", "80.0%", "80.0%"], strict=True)
     ]
 
 
@@ -461,14 +478,18 @@ def test_a_phone_needs_no_horizontal_scroll(open_page: Any, stub: Stub, expect: 
     expect(page.locator("h1")).to_contain_text("forty")
     assert fits()
     long = "x" * 300
-    text = [(long, 0, {long: 0.5, "\n" + long: 0.1}), ("\n\nEnd", 300, {"\n\nEnd": 0.5})]
-    write(page, stub, expect, chunk(long + "\n\nEnd", *text), prompt=long)
-    page.locator(".token").first.tap()
+    top = {"\n" + long: 0.1, "b": 0.05, "c": 0.04, "d": 0.03, "e": 0.02, "\n\n": 0.01}
+    tokens = [(long, 0, {long: 0.5}), ("\n\n", 300, top), ("End", 302, top | {"End": 0.1})]
+    write(page, stub, expect, chunk(long + "\n\nEnd", *tokens), prompt=long)
+    last = page.locator(".token").last
+    last.tap()
     expect(page.locator("caption")).to_be_in_viewport()
     assert fits()
-    assert all(box["height"] >= 24 for box in map(lambda b: b.bounding_box(), [
-        page.get_by_role("button", name=name) for name in ("Generate", "Stop", "Close")
-    ]))  # fmt: skip
+    middle = "const box = node.getBoundingClientRect(), x = box.x + box.width / 2;"
+    found = "return document.elementFromPoint(x, box.y + box.height / 2) === node;"
+    assert last.evaluate(f"node => {{ {middle} {found} }}"), "behind the panel"
+    for name in ("Generate", "Stop", "Close"):
+        assert page.get_by_role("button", name=name).bounding_box()["height"] >= 24
     page.get_by_role("button", name="Close").tap()
     expect(page.get_by_role("button", name="Close")).to_be_hidden()
 
@@ -590,7 +611,7 @@ def test_a_conversation(open_page: Any, stub: Stub, expect: Any) -> None:
         ["YouHello?", "ModelIt is €5", "YouAnd?", "Modelno"], use_inner_text=False
     )
     page.get_by_role("button", name="New conversation").click()
-    assert stub.left.wait(PATIENCE)
+    assert stub.stream.left.wait(PATIENCE)
     expect(page.locator(".turn")).to_have_count(0)
     message.fill("Again")
     send.click()
