@@ -479,15 +479,17 @@ def test_a_phone_needs_no_horizontal_scroll(open_page: Any, stub: Stub, expect: 
     assert fits()
     long = "x" * 300
     top = {"\n" + long: 0.1, "b": 0.05, "c": 0.04, "d": 0.03, "e": 0.02, "\n\n": 0.01}
-    tokens = [(long, 0, {long: 0.5}), ("\n\n", 300, top), ("End", 302, top | {"End": 0.1})]
-    write(page, stub, expect, chunk(long + "\n\nEnd", *tokens), prompt=long)
-    last = page.locator(".token").last
-    last.tap()
+    rest = "\n" * 40
+    tokens = [(long, 0, {long: 0.5}), (" End", 300, top | {" End": 0.1}), (rest, 304, {rest: 0.5})]
+    write(page, stub, expect, chunk(long + " End" + rest, *tokens), prompt=long)
+    token = page.locator(".token").nth(1)
+    token.evaluate("node => node.scrollIntoView({block: 'end'})")
+    token.tap()
     expect(page.locator("caption")).to_be_in_viewport()
     assert fits()
     middle = "const box = node.getBoundingClientRect(), x = box.x + box.width / 2;"
     found = "return document.elementFromPoint(x, box.y + box.height / 2) === node;"
-    assert last.evaluate(f"node => {{ {middle} {found} }}"), "behind the panel"
+    assert token.evaluate(f"node => {{ {middle} {found} }}"), "behind the panel"
     for name in ("Generate", "Stop", "Close"):
         assert page.get_by_role("button", name=name).bounding_box()["height"] >= 24
     page.get_by_role("button", name="Close").tap()
@@ -537,6 +539,7 @@ def test_a_refusal_is_one_line(
     page.get_by_label("Prompt").fill("Once")
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("alert")).to_have_text(message)
+    assert page.get_by_role("alert").text_content() == message, "which spares no line break"
     assert page.get_by_role("status").text_content() == ""
     write(page, stub, expect, *SENTENCE, prompt="Once")
     assert page.get_by_role("alert").text_content() == ""
