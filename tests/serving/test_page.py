@@ -407,6 +407,20 @@ def test_tokens_that_are_parts_of_a_character(open_page: Any, stub: Stub, expect
     ]
 
 
+def test_tokens_without_width(open_page: Any, stub: Stub, expect: Any) -> None:
+    """Control characters, line breaks and zero-width spaces can be pointed at, and are named."""
+    page = open_page()
+    texts = ["a", "\n\n", "\x01", "\u200b", "\t", " "]
+    tokens = [(text, "".join(texts).index(text), {text: 0.5}) for text in texts]
+    write(page, stub, expect, chunk("".join(texts), *tokens))
+    assert text_of(page) == "".join(texts)
+    for node, name in zip(
+        page.locator(".token").all(), ["a", "↵↵", "\\u{1}", "\\u{200b}", "⇥", "␣"], strict=True
+    ):
+        node.hover()
+        expect(page.locator("caption")).to_have_text(f"{name} has probability 50.0%")
+
+
 def test_text_without_probabilities(open_page: Any, stub: Stub, expect: Any) -> None:
     page = open_page()
     plain = [{"choices": [{"index": 0, "text": text, "logprobs": None}]} for text in ("a", "b")]
