@@ -69,6 +69,7 @@ class Tokenizer:
         end_ids: the ids that end a text while it is sampled; the first is `end_of_text`.
         chat_template: the Jinja template of a conversation; None for none.
         special_tokens: tokens by the names that a chat template calls them, such as `eos_token`.
+        decoder: the decoder of the `tokenizer.json`; None joins the tokens with spaces.
     """
 
     vocab_size: int
@@ -77,6 +78,7 @@ class Tokenizer:
     end_ids: tuple[int, ...]
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    decoder: dict[str, Any] | None
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "data.tokenizer"):
         """Wraps and configures `inner`; `name` is the field named in error messages."""
@@ -106,6 +108,8 @@ class Tokenizer:
         roles = {"bos_token": begin, "eos_token": ends[0], **chat.special_tokens}
         self.special_tokens = {role: token for role, token in roles.items() if token is not None}
         content = json.loads(inner.to_str())
+        self.decoder = content["decoder"]
+        self._special = {token["content"] for token in content["added_tokens"] if token["special"]}
         stream_tokens = {ends[0], *([begin] if begin else [])}
         self._encoder = _without_special(inner, content, ends[0], stream_tokens, name)
         self._characters = _characters_of(content)
@@ -262,6 +266,11 @@ class Tokenizer:
         Bytes that are not valid UTF-8 (a split character) become U+FFFD.
         """
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token(self, id: int) -> str | None:
+        """The vocabulary entry of an id; None if `decode` skips it, as it does special tokens."""
+        token = self._inner.id_to_token(int(id))
+        return None if token in self._special else token
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Decodes `ids` as a continuation of `prompt`.
