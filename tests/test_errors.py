@@ -496,6 +496,28 @@ SAMPLING = [
     asked("--top_p 0", "--top_p", 0.0, "(0, 1]"),
     asked("--top_p 1.01", "--top_p", 1.01, "(0, 1]"),
     asked("--top_p nan", "--top_p", math.nan, "(0, 1]"),
+    asked("--min_p 1.01", "--min_p", 1.01, "0 to 1", "0"),
+    asked("--repetition_penalty 0", "--repetition_penalty", 0.0, "0.001 to 1000", "1"),
+    asked("--presence_penalty nan", "--presence_penalty", math.nan, "-100 to 100", "0"),
+    asked("--frequency_penalty 101", "--frequency_penalty", 101.0, "-100 to 100", "0"),
+    asked(["--stop", ""], "--stop", "", "nonempty"),
+    asked("--logprobs 21 --json", "--logprobs", 21, "0 to 20"),
+    asked("--logprobs 3", "--logprobs", 3, "json"),
+    asked("--stream --json --prompt x", "--stream", True, "without `json`"),
+    asked("--stream --prompt x --prompt y", "--stream", True, "one sample of one prompt"),
+    asked("--stream --prompt x --num_samples 2", "--stream", True, "one sample of one prompt"),
+    asked("-i", "--interactive", "standard input", "terminal", "--prompt -"),
+    *(
+        asked(f"-i {words}", f"--{name}", got, "interactive")
+        for name, words, got in [
+            ("prompt", "--prompt x", ["x"]),
+            ("prompt_file", "--prompt_file x", "x"),
+            ("keep_newline", "--keep_newline", True),
+            ("json", "--json", True),
+            ("num_samples", "--num_samples 2", 2),
+            ("stream", "--no-stream", False),
+        ]
+    ),
     asked("--num_samples 0", "--num_samples", 0, "at least 1"),
     asked("--seed -1", "--seed", -1, "2**32"),
     asked(f"--seed {2**32}", "--seed", 2**32, "2**32"),

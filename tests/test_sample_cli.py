@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,3 +216,126 @@ def test_more_tokens_than_the_context(tiny_root: Path, run_program: Any) -> None
         assert "with a context of 32: " in err and "last 16 tokens" in err
         assert "up to 32 tokens, but the model was trained on windows of 16" in err
         assert ("dropped the first 24 of 40" in err) == bool(more)
+
+
+SHORT = ["--prompt", "line", "--max_new_tokens", "9"]
+
+
+@pytest.fixture
+def records(tiny_root: Path, run_program: Any) -> Callable[..., list[dict[str, Any]]]:
+    """The JSON objects that sample.py prints."""
+
+    def run(*flags: str) -> list[dict[str, Any]]:
+        words = ["--ckpt", str(tiny_root / "run"), *SHORT, "--json", *flags]
+        code, out, err, _ = run_program("sample", words)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", "9"], ["--stop", "says"]], ids=str)
+def test_streamed_text_is_the_same(tiny_root: Path, run_program: Any, flags: list[str]) -> None:
+    words = ["--ckpt", str(tiny_root / "run"), *SHORT, *flags]
+    code, whole, err, _ = run_program("sample", [*words, "--no-stream"])
+    assert code == 0 and whole.startswith("line") and whole.endswith("\n"), err
+    assert run_program("sample", [*words, "--stream"])[:2] == (0, whole)
+
+
+def test_text_is_streamed_on_a_terminal_if_it_is_the_only_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for isatty in (False, True):
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: isatty))  # noqa: B023
+        for words, prompts, streamed in (
+            ("", 1, isatty),
+            ("--stream", 1, True),
+            ("--no-stream", 1, False),
+            ("--json", 1, False),
+            ("--num_samples 2", 1, False),
+            ("", 2, False),
+        ):
+            flags = sample.parse(["--ckpt", "x", *words.split()])
+            assert sample.streams(flags, prompts) == streamed, (words, prompts, isatty)
+
+
+def test_a_streamed_text_is_written_in_pieces(
+    tiny_root: Path, run_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr(sample, "print_text", lambda text, end: pieces.append(text))
+    run_program("sample", ["--ckpt", str(tiny_root / "run"), *SHORT, "--stream"])
+    assert pieces[0] == "line" and len(pieces) > 2 and all(pieces)
+
+
+def test_a_stop_string_ends_each_text(records: Any) -> None:
+    flags = ["--prompt", "says", "--num_samples", "3", "--temperature", "2"]
+    whole = records(*flags)
+    stop = whole[1]["completion"][2:4]
+    found = records(*flags, "--stop", "\u2603", "--stop", stop)
+    assert len(found) == len(whole) == 6
+    stopped = 0
+    for one, other in zip(found, whole, strict=True):
+        text, _, rest = other["completion"].partition(stop)
+        if stop not in other["completion"]:
+            assert one == other
+            continue
+        stopped += 1
+        size = len(text + stop)  # a token is a character
+        assert one == other | {
+            "completion": text,
+            "tokens": other["tokens"][:size],
+            "stop_reason": "stop",
+        }
+    assert stopped
+
+
+def test_escapes_of_a_stop_string() -> None:
+    """A backslash that escapes nothing stays."""
+    for text, meant in (
+        (r"\n\n", "\n\n"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"\\n", r"\n"),
+        ("\\d\\", "\\d\\"),
+        ("\n", "\n"),
+        ("\u00e9", "\u00e9"),
+    ):
+        assert sample.unescape(text) == meant
+    flags = sample.parse(["--ckpt", "x", "--stop", r"\n", "--stop", "a"])
+    sample.check(flags)
+    assert flags.stop == ["\n", "a"]
+
+
+def test_log_probabilities_of_the_tokens_and_the_most_probable_ones(records: Any) -> None:
+    [plain] = records("--temperature", "0")
+    [found] = records("--temperature", "0", "--logprobs", "3")
+    logprobs = found.pop("logprobs")
+    assert found == plain
+    assert [one["id"] for one in logprobs][: len(plain["tokens"])] == plain["tokens"]
+    assert len(logprobs) - len(plain["tokens"]) == (plain["stop_reason"] == "end_of_text")
+    assert "".join(one["token"] for one in logprobs[:9]) == plain["completion"]
+    for one in logprobs:
+        first, *others = one.pop("top")
+        assert first == one and len(others) == 2
+        assert 0 >= first["logprob"] >= others[0]["logprob"] >= others[1]["logprob"]
+    [bare] = records("--temperature", "0", "--logprobs", "0")
+    assert [one["top"] for one in bare["logprobs"]] == [[]] * len(logprobs)
+    [varied] = records("--temperature", "2")
+    stop = varied["completion"][2:4]
+    [cut] = records("--temperature", "2", "--logprobs", "0", "--stop", stop)
+    assert [one["id"] for one in cut["logprobs"]] == cut["tokens"]
+    assert cut["tokens"] == varied["tokens"][: varied["completion"].index(stop) + 2]
+
+
+def test_options_of_sampling_reach_the_sampler(records: Any) -> None:
+    [greedy] = records("--temperature", "0")
+    assert records("--temperature", "9") != [greedy]
+    assert records("--temperature", "9", "--min_p", "1") == [greedy]
+    assert len(set(greedy["tokens"])) < len(greedy["tokens"])
+    for name in ("presence", "frequency"):
+        [varied] = records("--temperature", "0", f"--{name}_penalty", "100")
+        assert len(set(varied["tokens"])) == len(varied["tokens"])
+    [varied] = records("--temperature", "0", "--repetition_penalty", "1000")
+    assert varied != greedy
+    [longer] = records("--temperature", "0", "--frequency_penalty", "0.5", "--top_k", "1")
+    assert longer["tokens"] != greedy["tokens"]

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
@@ -271,12 +272,26 @@ def explained(error: Exception, flags: Collection[str]) -> str:
     return ""
 
 
+_before_leaving: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def before_leaving(action: Callable[[], None]) -> Iterator[None]:
+    """In this context, Ctrl-C calls `action` before `leave_on_interrupt` ends the program."""
+    _before_leaving.append(action)
+    try:
+        yield
+    finally:
+        _before_leaving.remove(action)
+
+
 def leave_on_interrupt() -> None:
     """Makes Ctrl-C exit immediately with code 130, even while XLA compiles or decodes.
 
     For programs with nothing to save. A Python signal handler waits until compiled code returns; a
     thread that reads the wake-up file descriptor does not.
     """
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # only the thread ends the program
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)
@@ -284,15 +299,22 @@ def leave_on_interrupt() -> None:
     def wait() -> None:
         while os.read(read_end, 1) != bytes([signal.SIGINT]):
             pass
+        for action in _before_leaving:
+            action()
         os._exit(EXIT_INTERRUPTED)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def print_text(text: str) -> None:
+def wait_for_terminal() -> None:
+    """Waits after Ctrl-C: a terminal discards what is written while it sends the signal."""
+    time.sleep(0.05)
+
+
+def print_text(text: str, end: str = "\n") -> None:
     """Prints model or corpus text; escapes control characters on a terminal."""
     if sys.stdout.isatty():
         from sheepop_jax.formatting import printable
 
         text = printable(text)
-    print(text)
+    print(text, end=end, flush=not end)

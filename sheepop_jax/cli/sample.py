@@ -1,46 +1,71 @@
 """`sample.py`: generate text with a trained model."""
 
 import argparse
-import functools
+import contextlib
 import json
 import logging
+import os
 import re
 import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sheepop_jax.cli.common import (
     Parser,
+    before_leaving,
     checked_step,
     execute,
     leave_on_interrupt,
     load_params,
     path_argument,
     print_text,
+    wait_for_terminal,
 )
 from sheepop_jax.errors import InputError
 from sheepop_jax.files import decode, read_text
 from sheepop_jax.generation.requests import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationConfig,
+    Output,
+    Request,
     SamplingConfig,
     new_token_limit,
     resolve_context,
     truncate_left,
 )
+from sheepop_jax.generation.text import Text, write
+
+if TYPE_CHECKING:  # the first imports jax
+    from sheepop_jax.data.tokenizer import Tokenizer
+    from sheepop_jax.generation.engine import Engine
 
 log = logging.getLogger("sheepop_jax.sample")
 
+MOST_SLOTS = 32  # texts written at the same time with --stop or --logprobs
 MAX_NEW_TOKENS_HELP = f"""\
 default: the rest of the context, at most {DEFAULT_MAX_NEW_TOKENS}; may exceed the context, except
 with learned positions"""
 TRUNCATE_HELP = """\
 drop the start of a prompt that does not fit; without --max_new_tokens, reserve at most half the
 context for new tokens"""
+STREAM_HELP = """\
+show text as it is generated (default: on a terminal, for one sample of one prompt, without
+--json)"""
+STOP_HELP = """\
+end the text before this string, which is not shown; repeatable; \\n, \\r, \\t and \\\\ mean line
+feed, carriage return, tab and backslash"""
+LOGPROBS_HELP = """\
+with --json: add the log-probability of each token and of the N most probable ones, 0 to 20"""
 EPILOG = """\
 examples:
   python sample.py --ckpt runs/quickstart --prompt "def main"
+  python sample.py --ckpt runs/quickstart -i                                       # type prompts
   python sample.py --ckpt runs/quickstart --prompt "import" --prompt "class" --num_samples 3
   python sample.py --ckpt runs/base --prompt_file story.txt --temperature 0        # greedy
+  python sample.py --ckpt runs/base --prompt "Once" --stop '\\n\\n' --min_p 0.05
   python sample.py --ckpt runs/base --top_k 50 --top_p 0.95 --seed 7 --json | jq -r .completion
   echo "Once" | python sample.py --ckpt runs/base --max_new_tokens 2000
 
@@ -92,9 +117,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="P",
         help="top-p (nucleus) sampling, applied after top-k (default 1: off)",
     )
+    add(
+        "--min_p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens less than P times as probable as the most probable one (default 0: off)",
+    )
+    for name, default, text in (
+        ("repetition", 1.0, "divides the logits of tokens in the prompt and the text"),
+        ("presence", 0.0, "subtracted from the logits of tokens in the new text"),
+        ("frequency", 0.0, "the same, once for each occurrence"),
+    ):
+        text += f" (default {default:g}: off)"
+        add(f"--{name}_penalty", type=float, default=default, metavar="X", help=text)
+    add("--stop", action="append", default=[], metavar="TEXT", help=STOP_HELP)
     add("--num_samples", type=int, default=1, metavar="N", help="samples per prompt (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     add("--json", action="store_true", help="print one JSON object per sample and line")
+    add("--logprobs", type=int, metavar="N", help=LOGPROBS_HELP)
+    add("--stream", action=argparse.BooleanOptionalAction, help=STREAM_HELP)
+    add("-i", "--interactive", action="store_true", help="type prompts and commands; see /help")
     add("--truncate", choices=("left",), help=TRUNCATE_HELP)
     return parser.parse(argv)
 
@@ -105,17 +148,53 @@ def check(flags: argparse.Namespace) -> SamplingConfig:
     Raises:
         InputError: a flag is invalid.
     """
-    sampling = SamplingConfig(flags.temperature, flags.top_k, flags.top_p)
+    sampling = SamplingConfig(
+        *(flags.temperature, flags.top_k, flags.top_p, flags.min_p),
+        *(flags.repetition_penalty, flags.presence_penalty, flags.frequency_penalty),
+    )
     if flags.max_new_tokens is not None and flags.max_new_tokens < 0:
         raise InputError("max_new_tokens", flags.max_new_tokens, "at least 0")
     if flags.num_samples < 1:
         raise InputError("num_samples", flags.num_samples, "at least 1")
-    if not 0 <= flags.seed < 2**32:
-        raise InputError("seed", flags.seed, "an integer in [0, 2**32)")
+    Request((), seed=flags.seed, logprobs=flags.logprobs)  # checks both
+    if "" in flags.stop:
+        raise InputError("stop", "", "nonempty text")
+    flags.stop = [unescape(text) for text in flags.stop]
+    if flags.logprobs is not None and not flags.json:
+        raise InputError("logprobs", flags.logprobs, "`json`, which prints them")
+    if flags.interactive:
+        for name in ("prompt", "prompt_file", "keep_newline", "json"):
+            if value := getattr(flags, name):
+                raise InputError(name, value, "no such flag with `interactive`")
+        if flags.stream is not None:
+            raise InputError("stream", flags.stream, "no such flag with `interactive`")
+        if flags.num_samples > 1:
+            raise InputError("num_samples", flags.num_samples, "1 with `interactive`")
+        if not sys.stdin.isatty():
+            hint = "`prompt` - to read a prompt"
+            raise InputError("interactive", "standard input", "a terminal", hint)
     if flags.context is not None and flags.context < 2:
         raise InputError("context", flags.context, "at least 2 (one prompt token, one new token)")
     flags.step = checked_step(flags.step)
     return sampling
+
+
+def unescape(text: str) -> str:
+    """Replaces the escape sequences of `--stop`; a backslash before any other letter stays."""
+    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda found: meant[found[1]], text)
+
+
+def streams(flags: argparse.Namespace, prompts: int) -> bool:
+    """Whether text is shown as it is generated.
+
+    Raises:
+        InputError: `--stream` with several texts or `--json`.
+    """
+    possible = prompts == flags.num_samples == 1 and not flags.json
+    if flags.stream and not possible:
+        raise InputError("stream", True, "one sample of one prompt, without `json`")
+    return possible and (sys.stdout.isatty() if flags.stream is None else flags.stream)
 
 
 def read_prompts(flags: argparse.Namespace) -> list[tuple[str, str]]:
@@ -157,8 +236,76 @@ def read_prompts(flags: argparse.Namespace) -> list[tuple[str, str]]:
     return prompts
 
 
-def sample(flags: argparse.Namespace) -> None:
-    """Generates text and prints it to stdout.
+@dataclass(frozen=True)
+class Window:
+    """How many tokens fit, as far as they depend on the flags.
+
+    Attributes:
+        context: maximum positions of a text.
+        learned: whether the model has learned positions, where no text exceeds the context.
+        max_new_tokens: requested number of new tokens; None for the default.
+        truncate: whether a prompt that does not fit loses its beginning.
+    """
+
+    context: int
+    learned: bool
+    max_new_tokens: int | None
+    truncate: bool
+
+    def fit(self, ids: Sequence[int], start: Sequence[int], name: str = "prompt") -> list[int]:
+        """Returns the ids of a prompt after `start` (BOS or none), truncated if asked for.
+
+        Raises:
+            InputError: the prompt or its new tokens exceed the context; see `new_token_limit`.
+        """
+        kept, room = list(ids), self.context - len(start)
+        if self.truncate and (self.learned or len(ids) >= room):
+            # New tokens that exceed the context by themselves need no room in it.
+            beyond = not self.learned and (self.max_new_tokens or 0) >= self.context
+            kept = truncate_left(ids, None if beyond else self.max_new_tokens, room)
+        if len(kept) < len(ids):
+            log.warning("dropped the first %d of %d prompt tokens", len(ids) - len(kept), len(ids))
+        self.length([*start, *kept], name)
+        return [*start, *kept]
+
+    def length(self, ids: Sequence[int], name: str = "prompt") -> int:
+        """Returns the most tokens of a prompt and its completion.
+
+        Raises:
+            InputError: see `fit`.
+        """
+        prompt = max(len(ids), 1)  # an empty one starts from end-of-text
+        return prompt + new_token_limit(
+            prompt, self.max_new_tokens, self.context, name, slide=True, learned=self.learned
+        )
+
+
+_output = threading.Lock()  # of streamed text
+
+
+def end_line() -> None:
+    """Ends the line of a text that another thread is streaming; nothing is printed after it."""
+    _output.acquire(timeout=1)  # the other thread may be blocked
+    wait_for_terminal()
+    with contextlib.suppress(OSError):
+        os.write(1, b"\n")
+
+
+def stream(engine: "Engine", prompt: str, text: Text) -> None:
+    """Prints a prompt, and its continuation as it is written."""
+    with before_leaving(end_line):
+        try:
+            print_text(prompt, end="")
+            for new in write(engine, [text]):
+                if new:
+                    with _output:
+                        print_text(new, end="")
+        finally:
+            print(flush=True)
+
+
+def sample(flags: argparse.Namespace) -> int | None:
+    """Generates text and prints it to stdout; returns an exit code, None for 0.
 
     Raises:
         InputError: a flag, a prompt or the run is invalid.
@@ -170,12 +317,13 @@ def sample(flags: argparse.Namespace) -> None:
     machine = platform.prepare(flags.platform)
 
     from sheepop_jax.checkpoint.run import open_run
-    from sheepop_jax.generation.engine import generate
+    from sheepop_jax.generation.engine import Engine, EngineConfig, generate
 
     run = open_run(flags.ckpt)
     run.checkpoints.resolve(flags.step or "latest")
     context = resolve_context(run.config.model, flags.context)
-    named = read_prompts(flags)  # last: standard input may wait for a user who types
+    named = [] if flags.interactive else read_prompts(flags)  # last: a user may be typing them
+    is_streamed = streams(flags, len(named) or 1)
     tokenizer, trained = run.tokenizer, run.trained_length
     if sampling.top_k > run.vocab_size:
         log.warning("--top_k %d exceeds the vocabulary; using %d", sampling.top_k, run.vocab_size)
@@ -185,29 +333,12 @@ def sample(flags: argparse.Namespace) -> None:
             flags.num_samples,
         )
     learned = run.config.model.position == "learned"
-    limit = functools.partial(
-        new_token_limit,
-        max_new_tokens=flags.max_new_tokens,
-        context=context,
-        slide=True,
-        learned=learned,
-    )
-    # New tokens that exceed the context by themselves need no room in it: the window slides.
-    beyond = not learned and (flags.max_new_tokens or 0) >= context
-    prompts, longest = [], 0
-    for name, text in named:
-        tokenizer.check(text, name)
-        ids, start = tokenizer.encode(text), tokenizer.prompt_start
-        kept, room = ids, context - len(start)
-        if flags.truncate == "left" and (learned or len(ids) >= room):
-            kept = truncate_left(ids, None if beyond else flags.max_new_tokens, room)
-        if len(kept) < len(ids):
-            log.warning("dropped the first %d of %d prompt tokens", len(ids) - len(kept), len(ids))
-        kept = [*start, *kept]
-        # Check before loading the parameters.
-        length = max(len(kept), 1)
-        longest = max(longest, length + limit(length, name=name))
-        prompts.append(kept)
+    window = Window(context, learned, flags.max_new_tokens, flags.truncate == "left")
+    prompts = []
+    for name, prompt in named:  # check before loading the parameters
+        tokenizer.check(prompt, name)
+        prompts.append(window.fit(tokenizer.encode(prompt), tokenizer.prompt_start, name))
+    longest = max(map(window.length, prompts), default=0)
     if longest > context:
         log.info(
             "up to %d tokens with a context of %d: each time a text fills the context, the model "
@@ -220,36 +351,70 @@ def sample(flags: argparse.Namespace) -> None:
             *(min(longest, context), trained),
         )
     params, _ = load_params(run, flags.step, flags.quantize)
-    completions = generate(
-        run.model(machine.compute_dtype(flags.dtype)),
-        params,
-        prompts,
-        tokenizer.end_of_text,
-        GenerationConfig(
+    model = run.model(machine.compute_dtype(flags.dtype))
+
+    def engine(slots: int) -> Engine:
+        settings = EngineConfig(context=context, slots=slots, slide=True)
+        return Engine(model, params, tokenizer.end_of_text, settings)
+
+    first = Request((), sampling, flags.max_new_tokens, flags.seed, logprobs=flags.logprobs)
+    if flags.interactive:
+        from sheepop_jax.cli.interactive import Session
+
+        return Session(engine(1), tokenizer, window, first, flags.stop).run()
+    texts = [
+        Text(tokenizer, replace(first, prompt=tuple(ids), sample=number), flags.stop)
+        for ids in prompts
+        for number in range(flags.num_samples)
+    ]
+    if is_streamed:
+        stream(engine(1), named[0][1], texts[0])
+        return None
+    if flags.stop or flags.logprobs is not None:
+        for _ in write(engine(min(len(texts), MOST_SLOTS)), texts):
+            pass
+    else:
+        settings = GenerationConfig(
             sampling, flags.max_new_tokens, flags.num_samples, flags.seed, context, slide=True
-        ),
-    )
-    texts = [text for _, text in named]
-    several = len(completions) > 1
-    for i, completion in enumerate(completions):
+        )
+        completions = generate(model, params, prompts, tokenizer.end_of_text, settings)
+        for text, completion in zip(texts, completions, strict=True):
+            text.add(Output(0, completion.tokens, [], completion.stop_reason))
+    for i, text in enumerate(texts):
         number = i // flags.num_samples
-        prompt, text = texts[number], tokenizer.decode_after(prompts[number], completion.tokens)
+        prompt = named[number][1]
         if flags.json:
-            record = {
-                "prompt": prompt,
-                "completion": text,
-                "tokens": completion.tokens,
-                "stop_reason": completion.stop_reason,
-            }
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(as_record(tokenizer, prompt, text), ensure_ascii=False))
             continue
-        if several:
+        if len(texts) > 1:
             which = f"sample {i % flags.num_samples + 1} of {flags.num_samples}"
-            if len(texts) > 1:
-                which = f"prompt {number + 1} of {len(texts)}, {which}"
+            if len(prompts) > 1:
+                which = f"prompt {number + 1} of {len(prompts)}, {which}"
             print(f"--- {which} ---")
-        print_text(prompt + text)
+        print_text(prompt + text.shown)
     sys.stdout.flush()
+    return None
+
+
+def as_record(tokenizer: "Tokenizer", prompt: str, text: Text) -> dict[str, Any]:
+    """The JSON object of a text."""
+
+    def token(id: int, logprob: float) -> dict[str, Any]:
+        decoded = tokenizer.decode([id], skip_special=False)
+        return {"id": id, "token": decoded, "logprob": logprob}
+
+    record: dict[str, Any] = {
+        "prompt": prompt,
+        "completion": text.shown,
+        "tokens": text.tokens,
+        "stop_reason": text.stop_reason,
+    }
+    if text.request.logprobs is not None:
+        record["logprobs"] = [
+            token(found.token, found.logprob) | {"top": [token(*one) for one in found.top]}
+            for found in text.logprobs
+        ]
+    return record
 
 
 def main(argv: list[str] | None = None) -> int:
