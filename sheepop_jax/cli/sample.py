@@ -355,7 +355,7 @@ def sample(flags: argparse.Namespace) -> int | None:
 
     def engine(slots: int) -> Engine:
         settings = EngineConfig(context=context, slots=slots, slide=True)
-        return Engine(model, params, tokenizer.end_of_text, settings)
+        return Engine(model, params, tokenizer.end_ids, settings)
 
     first = Request((), sampling, flags.max_new_tokens, flags.seed, logprobs=flags.logprobs)
     if flags.interactive:
@@ -377,7 +377,7 @@ def sample(flags: argparse.Namespace) -> int | None:
         settings = GenerationConfig(
             sampling, flags.max_new_tokens, flags.num_samples, flags.seed, context, slide=True
         )
-        completions = generate(model, params, prompts, tokenizer.end_of_text, settings)
+        completions = generate(model, params, prompts, tokenizer.end_ids, settings)
         for text, completion in zip(texts, completions, strict=True):
             text.add(Output(0, completion.tokens, [], completion.stop_reason))
     for i, text in enumerate(texts):

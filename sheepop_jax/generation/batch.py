@@ -28,7 +28,7 @@ _UNUSED = Request((), SamplingConfig(temperature=0))
 
 
 @dataclass
-class Text:
+class RunningText:
     """A request and what is written of it so far.
 
     Attributes:
@@ -108,7 +108,7 @@ class Batch:
     program: Program
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    texts: list[Text | None]
+    texts: list[RunningText | None]
     index: int = 0
     start_B: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     _members: list[int | None] | None = None
@@ -130,11 +130,11 @@ class Batch:
         """Slots of the cache: the length, or the model's window if that is less."""
         return int(self.keys[0].shape[1])
 
-    def active(self) -> list[Text]:
+    def active(self) -> list[RunningText]:
         """The texts in the batch."""
         return [text for text in self.texts if text is not None]
 
-    def join(self, text: Text, cache: Cache) -> None:
+    def join(self, text: RunningText, cache: Cache) -> None:
         """Puts a text with its cache of one row into an unused row."""
         row = self.texts.index(None)
         self.texts[row] = text
@@ -145,7 +145,9 @@ class Batch:
         """Copies the cache of a row, to join another batch."""
         return take_row(self.cache, np.int32(row), slots=slots)
 
-    def advance(self, steps: int, idle: Joining | None) -> tuple[list[Output], list[Text], int]:
+    def advance(
+        self, steps: int, idle: Joining | None
+    ) -> tuple[list[Output], list[RunningText], int]:
         """Writes up to `steps` tokens to each text and frees the rows of those that end.
 
         Args:
@@ -262,7 +264,7 @@ def empty_cache(
 
 
 def _reported(
-    text: Text, row: int, seen: int, tokens_BN: np.ndarray, logprobs: Any
+    text: RunningText, row: int, seen: int, tokens_BN: np.ndarray, logprobs: Any
 ) -> list[TokenLogprob]:
     """The log-probabilities of a row's first `seen` tokens, if its request asks for them."""
     if text.request.logprobs is None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.batch import Batch, Program, Text, empty_cache
+from sheepop_jax.generation.batch import Batch, Program, RunningText, empty_cache
 from sheepop_jax.generation.decode import Joining, cast_matrices, prefill, prefill_chunk
 from sheepop_jax.generation.requests import (
     ALL,
@@ -105,7 +105,7 @@ class Engine:
         self._rows = [*(n for n in (1, 8, 32, 128) if n < config.slots), config.slots]
         self._prompt = _Prompt(self._program, full, chunk)
         self._batch: Batch | None = None
-        self._waiting: deque[Text] = deque()
+        self._waiting: deque[RunningText] = deque()
         self._finished: list[Output] = []
         self._next_id = 0
         self._oversized = 0  # steps in a batch that is too large
@@ -192,7 +192,7 @@ class Engine:
             self._fitting(text).join(text, self._prompt.cache)
             budget -= 1
 
-    def _fitting(self, text: Text) -> Batch:
+    def _fitting(self, text: RunningText) -> Batch:
         """A batch with room for one more text, and with the texts of the old one."""
         old = self._batch
         texts = [*(old.active() if old else []), text]
@@ -237,7 +237,7 @@ class _Prompt:
 
     def __init__(self, program: Program, length: int, chunk: int) -> None:
         self.chunk, self._program = chunk, program
-        self.text: Text | None = None
+        self.text: RunningText | None = None
         self.chunks: list[np.ndarray] = []
         self._keys, self._values = empty_cache(program.model, 1, length)
         self.slots = self._keys[0].shape[1]
@@ -254,7 +254,7 @@ class _Prompt:
         """A `Joining` that adds nothing."""
         return Joining(self.cache, np.int32(0), np.int32(0))
 
-    def begin(self, text: Text) -> Text:
+    def begin(self, text: RunningText) -> RunningText:
         """Splits a text into chunks of two sizes, left-padded; the last token is no part of it."""
         prompt, sizes = text.cached, list[int]()
         while (left := len(prompt) - sum(sizes)) > 0:
@@ -328,7 +328,7 @@ def plan_texts(
     prompts: Sequence[Sequence[int]],
     end_of_text: int | Sequence[int],
     config: GenerationConfig,
-) -> tuple[list[Text], Program, int]:
+) -> tuple[list[RunningText], Program, int]:
     """Returns the texts of `generate`, the program that writes them, and the slots of its cache."""
     context = model.config.max_seq_len if config.context is None else config.context
     ends = (end_of_text,) if isinstance(end_of_text, int) else tuple(end_of_text)
@@ -351,7 +351,7 @@ def plan_texts(
 
 def new_text(
     model: Transformer, request: Request, ends: Sequence[int], context: int, slide: bool
-) -> Text:
+) -> RunningText:
     """Returns the text that a request starts with.
 
     Raises:
@@ -371,7 +371,7 @@ def new_text(
     end = len(tokens) + limit
     if slide and model.config.sliding_window and model.config.position == "rope":
         context = max(context, end)
-    return Text(request, tokens, end, context)
+    return RunningText(request, tokens, end, context)
 
 
 def compute_params(model: Transformer, params: Any) -> Any:
@@ -392,7 +392,7 @@ def _round_up(length: int, multiple: int) -> int:
 
 
 def prefilled_batch(
-    program: Program, texts: Sequence[Text], shape: tuple[int, int], slots: int
+    program: Program, texts: Sequence[RunningText], shape: tuple[int, int], slots: int
 ) -> Batch:
     """Prefills texts together.
 

@@ -74,7 +74,7 @@ class Preview:
         """Returns the prompt and its continuation, or "none (reason)" if logits are not finite."""
         try:
             [completion] = generate(
-                self.model, params, [self.prompt_tokens], self.tokenizer.end_of_text, self.config
+                self.model, params, [self.prompt_tokens], self.tokenizer.end_ids, self.config
             )
         except InputError as error:  # do not abort training
             return f"none ({error})"
