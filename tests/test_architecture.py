@@ -33,6 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "sheepop_jax.planning": {"checkpoint.state", "config", "model", "runtime.devices", "training"},
     # A leaf: it reads finished runs, and only `cli` imports it.
     "sheepop_jax.interop": {"checkpoint", "config", "data", "generation", "model", "scoring"},
+    # A leaf: it answers requests with a run's model, and only `cli` imports it.
+    "sheepop_jax.serving": {"checkpoint", "config", "data", "generation", "model", "scoring"},
     "sheepop_jax.pipeline": {
         "checkpoint",
         "config",
@@ -55,6 +57,8 @@ ARROWS: dict[str, set[str]] = {
         "pipeline",
         "planning",
         "runtime",
+        "scoring",
+        "serving",
         "training",
     },
     "sheepop_jax.__main__": {"cli"},

@@ -20,6 +20,7 @@ commands:
   checkpoints  list, verify and delete the checkpoints of a run
   export       write a run for transformers, vLLM, llama.cpp or Ollama
   import       make a run from a Hugging Face model directory
+  serve        answer HTTP requests with a run (OpenAI-compatible)
   doctor       report versions, devices and performance problems
 
 examples:
@@ -41,10 +42,11 @@ COMMANDS = (
     "checkpoints",
     "export",
     "import",
+    "serve",
     "doctor",
 )
 # Commands that save or clean up on an interrupt; the others stop immediately.
-_HANDLE_INTERRUPTS = ("train", "data", "evaluate", "export", "import")
+_HANDLE_INTERRUPTS = ("train", "data", "evaluate", "export", "import", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,6 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             from sheepop_jax.cli import import_
 
             return execute(import_.run, import_.parse(flags))
+        case "serve":
+            from sheepop_jax.cli import serve
+
+            return execute(serve.run, serve.parse(flags))
         case "doctor":
             from sheepop_jax.cli import doctor
 
