@@ -132,16 +132,17 @@ def run(flags: argparse.Namespace) -> int:
     with listener:
         params, _ = load_params(opened, wanted, flags.quantize)
         model = opened.model(machine.compute_dtype(flags.dtype))
-        end = opened.tokenizer.end_of_text
+        settings = EngineConfig(context=context, slots=flags.slots)
 
         def make_engine() -> Engine:
-            engine = Engine(model, params, end, EngineConfig(context=context, slots=flags.slots))
+            engine = Engine(model, params, opened.tokenizer.end_ids, settings)
             log.info("compiling")
             engine.warm_up()  # no client waits for it later
             return engine
 
         def scores(texts: Sequence[Sequence[int]], top: int) -> Sequence[Any]:
-            return score(model, params, texts, top=top, context=context)
+            rows = 1 if len(texts) == 1 else 8  # few programs
+            return score(model, params, texts, top=top, context=context, batch_size=rows)
 
         worker = Worker(make_engine, scores, opened.tokenizer)
         return serve(served, worker, access, limits, listener)

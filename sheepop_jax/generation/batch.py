@@ -117,7 +117,7 @@ class Batch:
     @classmethod
     def empty(cls, program: Program, rows: int, length: int) -> "Batch":
         """A batch without texts, with a cache for `length` tokens per row."""
-        keys, values = empty_cache(program.model, rows, length)
+        keys, values = empty_cache(program, rows, length)
         return cls(program, keys, values, [None] * rows, 0, np.zeros(rows, np.int32))
 
     @property
@@ -143,7 +143,10 @@ class Batch:
 
     def take(self, row: int, slots: int) -> Cache:
         """Copies the cache of a row, to join another batch."""
-        return take_row(self.cache, np.int32(row), slots=slots)
+        taken = take_row(self.cache, np.int32(row), slots=slots)
+        # Numbers from the host, as those of a prefilled text: `advance` is compiled for both.
+        index: Any = np.int32(self.index - self.start_B[row])
+        return Cache(taken.keys, taken.values, index, np.zeros(1, np.int32))  # type: ignore
 
     def advance(
         self, steps: int, idle: Joining | None
@@ -249,17 +252,23 @@ class Batch:
 
 
 def empty_cache(
-    model: Transformer, rows: int, length: int
+    program: Program, rows: int, length: int
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Keys and values of `init_cache`, made on the host: nothing is compiled for it."""
-    config = model.config
+    """Keys and values of `init_cache`, made on the host: nothing is compiled for it.
+
+    They are placed as the parameters are. Otherwise the first step would be compiled for arrays
+    without a device, and the next one again for its outputs, which have one.
+    """
+    config = program.model.config
     slots = min(length, config.sliding_window or length)
-    shape = (rows, slots, config.kv_heads, config.head_width)
-    zeros = np.zeros(shape, model.dtype)
+    zeros = np.zeros((rows, slots, config.kv_heads, config.head_width), program.model.dtype)
+    sharding = jax.tree.leaves(program.params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     layers = range(config.num_layers)
     return (
-        tuple(jax.device_put(zeros) for _ in layers),
-        tuple(jax.device_put(zeros) for _ in layers),
+        tuple(jax.device_put(zeros, sharding) for _ in layers),
+        tuple(jax.device_put(zeros, sharding) for _ in layers),
     )
 
 

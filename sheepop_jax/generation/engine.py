@@ -239,7 +239,7 @@ class _Prompt:
         self.chunk, self._program = chunk, program
         self.text: RunningText | None = None
         self.chunks: list[np.ndarray] = []
-        self._keys, self._values = empty_cache(program.model, 1, length)
+        self._keys, self._values = empty_cache(program, 1, length)
         self.slots = self._keys[0].shape[1]
         self._index = self._pad = 0
 
@@ -375,9 +375,9 @@ def new_text(
 
 
 def compute_params(model: Transformer, params: Any) -> Any:
-    """The parameters on the device, with matrices in the model's dtype."""
+    """The parameters on a device, with matrices in the model's dtype."""
     if any(p.ndim > 1 and p.dtype not in (model.dtype, jnp.int8) for p in jax.tree.leaves(params)):
-        return cast_matrices(params, model.dtype)
+        params = cast_matrices(params, model.dtype)
     return jax.device_put(params)
 
 

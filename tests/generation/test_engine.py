@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -232,6 +233,7 @@ def test_two_hundred_mixed_requests_compile_twelve_programs(
 
 def test_warming_up_leaves_nothing_to_compile(build: Build, compilations: list[str]) -> None:
     model, params = build({"model.num_layers": 2, "model.max_seq_len": 70})
+    params = jax.device_put(params, jax.devices()[0])  # as a run's are
     engine = Engine(model, params, END, EngineConfig(slots=3))
     engine.warm_up()
     compilations.clear()
