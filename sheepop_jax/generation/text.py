@@ -244,7 +244,7 @@ def _is_by_character(stage: dict[str, Any]) -> bool:
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte of each character of a byte-level vocabulary.
 
     A byte is the character of its number or, if that is not printable, the next one from U+0100.
@@ -258,7 +258,7 @@ class _Bytes:
     """Decodes a byte-level vocabulary. Tokens that are not of its alphabet are UTF-8 text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
-        self._bytes, self._token = _byte_alphabet(), tokenizer.token
+        self._bytes, self._token = byte_alphabet(), tokenizer.token
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # Only the last three bytes may belong to an incomplete character.
         end = b""

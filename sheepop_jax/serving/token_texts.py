@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from sheepop_jax.data.tokenizer import Tokenizer
+from sheepop_jax.generation.text import byte_alphabet
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -29,7 +30,7 @@ class TokenTexts:
         self._bytes: dict[int, bytes] = {}  # filled as tokens are asked for
         if "ByteLevel" in decoders:
             added = {t["id"] for t in content["added_tokens"]}
-            byte_of = _byte_of_character()
+            byte_of = byte_alphabet()
             for number, piece in pieces.items():
                 if number not in added and set(piece) <= byte_of.keys():
                     self._bytes[number] = bytes(byte_of[c] for c in piece)
@@ -89,10 +90,3 @@ def _types(decoder: dict[str, Any] | None) -> set[str]:
 
 def _numbered(entries: list[list[Any]]) -> list[tuple[str, int]]:
     return [(piece, number) for number, (piece, _) in enumerate(entries)]
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable characters of Latin-1 are bytes; the others follow from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(others)}
