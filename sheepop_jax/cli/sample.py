@@ -170,9 +170,6 @@ def check(flags: argparse.Namespace) -> SamplingConfig:
             raise InputError("stream", flags.stream, "no such flag with `interactive`")
         if flags.num_samples > 1:
             raise InputError("num_samples", flags.num_samples, "1 with `interactive`")
-        if not sys.stdin.isatty():
-            hint = "`prompt` - to read a prompt"
-            raise InputError("interactive", "standard input", "a terminal", hint)
     if flags.context is not None and flags.context < 2:
         raise InputError("context", flags.context, "at least 2 (one prompt token, one new token)")
     flags.step = checked_step(flags.step)
@@ -311,6 +308,9 @@ def sample(flags: argparse.Namespace) -> int | None:
         InputError: a flag, a prompt or the run is invalid.
     """
     sampling = check(flags)
+    if flags.interactive and not sys.stdin.isatty():
+        hint = "`prompt` - to read a prompt"
+        raise InputError("interactive", "standard input", "a terminal", hint)
 
     from sheepop_jax.runtime import platform
 

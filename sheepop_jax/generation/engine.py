@@ -378,7 +378,8 @@ def compute_params(model: Transformer, params: Any) -> Any:
     """The parameters on a device, with matrices in the model's dtype."""
     if any(p.ndim > 1 and p.dtype not in (model.dtype, jnp.int8) for p in jax.tree.leaves(params)):
         params = cast_matrices(params, model.dtype)
-    return jax.device_put(params)
+    # Arrays of several processes cannot be put: they stay where they are.
+    return jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jax.device_put(p), params)
 
 
 def bucket(length: int, context: int) -> int:
