@@ -223,6 +223,7 @@ def test_files_of_others_in_a_checkpoint_do_not_matter(tmp_path, monkeypatch, ca
     (root / ".DS_Store").unlink()
     (root / "optimizer" / "desktop.ini").write_text("changed")
     (root / "params" / "._other").write_text("added")
+    caplog.clear()
     with caplog.at_level("DEBUG", "sheepop_jax.checkpoint"):
         assert checkpoints.verify(6)["step"] == 6
     others = "optimizer/desktop.ini, params/._other, params/d/~sync.tmp"
