@@ -10,7 +10,6 @@ import json
 import math
 import queue
 import re
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -20,12 +19,9 @@ from typing import Any
 
 import pytest
 
+from tests.serving.processes import PATIENCE
+
 PAGE = Path(__file__).resolve().parents[2] / "sheepop_jax/serving/page.html"
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-).split()
-PATIENCE = 60  # seconds until something that has to happen counts as not happening
 HOSTILE = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script>'
 
 
@@ -183,52 +179,10 @@ def stub() -> Iterator[Stub]:
     stub.close()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    chromium = next(filter(None, map(shutil.which, names)), None)
-    if chromium is None:
-        pytest.skip("needs Chromium, e.g. of `apt-get install chromium`")
-    reason = "needs playwright, of requirements/dev.txt"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    playwright.expect.set_options(timeout=1000 * PATIENCE)
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def expect() -> Any:
-    return pytest.importorskip("playwright.sync_api").expect
-
-
-@pytest.fixture
-def open_page(browser: Any, stub: Stub) -> Iterator[Callable[..., Any]]:
-    """`open_page(**options)` of a context: the page. In the end no error may have been logged.
-
-    Chromium itself logs each answer of 400 and more, and each refused connection.
-    """
-    contexts, errors = [], []
-
-    def log(message: Any) -> None:
-        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
-            errors.append(message.text)
-
-    def open_page(**options: Any) -> Any:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        context.set_default_timeout(1000 * PATIENCE)
-        page = context.new_page()
-        page.on("console", log)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(stub.url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
+def open_page(opened: Callable[..., Any], stub: Stub) -> Callable[..., Any]:
+    """`open_page(**options)` of a context: the page of the stub."""
+    return lambda **options: opened(stub.url, **options)
 
 
 def text_of(page: Any) -> str:

@@ -128,6 +128,24 @@ def test_chat_continues_the_transcript(written, client):
     assert last.choices == [] and last.usage.total_tokens == answer.usage.total_tokens
 
 
+def test_the_page_asks_for_the_key_and_streams(served, client, opened, expect):
+    """In a browser, against this server: its texts, and their probabilities."""
+    page = opened(served.url)
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_role("heading", name="chatty")).to_be_visible()
+    for label, value in {"Prompt": PROMPT, "Max tokens": "40", "Seed": "7"}.items():
+        page.get_by_label(label).fill(value)
+    page.get_by_label("Prompt").press("Control+Enter")
+    expect(page.get_by_role("status")).to_have_text("The limit of tokens was reached.")
+    asked = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0.8, "top_p": 0.95, "seed": 7}
+    text = client.completions.create(model="chatty", **asked).choices[0].text
+    assert page.locator("#output .turn").last.text_content() == PROMPT + text
+    page.locator(".token").first.hover()
+    expect(page.locator("caption")).to_contain_text("has probability")
+    assert page.locator("#alternatives tr").count() >= 6  # five tokens, and all others
+
+
 def test_a_bias_and_errors(run, client):
     [*_, mark] = run.tokenizer.encode("?")
     asked = {"model": "chatty", "prompt": "no", "max_tokens": 5, "logit_bias": {str(mark): 100}}
