@@ -199,8 +199,7 @@ class Worker:
             while self._take_commands():
                 self._score_some()
                 self._step()
-                self.num_active = self._engine.num_active
-                self.num_waiting = self._engine.num_waiting
+                self._count()
                 self._send()
         except Exception as error:
             log.debug("the engine failed", exc_info=True)
@@ -214,6 +213,8 @@ class Worker:
         while True:
             try:
                 idle = not (self._rows or self._to_score)
+                if idle:
+                    self._count()  # a command may have ended the last text
                 command = self._commands.get(block=idle)
             except queue.Empty:
                 return True
@@ -235,6 +236,9 @@ class Worker:
         except InputError as error:
             self._refuse(job, error)
             self._send()
+
+    def _count(self) -> None:
+        self.num_active, self.num_waiting = self._engine.num_active, self._engine.num_waiting
 
     def _drop(self, job: Job) -> None:
         for id in [id for id, row in self._rows.items() if row.job is job]:

@@ -123,6 +123,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_stream(make):
         await client.done()
         fake.engine.gate.set()
         assert b"[DONE]" not in client.body
+        worker = fake.worker
+        await until(lambda: worker.num_active == worker.num_waiting == 0)  # as /metrics says
         other = Client(fake.app, {**body, "n": 1, "stream": False, "max_tokens": 2})
         await other.done()
         assert json.loads(other.body)["usage"]["completion_tokens"] == 2
