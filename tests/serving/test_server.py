@@ -1,5 +1,6 @@
 """A server process with a real model: the openai client, lm-eval's calls, and sample.py's texts."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
 from sheepop_jax.interop.import_hf import import_hf
 from sheepop_jax.interop.lm_eval import Adapter
 from sheepop_jax.scoring import score
+from tests.serving.load import Known, Load, bear
 from tests.serving.processes import ROOT, Served, serving
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 CONTEXT = 64
 GOLDEN = ROOT / "tests/interop/golden/llama_rope_linear"
@@ -219,6 +223,40 @@ def test_a_client_that_leaves_frees_its_row(run, client, served):
     assert answer.usage.completion_tokens == 3
     metrics = httpx2.get(served.url + "/metrics", headers={"Authorization": "Bearer secret"}).text
     assert "sheepop_jax_disconnects_total 8\n" in metrics
+
+
+@pytest.fixture(scope="module")
+def known(run, params) -> list[Known]:
+    """What `generate` writes for each prompt alone."""
+    found = []
+    for prompt, seed in ((PROMPT, 7), (PROMPT, 8), ("", 9)):
+        ids = run.tokenizer.encode_prompt(prompt)
+        for sampling in ({"temperature": 0.0}, SAMPLING):
+            chosen = SamplingConfig(**sampling)
+            settings = GenerationConfig(chosen, LIMIT, 2, seed=seed, slide=True)
+            texts = generate(run.model(), params, [ids], run.tokenizer.end_ids, settings)
+            found.append(Known({"prompt": prompt, "seed": seed, **sampling}, ids, texts))
+    return found
+
+
+def load(run: Run, served: Served, known: list[Known], longest: int) -> Load:
+    headers = {"Authorization": "Bearer secret"}
+    return Load(served.url, headers, run.tokenizer, known, longest)
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+
+
+@LINUX
+def test_64_clients(run, served, known):
+    bear(served, load(run, served, known, longest=20), 100, requests=200)
+
+
+@LINUX
+@pytest.mark.slow
+def test_64_clients_for_a_minute(run, served, known):
+    seconds = float(os.environ.get("SHEEPOP_JAX_LOAD_SECONDS", "60"))
+    bear(served, load(run, served, known, LIMIT), 1000, seconds=seconds)
 
 
 def test_bad_flags_are_one_line(run, tmp_path: Path, run_program, monkeypatch):
