@@ -33,6 +33,7 @@ class Contender:
         python: Python interpreter with the required libraries.
         about: facts reported when ready, and the peak memory in MB (`peak_MB`) at the end.
         seconds: duration of each timed turn.
+        results: what the work returned in each timed turn.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contender:
     python: str = sys.executable
     about: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -102,6 +104,7 @@ def take_turns(
                 heard = _hear(process)
                 if turn and heard:
                     contender.seconds.append(heard["seconds"])
+                    contender.results.append(heard["result"])
             say(f"turn {turn} of {turns}")
         for contender, process in able:
             process.stdin.close()
