@@ -37,6 +37,7 @@ bench: setup  ## run the benchmarks against PyTorch (half an hour on two cores)
 	$(PYTHON_IN_VENV) benchmarks/train_step.py --shape small
 	$(PYTHON_IN_VENV) benchmarks/train_step.py --shape base --remat full none
 	$(PYTHON_IN_VENV) benchmarks/decode.py
+	$(PYTHON_IN_VENV) benchmarks/serving.py
 	$(PYTHON_IN_VENV) benchmarks/quantize.py
 	$(PYTHON_IN_VENV) benchmarks/loss.py
 	$(PYTHON_IN_VENV) benchmarks/loop.py

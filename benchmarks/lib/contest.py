@@ -104,7 +104,7 @@ def take_turns(
                 heard = _hear(process)
                 if turn and heard:
                     contender.seconds.append(heard["seconds"])
-                    contender.results.append(heard["result"])
+                    contender.results.append(heard.get("result"))
             say(f"turn {turn} of {turns}")
         for contender, process in able:
             process.stdin.close()
