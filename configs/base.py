@@ -61,6 +61,13 @@ def get_config() -> ConfigDict:
     c.data.join_rows = False  # rows are lines of one text instead of documents
     c.data.query = ""  # sql: a SELECT; path is a SQLite file or postgresql://user@host/db
     c.data.mixture = ConfigDict()  # weighted sources; see configs/mixture.py
+    c.data.format = "text"  # text | chat (rows are conversations; needs packing = "whole")
+    c.data.broken_rows = "error"  # chat: rows that are no conversation: error | skip (counted)
+    # chat: sheepop | chatml | llama3 | qwen; "" = that of the tokenizer of an imported chat model
+    c.data.chat_template = "sheepop"
+    c.data.chat_loss = "assistant"  # chat: train on the tokens of assistant (and end-of-turn) | all
+    # chat: those longer than seq_len: drop | truncate (the oldest turns; system messages are kept)
+    c.data.long_conversations = "drop"
     c.data.encoding_errors = "strict"  # invalid UTF-8: strict (error) | replace | skip (file, row)
     c.data.gitignore = True  # in directories, skip files listed in .gitignore
     c.data.max_file_bytes = 0  # in directories, skip larger files; 0 = no limit
@@ -69,7 +76,7 @@ def get_config() -> ConfigDict:
     c.data.vocab_size = 50257  # maximum vocabulary of a trained bpe
     c.data.tokenizer_sample_bytes = 200_000_000  # evenly spaced text to train a bpe on
     c.data.seq_len = 512  # T, tokens per window
-    c.data.packing = "stream"  # stream (across documents) | one_per_window (padded)
+    c.data.packing = "stream"  # stream (across documents) | one_per_window (padded) | whole (chat)
     c.data.document_mask = False  # attention stops and positions restart at document ends
     c.data.val_fraction = 0.1  # validation fraction of the text
     # auto | source (its own validation split) | document (by content hash) | tail (the last

@@ -15,10 +15,12 @@ from sheepop_jax.checkpoint.run import open_run
 from sheepop_jax.checkpoint.storage import wait_for_all
 from sheepop_jax.checkpoint.workdir import WorkdirLock, check_run, create_run
 from sheepop_jax.config.schema import Config
+from sheepop_jax.data.chat import ChatEncoder
 from sheepop_jax.data.compression import GZIP_BYTES, gzip_bits_per_byte
 from sheepop_jax.data.loader import PackingConfig, TrainBatches
 from sheepop_jax.data.preprocess.prepare import prepare
 from sheepop_jax.data.shards import FORMAT, PreparedData, format_of, open_shards
+from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.evaluation import Evaluator
 from sheepop_jax.generation.preview import PROMPT_TOKENS, Preview
@@ -81,7 +83,7 @@ def train(
         if distributed.is_main_process():
             on_run_created(directory)
         tokenizer = data.tokenizer
-        vocab_size = origin.vocab_size if origin else tokenizer.vocab_size
+        vocab_size = _vocab_size(origin, tokenizer)
         model = build_model(config, vocab_size, machine)
         packing = PackingConfig.of(config.data, tokenizer.end_of_text, tokenizer.document_bos)
         batches = _training_batches(config, data, packing, mesh)
@@ -111,12 +113,12 @@ def train(
             flops_per_token=plan.flops_per_token,
             peak_flops=machine.peak_flops,
             chunk_elements=chunk_elements(machine.platform),
-            load_params=origin.load if origin else None,
+            load_params=partial(origin.load, num_tokens=tokenizer.vocab_size) if origin else None,
             on_compiled=tune_allocator,
         )
         with _explained(plan):
             metrics = fit(job, stop)
-        if "val_bits_per_byte" in metrics:
+        if "val_bits_per_byte" in metrics and not config.data.is_chat:
             _log_compression(metrics["val_bits_per_byte"], data, evaluator.num_tokens)
         return metrics
 
@@ -136,11 +138,18 @@ def _prepare_data(
     """Prepares the token shards, checks the sample prompt and creates the run directory."""
     data = _shards(config, directory, stop, origin)
     stop.check()
-    if config.train.sample_tokens:
+    if config.train.sample_tokens and config.data.is_chat:
+        Preview.check_length(config, len(_asked(config, data.tokenizer)))
+    elif config.train.sample_tokens:
         Preview.check(config, data.tokenizer)
-    vocab_size = origin.vocab_size if origin else None
+    vocab_size = _vocab_size(origin, data.tokenizer)
     distributed.broadcast_from_main(lambda: create_run(directory, config, data, vocab_size))
     return data
+
+
+def _vocab_size(origin: Origin | None, tokenizer: Tokenizer) -> int:
+    """The size of the model's vocabulary: that of the other run may be more than the tokens."""
+    return max(origin.vocab_size if origin else 0, tokenizer.vocab_size)
 
 
 def _shards(
@@ -210,8 +219,28 @@ def _training_batches(
 def _preview(config: Config, model: Transformer, data: PreparedData) -> Preview | None:
     if not config.train.sample_tokens:
         return None
+    if config.data.is_chat:
+        ids = _asked(config, data.tokenizer) or _first_question(data, config.model.max_seq_len)
+        shown = data.tokenizer.decode(ids, skip_special=False)
+        return Preview.continuing(config, model, data.tokenizer, ids, shown)
     beginning = data.validation.read(1, min(1 + PROMPT_TOKENS, len(data.validation)))
     return Preview.of(config, model, data.tokenizer, beginning.tolist())
+
+
+def _asked(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """The ids of `train.sample_prompt` as a message by the user; none without one."""
+    if not config.train.sample_prompt:
+        return []
+    messages = [{"role": "user", "content": config.train.sample_prompt}]
+    return ChatEncoder(tokenizer).prompt(messages)
+
+
+def _first_question(data: PreparedData, context: int) -> list[int]:
+    """The beginning of the first validation conversation, up to what the loss counts."""
+    most = min(context, len(data.validation)) // 2
+    counted = np.flatnonzero(data.validation.weights(0, most))
+    length = int(counted[0]) if len(counted) else most
+    return [int(index) for index in data.validation.read(0, length)]
 
 
 def _log_compression(bits_per_byte: float, data: PreparedData, num_tokens: int) -> None:

@@ -4,10 +4,12 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sheepop_jax.checkpoint import storage
@@ -16,9 +18,10 @@ from sheepop_jax.checkpoint.run import Run, open_run
 from sheepop_jax.checkpoint.workdir import record_origin
 from sheepop_jax.config.initial import FIELD, check_model, tokenizer_of
 from sheepop_jax.config.schema import Config
+from sheepop_jax.data.chat import with_chat_template
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
-from sheepop_jax.model.transformer import init_params
+from sheepop_jax.model.transformer import TABLES, init_params, padded_vocab_size
 from sheepop_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
@@ -42,17 +45,20 @@ class Origin:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of both runs."""
+        """The tokenizer of the other run; that of the new one if it has a checkpoint."""
         where = self.directory if self.step is None else self.run
         return Tokenizer.from_file(where / "tokenizer.json")
 
-    def load(self, target: Any) -> Any:
+    def load(self, target: Any, num_tokens: int) -> Any:
         """Loads the parameters, logs and records where they came from.
+
+        The rows of tokens that the other run's tokenizer lacks become the mean of its others.
 
         Every process must call this.
 
         Args:
             target: abstract parameters with the shardings of the new run.
+            num_tokens: of the new run's tokenizer.
 
         Raises:
             InputError: the checkpoint has been deleted or changed since it was chosen.
@@ -60,15 +66,50 @@ class Origin:
         if self.step is None:
             checkpoints = str(self.directory / "checkpoints")
             raise InputError(checkpoints, "no checkpoint", "the one that was there", "again")
+        rows = padded_vocab_size(self.vocab_size)
+        smaller = {
+            name: leaf.update(shape=(rows, *leaf.shape[1:])) if name in TABLES else leaf
+            for name, leaf in target.items()
+        }
         try:
-            params = Checkpoints(self.run / "checkpoints").restore_params(self.step, target)
+            params = Checkpoints(self.run / "checkpoints").restore_params(self.step, smaller)
         except DamagedCheckpoint as damage:
             raise _not_whole(str(self.run), self.step, damage) from None
         sha256 = sha256_of_params(params)
         log.info("parameters: step %d of %s, SHA-256 %s", self.step, self.run, sha256)
         origin = {"path": str(self.run.absolute()), "step": self.step, "sha256": sha256}
         distributed.broadcast_from_main(lambda: record_origin(self.directory, origin))
-        return params
+        known = self.tokenizer.vocab_size
+        if num_tokens <= known:
+            return params
+        log.info("parameters: %d new tokens start at the mean of the others", num_tokens - known)
+        grown = {
+            name: grow_table(params[name], target[name], known, num_tokens)
+            for name in TABLES
+            if name in params
+        }
+        return {**params, **grown}
+
+
+def grow_table(table_VD: Any, target: Any, known: int, num_tokens: int) -> jax.Array:
+    """Adds the rows of new tokens to an embedding or output table.
+
+    Args:
+        table_VD: the table; V is padded.
+        target: the abstract table with as many rows or more, and its sharding.
+        known: tokens that the table has rows for.
+        num_tokens: tokens with the new ones, whose rows become the mean of the `known` ones.
+    """
+
+    @partial(jax.jit, out_shardings=target.sharding)
+    def grow(table_VD: jax.Array) -> jax.Array:
+        mean_D = jnp.mean(table_VD[:known], axis=0)
+        more = target.shape[0] - table_VD.shape[0]
+        index_V1 = jnp.arange(target.shape[0])[:, None]
+        is_new_V1 = (index_V1 >= known) & (index_V1 < num_tokens)
+        return jnp.where(is_new_V1, mean_D[None], jnp.pad(table_VD, ((0, more), (0, 0))))
+
+    return cast(jax.Array, grow(table_VD))
 
 
 def open_origin(config: Config, directory: Path) -> tuple[Config, Origin]:
@@ -126,7 +167,11 @@ def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     name, path = config.train.init_from, config.data.tokenizer
     if path in ("bpe", "char", tokenizer_of(name)):
         return
-    if Tokenizer.from_file(path).fingerprint != tokenizer.fingerprint:
+    given = Tokenizer.from_file(path)
+    if config.data.is_chat:
+        template = config.data.chat_template
+        given, tokenizer = (with_chat_template(one, template) for one in (given, tokenizer))
+    if given.fingerprint != tokenizer.fingerprint:
         expected = f"the tokenizer of {name} (`{FIELD}`)"
         raise InputError("data.tokenizer", path, expected, "leaving it out: it is taken from there")
 

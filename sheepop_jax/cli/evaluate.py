@@ -101,6 +101,8 @@ def run(flags: argparse.Namespace) -> None:
             "gzip_bits_per_byte": gzip_bits_per_byte([content]),
             "xz_bits_per_byte": xz_bits_per_byte(content),
         }
+    if opened.config.data.is_chat:  # its bytes are those of the assistant's texts
+        compressed = {}
     params, step = load_params(opened, wanted, flags.quantize)
     model = opened.model(machine.compute_dtype(flags.dtype))
     tokenizer = opened.tokenizer

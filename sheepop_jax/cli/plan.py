@@ -97,19 +97,31 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 def _likely_vocab_size(config: Config) -> int:
     """The vocabulary size as far as known without reading the text."""
+    from sheepop_jax.data.chat import with_chat_template
+    from sheepop_jax.data.chat_templates import TEMPLATES
+
+    template = TEMPLATES.get(config.data.chat_template) if config.data.is_chat else None
+    new_tokens = len(template.tokens) if template else 0
     if config.train.init_from:
         from sheepop_jax.checkpoint.run import open_run
 
-        return open_run(config.train.init_from).vocab_size
+        run = open_run(config.train.init_from)
+        tokenizer = run.tokenizer
+        if config.data.is_chat:
+            tokenizer = with_chat_template(tokenizer, config.data.chat_template)
+        return max(run.vocab_size, tokenizer.vocab_size)
     match config.data.tokenizer:
         case "bpe":
-            return config.data.vocab_size
+            return config.data.vocab_size + new_tokens
         case "char":
             print(
                 f"assuming a vocabulary of {_CHARACTERS} characters; set --vocab_size if known",
                 file=sys.stderr,
             )
-            return _CHARACTERS
+            return _CHARACTERS + new_tokens
     from sheepop_jax.data.tokenizer import Tokenizer
 
-    return Tokenizer.from_file(config.data.tokenizer).vocab_size
+    tokenizer = Tokenizer.from_file(config.data.tokenizer)
+    if config.data.is_chat:
+        tokenizer = with_chat_template(tokenizer, config.data.chat_template)
+    return tokenizer.vocab_size

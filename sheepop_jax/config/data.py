@@ -53,6 +53,10 @@ TABLE_SUFFIXES = {
 }
 FILE_SUFFIXES = TABLE_SUFFIXES | {".pdf": "pdf"}
 FILE_SUFFIXES |= dict.fromkeys((".db", ".db3", ".sqlite", ".sqlite3"), "sql")
+# Sources whose rows can be conversations (`format="chat"`), and the templates for them by name.
+CHAT_SOURCES = ("json", "parquet", "hub")
+CHAT_TEMPLATES = ("sheepop", "chatml", "llama3", "qwen")
+CHAT_FIELDS = ("broken_rows", "chat_template", "chat_loss", "long_conversations")
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 
@@ -83,6 +87,11 @@ class DataConfig(Section):
     join_rows: bool
     query: str
     mixture: dict[str, dict[str, Any]]
+    format: str
+    broken_rows: str
+    chat_template: str
+    chat_loss: str
+    long_conversations: str
     encoding_errors: str
     gitignore: bool
     max_file_bytes: int
@@ -103,7 +112,12 @@ class DataConfig(Section):
         self.one_of("source", "auto", *SOURCES)
         self.one_of("encoding_errors", "strict", "replace", "skip")
         self.one_of("val_split", "auto", "source", "document", "tail", "tails")
-        self.one_of("packing", "stream", "one_per_window")
+        self.one_of("packing", "stream", "one_per_window", "whole")
+        self.one_of("format", "text", "chat")
+        self.one_of("broken_rows", "error", "skip")
+        self.one_of("chat_template", "", *CHAT_TEMPLATES)
+        self.one_of("chat_loss", "assistant", "all")
+        self.one_of("long_conversations", "drop", "truncate")
         self.at_least(1, "seq_len", "tokenizer_sample_bytes")
         self.at_least(0, "max_file_bytes", "max_bytes", "vocab_size")
         self.require(0 < self.val_fraction < 1, "val_fraction", "a number in (0, 1)", "0.1 for 10%")
@@ -114,6 +128,11 @@ class DataConfig(Section):
             )
         # The BPE trainer allocates memory for the whole vocabulary up front.
         self.require(self.vocab_size <= 2**20, "vocab_size", "at most 2**20")
+        if self.is_chat:
+            self._check_chat()
+        else:
+            expected = "stream or one_per_window with data.format=text"
+            self.require(self.packing != "whole", "packing", expected)
         if self.mixture:
             for field in ("path", "name", "query", "val_path"):
                 self.require(getattr(self, field) == "", field, '"" with data.mixture')
@@ -132,6 +151,31 @@ class DataConfig(Section):
             self.require(self.path != "", "val_path", '"" unless data.path is set')
             ruled_out = source in ("sql", "stdlib", "hub")
             self.require(not ruled_out, "val_path", f'"" with data.source={source}')
+
+    def _check_chat(self) -> None:
+        with_chat = "with data.format=chat"
+        expected = f"whole or one_per_window {with_chat}: no conversation is cut"
+        self.require(self.packing != "stream", "packing", expected, "`data.packing=whole`")
+        expected = f"auto, source or document {with_chat}: no conversation is cut"
+        self.require(not self.val_split.startswith("tail"), "val_split", expected)
+        self.require(not self.join_rows, "join_rows", f"False {with_chat}")
+        self.require(
+            self.chat_template != "" or self.tokenizer not in ("bpe", "char"),
+            "chat_template",
+            f"one of {', '.join(CHAT_TEMPLATES)} for a new tokenizer",
+        )
+        if not self.mixture:
+            self.require(
+                self.resolved_source in CHAT_SOURCES,
+                "format",
+                f"text with data.source={self.resolved_source}; conversations are rows",
+                f"`data.source` of {', '.join(CHAT_SOURCES)}, such as `data.path=FILE.jsonl`",
+            )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the text is conversations."""
+        return self.format == "chat"
 
     def _check_mixture(self) -> None:
         for name, fields in self.mixture.items():

@@ -15,6 +15,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from sheepop_jax.config.data import (
+    CHAT_FIELDS,
     FIELDS_OF,
     TABLE_SUFFIXES,
     UNUSED_BY_SOME,
@@ -288,6 +289,12 @@ def _check_unused(config: DataConfig, assigned: set[str], saved: bool) -> None:
     for name, fields in config.mixture.items():
         unused = UNUSED_BY_SOME.intersection(fields).difference(FIELDS_OF[sources[name]])
         values |= {f"data.mixture.{name}.{field}": fields[field] for field in unused}
+    if not config.is_chat:
+        for field in CHAT_FIELDS:
+            value = getattr(config, field)
+            if f"data.{field}" in assigned and value != defaults[field]:
+                expected = f"{defaults[field]!r}: it has no effect on data.format=text"
+                raise InputError(f"data.{field}", value, expected, "`data.format=chat`")
     for where, value in sorted(values.items()):
         default = defaults[where.rpartition(".")[2]]
         if value != default:

@@ -43,6 +43,13 @@ ADDED: dict[str, dict[str, Any]] = {
         "sliding_window": 0,
         "logit_softcap": 0.0,
     },
+    "data": {
+        "format": "text",
+        "broken_rows": "error",
+        "chat_template": "sheepop",
+        "chat_loss": "assistant",
+        "long_conversations": "drop",
+    },
     "train": {"trackers": "tensorboard", "init_from": ""},
 }
 HUGE_INT = 10**300  # beyond the range of every float field

@@ -10,7 +10,7 @@ import numpy as np
 from sheepop_jax.config.data import DataConfig
 from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.stream import TokenStream
-from sheepop_jax.data.windows import DocumentWindows, MixtureSampler, make_windows
+from sheepop_jax.data.windows import MixtureSampler, Windows, make_windows
 from sheepop_jax.errors import InputError
 
 
@@ -21,7 +21,8 @@ class PackingConfig:
     Attributes:
         seq_len: T, predicted tokens per window.
         end_of_text: id of the token between documents.
-        packing: "stream" packs across documents; "one_per_window" pads each document.
+        packing: "stream" packs across documents; "one_per_window" pads each document; "whole" packs
+            as many conversations as fit.
         document_mask: whether batches carry segment ids.
         bos: id of the token at the beginning of each document (`Tokenizer.document_bos`), or None.
             It has weight 0 as a target.
@@ -36,17 +37,27 @@ class PackingConfig:
     @classmethod
     def of(cls, config: DataConfig, end_of_text: int, bos: int | None = None) -> "PackingConfig":
         """The packing of a `data` section."""
+        bos = None if config.is_chat else bos  # the template writes it
         return cls(config.seq_len, end_of_text, config.packing, config.document_mask, bos)
 
-    def batch(self, tokens: np.ndarray, weights: np.ndarray) -> Batch:
-        """Builds a batch from windows [..., T + 1]."""
+    def batch(
+        self, tokens: np.ndarray, weights: np.ndarray, begins: np.ndarray | None = None
+    ) -> Batch:
+        """Builds a batch from windows [..., T + 1].
+
+        Args:
+            tokens: token ids [..., T + 1].
+            weights: of the targets [..., T].
+            begins: whether each token is the first of a conversation; None for text.
+        """
         inputs, targets = tokens[..., :-1], tokens[..., 1:]
         segments = None
         if self.bos is not None:
             weights = np.where(targets == self.bos, np.float32(0), weights)
         if self.document_mask:
             first = self.end_of_text if self.bos is None else self.bos
-            documents = np.cumsum(inputs == first, axis=-1, dtype=np.int32)
+            is_first = inputs == first if begins is None else begins[..., :-1]
+            documents = np.cumsum(is_first, axis=-1, dtype=np.int32)
             segments = documents - documents[..., :1]
         return Batch(np.ascontiguousarray(inputs), np.ascontiguousarray(targets), weights, segments)
 
@@ -115,13 +126,17 @@ class TrainBatches:
         shape = (self.accum, len(rows), self.packing.seq_len)
         tokens = np.zeros((*shape[:2], shape[2] + 1), np.int32)
         weights = np.zeros(shape, np.float32)
+        begins = np.zeros(tokens.shape, bool) if self.streams[0].has_marks else None
         for a in range(self.accum):
             for i, b in enumerate(rows):
                 window = (step * self.accum + a) * self.batch_size + b
                 source, start, stop = self._order.span(window)
-                tokens[a, i, : stop - start] = self.streams[source].read(start, stop)
-                weights[a, i, : stop - start - 1] = 1
-        return self.packing.batch(tokens, weights)
+                stream = self.streams[source]
+                tokens[a, i, : stop - start] = stream.read(start, stop)
+                weights[a, i, : stop - start - 1] = stream.weights(start + 1, stop)
+                if begins is not None:
+                    begins[a, i, : stop - start] = stream.begins(start, stop)
+        return self.packing.batch(tokens, weights, begins)
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yields `batch_at` for steps [first_step, last_step), prefetched by grain's threads."""
@@ -149,12 +164,12 @@ class EvaluationBatches:
             layout: the packing.
             batch_size: B, over all processes.
             overlap: context tokens repeated from the previous window, not counted again; must be
-                0 with "one_per_window" packing.
+                0 except with "stream" packing.
             max_batches: upper limit on the number of batches; 0 means all.
             rows: indices of this process's rows in each batch of B; None means all.
 
         Raises:
-            InputError: overlap is not in [0, T), or not 0 with "one_per_window" packing.
+            InputError: overlap is not in [0, T), or not 0 except with "stream" packing.
         """
         seq_len = layout.seq_len
         if not 0 <= overlap < seq_len:
@@ -162,12 +177,14 @@ class EvaluationBatches:
         self._stream, self._layout, self._overlap = stream, layout, overlap
         self._batch_size = batch_size
         self._rows = range(batch_size) if rows is None else rows
-        self._documents = None
-        if layout.packing == "one_per_window":
+        self._documents: Windows | None = None
+        if layout.packing != "stream":
             if overlap:
-                expected = "0 with `data.packing=one_per_window`"
+                expected = f"0 with `data.packing={layout.packing}`"
                 raise InputError("overlap", overlap, expected)
-            self._documents = DocumentWindows(stream, seq_len, layout.end_of_text, layout.bos)
+            self._documents = make_windows(
+                stream, seq_len, layout.packing, layout.end_of_text, layout.bos
+            )
             self._windows = len(self._documents)
         else:
             beyond_first = max(len(stream) - 1 - seq_len, 0)
@@ -184,14 +201,19 @@ class EvaluationBatches:
             # Static shapes: zero-pad past the end of the stream and past the last window.
             tokens = np.zeros((len(self._rows), seq_len + 1), np.int32)
             weights = np.zeros((len(self._rows), seq_len), np.float32)
+            begins = np.zeros(tokens.shape, bool) if self._stream.has_marks else None
             for i, b in enumerate(self._rows):
                 window = index * self._batch_size + b
                 if window >= self._windows:
                     break
                 start, stop = self._span(window)
                 tokens[i, : stop - start] = self._stream.read(start, stop)
-                weights[i, self._overlap if window else 0 : max(stop - start - 1, 0)] = 1
-            yield self._layout.batch(tokens, weights)
+                counted = max(stop - start - 1, 0)
+                weights[i, :counted] = self._stream.weights(stop - counted, stop)
+                weights[i, : self._overlap if window else 0] = 0
+                if begins is not None:
+                    begins[i, : stop - start] = self._stream.begins(start, stop)
+            yield self._layout.batch(tokens, weights, begins)
 
     @property
     def stop(self) -> int:

@@ -86,13 +86,17 @@ def open_shards(directory: Path) -> PreparedData:
         _compare(tokenizer_file, manifest["tokenizer"])
         tokenizer = Tokenizer.from_file(tokenizer_file)
         entries = list(_entries(manifest))
-        _allow_open_files(2 * len(entries))
+        _allow_open_files(4 * len(entries))
         size_of_token = np.dtype(manifest["dtype"]).itemsize
         for _, _, entry in entries:
             path = _path(directory, entry)
             found, size = path.stat().st_size, entry["tokens"] * size_of_token
             if found != size:
                 raise damaged(path, f"{found} bytes", f"{size} bytes")
+            if "marks" in entry:
+                path = _path(directory, entry["marks"])
+                if (found := path.stat().st_size) != entry["tokens"]:
+                    raise damaged(path, f"{found} bytes", f"{entry['tokens']} bytes")
         if sum(entry["tokens"] for _, _, entry in entries) * size_of_token <= _HASH_BYTES:
             verify_shards(directory, manifest)
         train = [
@@ -101,7 +105,7 @@ def open_shards(directory: Path) -> PreparedData:
         ]
         validation = _stream(directory, manifest, "validation", None, tokenizer)
         weights = [source["weight"] for source in manifest["sources"]]
-        hashes = "".join(entry["sha256"] for _, _, entry in entries)
+        hashes = "".join(file["sha256"] for _, _, entry in entries for file in _files(entry))
         identity = {
             "source": manifest["source"],
             **({"format": manifest["format"]} if manifest["format"] > 2 else {}),
@@ -135,9 +139,10 @@ def verify_shards(directory: Path, manifest: dict[str, Any]) -> int:
     """
     _compare(directory / "tokenizer.json", manifest["tokenizer"])
     entries = list(_entries(manifest))
-    for _, _, entry in entries:
-        _compare(_path(directory, entry), entry["sha256"])
-    return 1 + len(entries)
+    files = [file for _, _, entry in entries for file in _files(entry)]
+    for file in files:
+        _compare(_path(directory, file), file["sha256"])
+    return 1 + len(files)
 
 
 def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -146,6 +151,11 @@ def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any
         for side in SIDES:
             if side in unit:
                 yield side, unit["source"], unit[side]
+
+
+def _files(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a token file and, for conversations, of its marks."""
+    return [entry, entry["marks"]] if "marks" in entry else [entry]
 
 
 def _stream(
@@ -159,9 +169,14 @@ def _stream(
     parts: list[np.ndarray | TokenFile] = [
         TokenFile(_path(directory, entry), manifest["dtype"]) for entry in chosen
     ]
-    parts.append(np.array([tokenizer.end_of_text], np.int32))
     num_bytes = sum(entry["bytes"] for entry in chosen)
     documents = sum(entry["documents"] for entry in chosen)
+    if manifest.get("chat"):
+        entries = [entry["marks"] for entry in chosen]
+        marks = [TokenFile(_path(directory, entry), "u1") for entry in entries]
+        counted = sum(entry["counted"] for entry in entries)
+        return TokenStream.of_conversations(parts, marks, num_bytes, documents, counted)
+    parts.append(np.array([tokenizer.end_of_text], np.int32))
     return TokenStream(parts, num_bytes, documents, tokenizer.document_bos is not None)
 
 

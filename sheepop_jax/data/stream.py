@@ -3,6 +3,9 @@
 Layout: end-of-text, then each document's tokens followed by end-of-text. Every token after the
 first therefore has context; a document's first token is predicted from end-of-text.
 
+Conversations have no token in between. Each token has a mark (`data.marks`): whether the loss
+counts it, and whether it begins a conversation.
+
 With a BOS of its own (`Tokenizer.document_bos`), a model reads it first: BOS, then each document's
 tokens, end-of-text and BOS, but no BOS at the end. BOS is given, never predicted.
 """
@@ -13,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sheepop_jax.data.marks import BEGINS, COUNTED
 from sheepop_jax.data.token_file import TokenFile
 from sheepop_jax.data.tokenizer import Tokenizer
 
@@ -26,8 +30,12 @@ class TokenStream:
     Attributes:
         num_bytes: UTF-8 bytes of the documents.
         num_documents: number of documents.
-        num_targets: number of tokens to predict: all but the first, and every BOS.
+        num_targets: number of tokens to predict: all but the first, and every BOS; of
+            conversations, those that the loss counts.
+        has_marks: whether it holds conversations.
     """
+
+    num_targets: int
 
     def __init__(
         self,
@@ -41,6 +49,7 @@ class TokenStream:
         With `has_bos`, each document begins with BOS, and the stream without that end-of-text.
         """
         self._parts = list(parts)
+        self._marks: list[np.ndarray | TokenFile] = []
         self._starts = np.cumsum([-int(has_bos)] + [len(part) for part in parts])
         self.num_bytes = num_bytes
         self.num_documents = num_documents
@@ -51,8 +60,39 @@ class TokenStream:
         """A stream over tokens [N] in memory."""
         return cls([tokens], num_bytes, num_documents)
 
+    @classmethod
+    def of_conversations(
+        cls,
+        parts: Sequence[np.ndarray | TokenFile],
+        marks: Sequence[np.ndarray | TokenFile],
+        num_bytes: int,
+        num_documents: int,
+        num_counted: int,
+    ) -> "TokenStream":
+        """A stream over the tokens of conversations, and a mark of each in equal parts.
+
+        `num_bytes` are those of the text that the loss counts, in `num_counted` tokens.
+        """
+        stream = cls(parts, num_bytes, num_documents)
+        stream._marks, stream.num_targets = list(marks), num_counted
+        return stream
+
+    @property
+    def has_marks(self) -> bool:
+        return bool(self._marks)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def weights(self, start: int, stop: int) -> np.ndarray:
+        """The weights float32 of tokens [start, stop) as targets."""
+        if not self._marks:
+            return np.ones(stop - start, np.float32)
+        return (self._read(self._marks, start, stop) & COUNTED != 0).astype(np.float32)
+
+    def begins(self, start: int, stop: int) -> np.ndarray:
+        """Whether each of tokens [start, stop) is the first of a conversation."""
+        return self._read(self._marks, start, stop) & BEGINS != 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Copies tokens [start, stop) as int32.
@@ -60,6 +100,9 @@ class TokenStream:
         Raises:
             IndexError: the range is not within the stream.
         """
+        return self._read(self._parts, start, stop)
+
+    def _read(self, parts: list[np.ndarray | TokenFile], start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start}:{stop} of a stream of {len(self)}")
         out = np.empty(stop - start, np.int32)
@@ -68,7 +111,7 @@ class TokenStream:
         while position < stop:
             first = int(self._starts[index])
             end = min(stop, int(self._starts[index + 1]))
-            out[position - start : end - start] = self._parts[index][position - first : end - first]
+            out[position - start : end - start] = parts[index][position - first : end - first]
             position, index = end, index + 1
         return out
 
@@ -78,6 +121,14 @@ class TokenStream:
         for start in range(0, len(self), _SCAN_TOKENS):
             tokens = self.read(start, min(start + _SCAN_TOKENS, len(self)))
             found.append(start + np.flatnonzero(tokens == token))
+        return np.concatenate(found)
+
+    def conversation_starts(self) -> np.ndarray:
+        """Positions [N] int64 of the first token of each conversation."""
+        found = [np.zeros(0, np.int64)]
+        for start in range(0, len(self), _SCAN_TOKENS):
+            begins = self.begins(start, min(start + _SCAN_TOKENS, len(self)))
+            found.append(start + np.flatnonzero(begins))
         return np.concatenate(found)
 
 

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import pre_tokenizers
@@ -57,6 +57,20 @@ class ChatSettings:
 
 
 _NO_CHAT = ChatSettings()
+
+
+class TextPart(NamedTuple):
+    """A part of a text with special tokens.
+
+    Attributes:
+        text: its characters.
+        is_template: whether it is a template's, so that its special tokens are tokens, not text.
+        counted: whether its tokens count (`Tokenizer.encode_parts`).
+    """
+
+    text: str
+    is_template: bool
+    counted: bool = False
 
 
 class Tokenizer:
@@ -110,8 +124,8 @@ class Tokenizer:
         content = json.loads(inner.to_str())
         self.decoder = content["decoder"]
         self._special = {token["content"] for token in content["added_tokens"] if token["special"]}
-        stream_tokens = {ends[0], *([begin] if begin else [])}
-        self._encoder = _without_special(inner, content, ends[0], stream_tokens, name)
+        self._stream_tokens = {ends[0], *([begin] if begin else [])}
+        self._encoder = _without_special(inner, content, self._stream_tokens, name)
         self._characters = _characters_of(content)
         self._is_byte_level = _is_byte_level(content)
         self._cuts_at_spaces = self._is_byte_level or self._characters is not None
@@ -167,6 +181,58 @@ class Tokenizer:
             whole[next(sizes) :] if context else whole
             for (context, _), whole in zip(pieces, ids, strict=True)
         ]
+
+    def encode_parts(self, texts: list[list[TextPart]]) -> list[tuple[list[int], list[bool]]]:
+        """Encodes texts, each in parts, as wholes: only a template's special tokens are tokens.
+
+        Returns:
+            The ids of each text, and whether each token holds a character of a counted part.
+
+        Raises:
+            InputError: see `encode`.
+        """
+        encoder, names = self._template_encoder
+        special = _any_of(names)
+        marked, counted = [], []
+        for parts in texts:
+            pieces = []
+            for text, is_template, _ in parts:
+                if self._characters is not None:
+                    self.check(special.sub("", text) if is_template else text)
+                marked_text = special.sub(lambda found: names[found[0]], text)
+                pieces.append(marked_text if is_template else text)
+            marked.append("".join(pieces))
+            flags = zip(pieces, parts, strict=True)
+            counts = (part.counted for piece, part in flags for _ in piece)
+            counted.append([0, *itertools.accumulate(map(int, counts))])
+        try:
+            encodings = encoder.encode_batch(marked, add_special_tokens=False)
+        except MemoryError:
+            raise
+        except Exception as error:  # as in `_encode`
+            for parts in texts:
+                for part in parts:
+                    self.check(part.text)
+            got = f"a tokenizer that cannot encode the text ({error})"
+            raise InputError("data.tokenizer", got, "a tokenizer that encodes any text") from error
+        return [
+            (encoding.ids, [before[stop] > before[start] for start, stop in encoding.offsets])
+            for encoding, before in zip(encodings, counted, strict=True)
+        ]
+
+    def find_special(self, text: str) -> tuple[str, int] | None:
+        """The first special token in a template's text, and where it ends; None without one."""
+        found = _any_of(self._special | self._stream_tokens).search(text)
+        return (found[0], found.end()) if found else None
+
+    @functools.cached_property
+    def _template_encoder(self) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+        """An encoder that finds special tokens under other names, and these names."""
+        special = self._special | self._stream_tokens
+        content = json.loads(self._inner.to_str())
+        encoder, names = _renamed(self._inner, content, special, self._stream_tokens, "tokenizer")
+        encoder.encode_special_tokens = False
+        return encoder, names
 
     def _encode(self, texts: list[str], offsets: bool = False) -> list[tokenizers.Encoding]:
         if self._characters is not None:
@@ -271,6 +337,10 @@ class Tokenizer:
         """The vocabulary entry of an id; None if `decode` skips it, as it does special tokens."""
         token = self._inner.id_to_token(int(id))
         return None if token in self._special else token
+
+    def token_text(self, id: int) -> str | None:
+        """The vocabulary entry of an id, special tokens included."""
+        return self._inner.id_to_token(int(id))
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Decodes `ids` as a continuation of `prompt`.
@@ -455,7 +525,6 @@ def _stream_tokens(content: dict[str, Any]) -> tuple[str | None, str | None, Cha
 def _without_special(
     inner: tokenizers.Tokenizer,
     content: dict[str, Any],
-    end_of_text: str,
     stream_tokens: set[str],
     name: str,
 ) -> tokenizers.Tokenizer:
@@ -484,6 +553,33 @@ def _without_special(
         known |= {model["unk_token"]} & stream_tokens
     if not special & known:
         return inner
+    encoder, _ = _renamed(inner, content, special, stream_tokens, name)
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def _renamed(
+    inner: tokenizers.Tokenizer,
+    content: dict[str, Any],
+    special: set[str],
+    stream_tokens: set[str],
+    name: str,
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """A copy whose special tokens have names that no text contains, and these names.
+
+    Args:
+        inner: the tokenizer.
+        content: its `tokenizer.json`; changed.
+        special: the special tokens.
+        stream_tokens: end-of-text and BOS.
+        name: the field named in error messages.
+
+    Raises:
+        InputError: the library does not accept the copy.
+    """
+    model = content["model"]
+    is_unigram = model["type"] == "Unigram"
+    prefix = model.get("continuing_subword_prefix") or ""
     mark = secrets.token_hex(16)
     names = {token: token + mark for token in special}
     for token in content["added_tokens"]:
@@ -511,10 +607,14 @@ def _without_special(
         reason = "other ids"
     expected_ids = {names.get(t, t): i for t, i in inner.get_vocab(with_added_tokens=True).items()}
     if encoder is None or encoder.get_vocab(with_added_tokens=True) != expected_ids:
-        got = f"a tokenizer that finds {', '.join(sorted(special & known))} in text ({reason})"
+        got = f"a tokenizer that finds {', '.join(sorted(special))} in text ({reason})"
         raise InputError(name, got, "a tokenizer that encodes the text of special tokens as text")
-    encoder.encode_special_tokens = True
-    return encoder
+    return encoder, names
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of some tokens."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:

@@ -79,10 +79,45 @@ class DocumentWindows:
         return start, min(start + self._seq_len, int(self._ends[document])) + 1
 
 
+class ConversationWindows:
+    """Windows of at most T + 1 tokens that hold whole conversations."""
+
+    slack = 0
+
+    def __init__(self, stream: TokenStream, seq_len: int, several: bool):
+        """Args:
+        stream: conversations of at most T + 1 tokens each.
+        seq_len: T.
+        several: whether a window holds as many as fit, in the order of the stream, or one.
+
+        Raises:
+            InputError: a conversation is longer than a window.
+        """
+        ends = np.append(stream.conversation_starts(), len(stream))
+        longest = int(np.diff(ends).max(initial=0))
+        if longest > seq_len + 1:
+            expected = f"at least {longest - 1}: a conversation has {longest} tokens"
+            raise InputError("data.seq_len", seq_len, expected)
+        first, firsts = 0, [0]
+        while several and first < len(ends) - 1:
+            first = int(np.searchsorted(ends, ends[first] + seq_len + 1, side="right")) - 1
+            firsts.append(first)
+        self._ends = ends[firsts] if several else ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def span(self, window: int, offset: int = 0) -> tuple[int, int]:
+        """See `Windows`; a window may be shorter than T + 1 tokens."""
+        return int(self._ends[window]), int(self._ends[window + 1])
+
+
 def make_windows(
     stream: TokenStream, seq_len: int, packing: str, end_of_text: int, bos: int | None = None
-) -> StreamWindows | DocumentWindows:
+) -> StreamWindows | DocumentWindows | ConversationWindows:
     """The windows of a stream, by `data.packing`."""
+    if stream.has_marks:
+        return ConversationWindows(stream, seq_len, several=packing == "whole")
     if packing == "one_per_window":
         return DocumentWindows(stream, seq_len, end_of_text, bos)
     return StreamWindows(len(stream), seq_len)

@@ -47,6 +47,14 @@ class Preview:
             end = tokenizer.end_of_text
             ids = start[: start.index(end)] if end in start else start
             ids, prompt = [*tokenizer.prompt_start, *ids], tokenizer.decode(ids)
+        return cls.continuing(config, model, tokenizer, ids, prompt)
+
+    @classmethod
+    def continuing(
+        cls, config: Config, model: Transformer, tokenizer: Tokenizer, ids: list[int], prompt: str
+    ) -> "Preview":
+        """Builds a preview that continues `ids`, shown as `prompt`."""
+        train = config.train
         room = config.model.max_seq_len - max(len(ids), 1)
         generation = GenerationConfig(
             sampling=SamplingConfig(temperature=0.8, top_k=50),
@@ -62,9 +70,15 @@ class Preview:
         Raises:
             InputError: `train.sample_prompt` cannot be encoded or fills the context.
         """
-        prompt, context = config.train.sample_prompt, config.model.max_seq_len
+        prompt = config.train.sample_prompt
         tokenizer.check(prompt, "train.sample_prompt")
-        length = max(len(tokenizer.encode_prompt(prompt)), 1)  # empty: starts from end-of-text
+        Preview.check_length(config, len(tokenizer.encode_prompt(prompt)))
+
+    @staticmethod
+    def check_length(config: Config, length: int) -> None:
+        """Validates the length of a prompt in tokens; raises as `check`."""
+        context = config.model.max_seq_len
+        length = max(length, 1)  # empty: starts from end-of-text
         if length >= context:
             expected = f"fewer than {context} tokens (model.max_seq_len)"
             hint = "a shorter prompt or `train.sample_tokens=0`"

@@ -37,6 +37,10 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
+# Parameters with a row for each token.
+TABLES = ("embedding", "output_embedding")
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """V, the rows of the embedding: the vocabulary size rounded up to `VOCAB_MULTIPLE`."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

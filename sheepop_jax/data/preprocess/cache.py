@@ -173,7 +173,7 @@ def delete(*directories: Path) -> None:
 
 def delete_leftovers(directory: Path) -> None:
     """Deletes unit markers and temporary files from complete shards."""
-    for pattern in ("unit-*.json", ".*.json-*", ".*.bin-*"):
+    for pattern in ("unit-*.json", ".*.json-*", ".*.bin-*", ".*.marks-*"):
         for path in directory.glob(pattern):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -211,6 +211,8 @@ def _copy(
         for piece in document.pieces:
             content = _encode(piece, document, part.config.encoding_errors)
             full = room is not None and not document.is_val and size + len(content) >= room
+            if full and document.whole and size + len(content) > (room or 0):
+                raise SkipDocument("")
             if full:  # cut the last document at the limit
                 content = content[: (room or 0) - size].decode(errors="ignore").encode()
             piece = content.decode()

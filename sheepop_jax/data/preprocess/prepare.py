@@ -3,26 +3,39 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sheepop_jax.config.data import SOURCE_FIELDS, DataConfig, Part, inner_suffix
+from sheepop_jax.config.data import CHAT_FIELDS, SOURCE_FIELDS, DataConfig, Part, inner_suffix
+from sheepop_jax.data.chat import with_chat_template
+from sheepop_jax.data.chat_templates import TEMPLATES
 from sheepop_jax.data.compression import GZIP_BYTES, gzip_bits_per_byte
 from sheepop_jax.data.preprocess.cache import Cache, delete, delete_leftovers
+from sheepop_jax.data.preprocess.conversations import (
+    DROPPED,
+    REFUSED,
+    TRUNCATED,
+    ConversationEncoder,
+    EncodedSide,
+    count_counted,
+)
 from sheepop_jax.data.preprocess.corpus_store import CorpusStore, write_corpus_store
 from sheepop_jax.data.preprocess.encode import encode_units, split_pieces
 from sheepop_jax.data.preprocess.manifest import make_manifest
 from sheepop_jax.data.preprocess.split import VAL, Segment, Split, choose_split
 from sheepop_jax.data.preprocess.train_tokenizer import train_bpe, train_char
 from sheepop_jax.data.shards import FORMAT, PreparedData, open_shards
+from sheepop_jax.data.sources.conversations import from_json
 from sheepop_jax.data.sources.corpus import open_corpus
 from sheepop_jax.data.sources.documents import Corpus
 from sheepop_jax.data.stream import TokenStream, encode_pieces
@@ -65,12 +78,15 @@ def prepare(
     given = tokenizer
     if given is None and config.tokenizer not in ("bpe", "char"):
         given = Tokenizer.from_file(config.tokenizer)
+    if given is not None and config.is_chat:
+        given = with_chat_template(given, config.chat_template)
     signatures = [corpus.signature() for _, corpus in sources]
     fields = [asdict(part.config) for part, _ in sources]
     state = [
         _SOURCES_FORMAT,
         signatures,
         [{name: f[name] for name in SOURCE_FIELDS} for f in fields],
+        *(["chat", config.broken_rows] if config.is_chat else []),
     ]
     cache = Cache(config.cache_path, state, known=all(signatures))
     work = _Preparation(config, sources, given, cache, check, format)
@@ -88,6 +104,8 @@ def prepare(
             of = f"{part.name}: " if part.name else ""
             reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
             logger.info("data: %sskipped: %s", of, reasons)
+    if config.is_chat:
+        _log_conversations(data)
     logger.info(
         "data: %d training and %d validation tokens, vocabulary %d; gzip -9: %.3f bits per byte",
         data.train_tokens,
@@ -109,6 +127,25 @@ def prepare(
             "data: the validation split is shorter than one window: its metrics are unreliable"
         )
     return data
+
+
+def _log_conversations(data: PreparedData) -> None:
+    left_out = Counter[str]()
+    for unit in data.manifest["units"]:
+        left_out.update(unit.get("left_out", {}))
+    counted = sum(stream.num_targets for stream in data.train)
+    logger.info(
+        "data: %d conversations to train on; the loss counts %d of %d tokens",
+        sum(stream.num_documents for stream in data.train),
+        *(counted, data.train_tokens),
+    )
+    for reason, said in (
+        (DROPPED, "dropped: longer than data.seq_len"),
+        (TRUNCATED, "truncated to data.seq_len: their oldest turns are left out"),
+        (REFUSED, "skipped: the chat template refuses them"),
+    ):
+        if number := left_out[reason]:
+            logger.warning("data: %d conversations %s", number, said)
 
 
 class EncodedText(NamedTuple):
@@ -156,12 +193,16 @@ def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str)
                 reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
                 logger.info("%s: skipped: %s", masked(path), reasons)
             split = Split(["source"], np.full(len(spool.documents), VAL), {}, 0)
+            content = Path(directory, "text.bin").read_bytes()
+            if config.is_chat:
+                encoder = ConversationEncoder.of(config, tokenizer)
+                sides = [s.sides[VAL] for s in encoder.encode(spool, split.segments(spool))]
+                return EncodedText(_stream_of(sides, field, path), content, True)
             pieces = split_pieces(spool, split, 0, spool.num_bytes, tokenizer)
             tokens, lossless = [], True
             for batch in encode_pieces(tokenizer, pieces):
                 tokens.append(batch.sides[VAL])
                 lossless = lossless and bool(batch.restored[VAL])
-            content = Path(directory, "text.bin").read_bytes()
     except InputError as error:
         if error.field == "data.query":  # of a run that has none
             expected = "a text or a table; this run has no query for a database"
@@ -178,15 +219,36 @@ def encode_path(config: DataConfig, path: str, tokenizer: Tokenizer, field: str)
     return EncodedText(stream, content, lossless)
 
 
+def _stream_of(sides: list[EncodedSide], field: str, path: str) -> TokenStream:
+    """The stream of conversations."""
+    marks = [side.marks for side in sides if side.marks is not None]
+    counted = sum(map(count_counted, marks))
+    if not counted:
+        expected = "a conversation that is no longer than a window of the run"
+        raise InputError(field, path, expected)
+    return TokenStream.of_conversations(
+        [side.tokens for side in sides],
+        marks,
+        sum(side.num_bytes for side in sides),
+        sum(side.documents for side in sides),
+        counted,
+    )
+
+
 def _require_windows(config: DataConfig, data: PreparedData) -> None:
     """Requires at least one window of training text per source, or one token if padded."""
-    least = 2 if config.packing == "one_per_window" else config.seq_len + 1
+    least = config.seq_len + 1 if config.packing == "stream" else 2
+    if config.is_chat and not len(data.validation):
+        expected = "one that holds a conversation of the validation split"
+        raise InputError("data.seq_len", config.seq_len, expected)
     for part, stream in zip(config.parts, data.train, strict=True):
         if len(stream) >= least:
             continue
         of = f" of data.mixture.{part.name}" if part.name else ""
         expected = f"at most {len(stream) - 1}: the training split{of} has {len(stream)} tokens"
-        if len(stream) == 1:
+        if config.is_chat:
+            expected = f"one that holds a conversation of the training split{of}"
+        elif len(stream) == 1:
             expected = f"training text{of}, not only validation text"
         hint = "a smaller `data.seq_len`, or more text"
         raise InputError("data.seq_len", config.seq_len, expected, hint)
@@ -233,12 +295,18 @@ class _Preparation:
                         spool,
                         self._config.val_split,
                         self._config.val_fraction,
-                        few="tail" if self._format < 3 else "tails",
+                        few=self._few,
                     )
                     pending.mkdir(exist_ok=True)
                     tokenizer = self._tokenizer(pending / "tokenizer.json", spool, split)
-                    units = encode_units(pending, spool, split, tokenizer, self._check)
+                    conversations = None
+                    if self._config.is_chat:
+                        conversations = ConversationEncoder.of(self._config, tokenizer)
+                    units = encode_units(
+                        pending, spool, split, tokenizer, self._check, conversations
+                    )
                 facts = {
+                    **self._chat,
                     "split": f"{self._config.val_split} {self._config.val_fraction}",
                     "gzip_bits_per_byte": _gzip_figure(spool, split, self._check),
                 }
@@ -254,6 +322,20 @@ class _Preparation:
                 if pending.exists():
                     raise
         return self.run()  # the other process hit bad input and deleted the work: report it here
+
+    @property
+    def _few(self) -> str:
+        """How `choose_split` splits a few documents."""
+        if self._config.is_chat:
+            return "documents"
+        return "tail" if self._format < 3 else "tails"
+
+    @property
+    def _chat(self) -> dict[str, Any]:
+        """What determines the tokens of conversations; empty for text."""
+        if not self._config.is_chat:
+            return {}
+        return {"chat": {name: getattr(self._config, name) for name in (*CHAT_FIELDS, "seq_len")}}
 
     def _recall(self) -> Path | None:
         """The cached shards, if the source is unchanged; does not read the text."""
@@ -273,6 +355,7 @@ class _Preparation:
             "tokenizer": self._given.fingerprint if self._given else config.tokenizer,
             "training": [config.vocab_size, config.tokenizer_sample_bytes] if bpe else [],
             "tokenizers": importlib.metadata.version("tokenizers"),
+            **self._chat,
         }
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
         return self._cache.directory / key
@@ -357,19 +440,36 @@ class _Preparation:
 
             def pieces() -> Iterator[str]:
                 with Progress("data: reading for the tokenizer", size, self._check) as progress:
-                    yield from _pieces(spool, segments(), share, progress)
+                    yield from _pieces(spool, segments(), share, progress, config.is_chat)
                 training.enter_context(elapsed("data: training the tokenizer"))
 
-            return train_char(pieces()) if characters else train_bpe(pieces(), config.vocab_size)
+            texts = pieces()
+            if config.is_chat:
+                texts = itertools.chain(
+                    [TEMPLATES[config.chat_template].text],
+                    (m["content"] for m in itertools.chain.from_iterable(map(from_json, texts))),
+                )
+            tokenizer = train_char(texts) if characters else train_bpe(texts, config.vocab_size)
+        if config.is_chat:
+            tokenizer = with_chat_template(tokenizer, config.chat_template)
+        return tokenizer
 
 
 def _pieces(
-    spool: CorpusStore, segments: Iterable[Segment], share: float, progress: Progress
+    spool: CorpusStore,
+    segments: Iterable[Segment],
+    share: float,
+    progress: Progress,
+    whole: bool,
 ) -> Iterator[str]:
-    """Yields pieces of the segments' text, evenly sampled to a fraction `share` of it."""
+    """Yields pieces of the segments' text, evenly sampled to a fraction `share` of it.
+
+    With `whole`, a piece is a whole segment.
+    """
     seen = given = 0
     for segment in segments:
-        for piece in split_text(spool.text(segment.start, segment.stop)):
+        texts = spool.text(segment.start, segment.stop)
+        for piece in ["".join(texts)] if whole else split_text(texts):
             progress.update(len(piece.encode()))
             if given <= share * seen:
                 given += len(piece)

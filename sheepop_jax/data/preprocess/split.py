@@ -83,7 +83,8 @@ def choose_split(
             validation split if it has one, else "document"; but "tail" for a single document, and
             `few` if hashing selects less than half or more than twice the fraction.
         val_fraction: fraction of the text for validation.
-        few: "tails", or "tail" as in token shards before format 3.
+        few: "tails"; "tail" as in token shards before format 3; or "documents", which cuts none:
+            the last ones, at least one of several, that hold about the fraction.
 
     Raises:
         InputError: the training or the validation split is empty, or "source" was requested and no
@@ -138,9 +139,16 @@ def _split_source(
         share = sizes[by_hash].sum() / max(sizes.sum(), 1)
         near = 0.5 * val_fraction <= share <= 2 * val_fraction
         rule = "document" if near else few
-        rule = rule if len(among) > 1 else "tail"
+        if len(among) <= 1 and few != "documents":
+            rule = "tail"
     if rule == "document":
         side[among] = np.where(by_hash, VAL, TRAIN)
+        return rule
+    if rule == "documents":
+        before = np.cumsum(sizes) - sizes
+        is_last = before >= sizes.sum() * (1 - val_fraction)
+        is_last[-1:] |= len(among) > 1
+        side[among] = np.where(is_last, VAL, TRAIN)
         return rule
     if rule == "tails":
         chars = documents["chars"][among]
@@ -196,6 +204,8 @@ def _require_both_sides(
         raise InputError("data.val_split", val_split, expected)
     if not is_val or not train:
         expected = f"a fraction that leaves training and validation text (by {rules}: {size})"
+        if "documents" in split.rules:
+            raise InputError("data.val_fraction", val_fraction, expected, "more conversations")
         hint = "more text" if "tail" in rules else "`data.val_split=tail`, or more documents"
         raise InputError("data.val_fraction", val_fraction, expected, hint)
     trained_on = split.side == TRAIN

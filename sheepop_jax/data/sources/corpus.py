@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from sheepop_jax.config.data import FILE_SUFFIXES, DataConfig, inner_suffix
+from sheepop_jax.data.sources.conversations import Conversations
 from sheepop_jax.data.sources.documents import Corpus, Document
 from sheepop_jax.data.sources.files import TEXT_SUFFIXES, open_texts, standard_library
-from sheepop_jax.data.sources.hub import open_hub
+from sheepop_jax.data.sources.hub import Hub, open_hub
 from sheepop_jax.data.sources.paths import Walk
 from sheepop_jax.data.sources.pdf import open_pdfs
 from sheepop_jax.data.sources.sql import open_sql
-from sheepop_jax.data.sources.tables import Kind, open_table
+from sheepop_jax.data.sources.tables import Kind, Table, open_table
 from sheepop_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,14 @@ def open_corpus(config: DataConfig, field: str = "data.path") -> Corpus:
         case "stdlib":
             return standard_library()
         case "hub":
-            return open_hub(
+            dataset = open_hub(
                 config.name,
                 config.subset,
                 config.text_column,
                 join_rows=config.join_rows,
                 encoding_errors=config.encoding_errors,
             )
+            return _read_as(config, dataset)
         case "sql":
             return open_sql(config.path, config.query, config.text_column, config.encoding_errors)
     training = _open_path(config, field, config.path)
@@ -78,9 +80,14 @@ def _open_path(config: DataConfig, field: str, spec: str) -> Corpus:
         case "json" | "csv" | "quoted_tsv" | "parquet" as kind:
             table: Kind = kind
             column, join_rows, errors = config.text_column, config.join_rows, config.encoding_errors
-            return open_table(table, field, spec, column, join_rows, walk, errors)
+            return _read_as(config, open_table(table, field, spec, column, join_rows, walk, errors))
         case other:
             raise ValueError(f"no such source: {other!r}")
+
+
+def _read_as(config: DataConfig, rows: Table | Hub) -> Corpus:
+    """The corpus of rows that are texts or, by `data.format`, conversations."""
+    return Conversations(rows, config.text_column, config.broken_rows) if config.is_chat else rows
 
 
 def _real_path(path: str) -> str:

@@ -15,11 +15,13 @@ class Document:
         pieces: the text in order, split anywhere, so that memory does not grow with its length.
             Iterated once, before the next document. Iteration may raise `SkipDocument`.
         is_val: whether it belongs to the source's own validation split.
+        whole: whether it is left out where `data.max_bytes` would cut it.
     """
 
     id: str
     pieces: Iterable[str]
     is_val: bool = False
+    whole: bool = False
 
 
 class SkipDocument(Exception):

@@ -5,11 +5,12 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sheepop_jax.data.sources.conversations import conversation_columns
 from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.sources.paths import Walk, signature_of, walk_files
 from sheepop_jax.data.sources.rows import (
@@ -24,6 +25,8 @@ from sheepop_jax.data.sources.rows import (
 from sheepop_jax.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 VAL_SPLITS = ("validation", "valid", "val", "dev")
 _ANSWER_SECONDS = 2.0  # default; HF_HUB_ETAG_TIMEOUT overrides it
@@ -54,6 +57,20 @@ class Hub:
         return signature_of((), (self.value, commit, *options)) if commit else ""
 
     def __iter__(self) -> Iterator[Document]:
+        for name, split, is_val in self._splits():
+            rows = self._rows(name, values_of(split, self._column))
+            joined = name if self._join else ""
+            decoder = Decoder(self.field, self._errors)
+            yield from rows_to_documents(rows, self._column, decoder, joined, is_val)
+
+    def records(self) -> Iterator[tuple[str, Mapping[str, object], bool]]:
+        """Yields the id, the columns that may hold a conversation, and the split of each row."""
+        for name, split, is_val in self._splits():
+            for row_name, row in self._rows(name, _records_of(split, self._column)):
+                yield row_name, row, is_val
+
+    def _splits(self) -> Iterator[tuple[str, Any, bool]]:
+        """Yields the name, the rows and whether it is for validation of each split to read."""
         if self._copy is None:
             logger.info("data: opening %s on the Hugging Face Hub", masked(self.value))
             self._ask()  # fail fast: the library retries for 30 s
@@ -67,14 +84,11 @@ class Hub:
         is_val = next((name for name in VAL_SPLITS if name in splits), "")
         for split in filter(None, (is_val, "train")):
             name = self.value if split == "train" else f"{self.value}:{split}"
-            rows = self._rows(name, splits[split])
-            joined = name if self._join else ""
-            decoder = Decoder(self.field, self._errors)
-            yield from rows_to_documents(rows, self._column, decoder, joined, split != "train")
+            yield name, splits[split], split != "train"
 
-    def _rows(self, name: str, dataset: Any) -> Iterator[tuple[str, object]]:
+    def _rows(self, name: str, values: Iterator[_T]) -> Iterator[tuple[str, _T]]:
         with self._refusals():
-            for index, value in enumerate(values_of(dataset, self._column)):
+            for index, value in enumerate(values):
                 yield f"{name}#{index}", value
 
     def _ask(self) -> str:
@@ -189,6 +203,12 @@ def import_datasets() -> Any:
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     return datasets
+
+
+def _records_of(dataset: Any, column: str) -> Iterator[Mapping[str, object]]:
+    if dataset.features is not None:
+        dataset = dataset.select_columns(conversation_columns([*dataset.features], column))
+    yield from dataset
 
 
 def values_of(dataset: Any, column: str) -> Iterator[object]:

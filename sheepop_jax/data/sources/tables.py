@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sheepop_jax.config.data import TABLE_SUFFIXES, inner_suffix
+from sheepop_jax.data.sources.conversations import conversation_columns
 from sheepop_jax.data.sources.documents import Document
 from sheepop_jax.data.sources.files import open_file
 from sheepop_jax.data.sources.paths import Walk, find_files, signature_of
@@ -35,6 +36,7 @@ from sheepop_jax.errors import InputError, masked
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 Kind = Literal["json", "csv", "quoted_tsv", "parquet"]
 SUFFIXES: Mapping[Kind, frozenset[str]] = {
     "json": frozenset({suffix for suffix, kind in TABLE_SUFFIXES.items() if kind == "json"}),
@@ -89,14 +91,19 @@ class Table:
         convert = _CONVERT if self.kind in ("csv", "quoted_tsv") else ""
         decoder = Decoder(self.field, self.encoding_errors, convert)
         joined = self.value if self.join_rows else ""
-        return rows_to_documents(self._rows(), self.column, decoder, joined)
+        return rows_to_documents(self._rows(self._texts), self.column, decoder, joined)
 
-    def _rows(self) -> Iterator[tuple[str, object]]:
+    def records(self) -> Iterator[tuple[str, Mapping[str, object], bool]]:
+        """Yields the id, the columns that may hold a conversation, and False of each row."""
+        for name, row in self._rows(self._records):
+            yield name, row, False
+
+    def _rows(self, read: Callable[[str], Iterator[_T]]) -> Iterator[tuple[str, _T]]:
         for name, place in self.items:
             with on_disk(self.field, place) as path:
                 try:
-                    for index, text in enumerate(self._texts(path)):
-                        yield f"{name}#{index}", text
+                    for index, row in enumerate(read(path)):
+                        yield f"{name}#{index}", row
                 except InputError:
                     raise
                 except _BadLine as error:
@@ -112,6 +119,14 @@ class Table:
                         )
                     got = f"{place} ({reason_of(error)})"
                     raise InputError(self.field, got, _EXPECTED[self.kind], hint) from error
+
+    def _records(self, path: str) -> Iterator[Mapping[str, object]]:
+        match self.kind:
+            case "json":
+                return iter(_json_rows(path, self.encoding_errors))
+            case "parquet":
+                return _parquet_rows(path, self.column)
+        raise ValueError(f"no conversations in {self.kind}")
 
     def _texts(self, path: str) -> Iterator[object]:
         match self.kind:
@@ -310,6 +325,15 @@ def _parquet_texts(path: str, column: str) -> Iterator[object]:
             if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
                 values = values.cast(pyarrow.large_binary())  # Parquet does not check UTF-8
             yield from values.to_pylist()
+
+
+def _parquet_rows(path: str, column: str) -> Iterator[Mapping[str, object]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        columns = conversation_columns(file.schema_arrow.names, column)
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            yield from batch.to_pylist()
 
 
 def _has_field(kind: Any, path: list[str]) -> bool:
