@@ -185,6 +185,10 @@ TAKEN = {
     "data.text_column": "unused",
     "data.join_rows": True,
     "data.query": "unused",
+    "data.broken_rows": "skip",
+    "data.chat_template": "chatml",
+    "data.chat_loss": "all",
+    "data.long_conversations": "truncate",
     "data.encoding_errors": "replace",
     "data.gitignore": False,
     "data.max_file_bytes": 10**9,
@@ -219,7 +223,14 @@ TAKEN = {
     "mesh.tensor": 1,
 }
 # Those that cannot change alone, or change where things lie; each is in a test of its own.
-ELSEWHERE = {"data.path", "data.val_path", "data.mixture", "data.cache_dir", "train.num_epochs"}
+ELSEWHERE = {
+    "data.path",
+    "data.val_path",
+    "data.format",
+    "data.mixture",
+    "data.cache_dir",
+    "train.num_epochs",
+}
 
 
 def test_every_field_is_refused_or_taken_when_a_run_goes_on(
