@@ -84,6 +84,8 @@ def _certainly_other_data(saved: Config, config: Config) -> set[str]:
         fields |= {"data.source", "data.path", "data.name"}
     if {saved.data.tokenizer, config.data.tokenizer} == {"bpe", "char"}:
         fields.add("data.tokenizer")
+    if config.data.is_chat:
+        fields |= {"data.format", "data.chat_template", "data.chat_loss"}
     return fields
 
 
