@@ -23,7 +23,20 @@ from sheepop_jax.data.tokenizer import ChatSettings, Tokenizer
 from sheepop_jax.errors import InputError
 
 GOLDEN = Path(__file__).parent.parent / "interop" / "golden"
-WORDS = ["sheep", " grass", "\n", "\n\n", " ", "  ", "user", "r\u00e9", "\U0001f411", "<|", "7", "!"]
+WORDS = [
+    "sheep",
+    " grass",
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "user",
+    "r\u00e9",
+    "\U0001f411",
+    "<|",
+    "7",
+    "!",
+]
 TEXT = "system user assistant\n" + "".join(TEMPLATES["qwen"].text) + " ".join(WORDS) * 3
 
 
