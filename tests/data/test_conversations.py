@@ -11,12 +11,14 @@ import pytest
 from sheepop_jax.config.loading import load_config
 from sheepop_jax.data.chat import ChatEncoder
 from sheepop_jax.data.loader import EvaluationBatches, PackingConfig, TrainBatches
-from sheepop_jax.data.marks import COUNTED
+from sheepop_jax.data.marks import BEGINS, COUNTED
 from sheepop_jax.data.preprocess import conversations as encoding
 from sheepop_jax.data.preprocess import encode
 from sheepop_jax.data.preprocess.prepare import encode_path, prepare
 from sheepop_jax.data.shards import open_shards, verify_shards
 from sheepop_jax.data.sources.conversations import messages_of
+from sheepop_jax.data.stream import TokenStream
+from sheepop_jax.data.windows import ConversationWindows
 from sheepop_jax.errors import InputError
 from tests.data.conftest import hurry, make_data_config
 from tests.data.preparing import content_of
@@ -360,3 +362,18 @@ def test_text_keeps_its_shards(make_config, tmp_path, monkeypatch):
         make_config, tmp_path, val_split="auto", chat_loss="all", chat_template="qwen"
     )
     assert prepare(other).directory == first.directory and "chat" not in first.manifest
+
+
+def test_windows_are_filled_to_the_last_token():
+    lengths = [3, 3, 1, 6, 2, 5, 4, 1, 1]
+    marks = np.concatenate([np.array([BEGINS] + [COUNTED] * (n - 1), np.uint8) for n in lengths])
+    tokens = np.arange(len(marks), dtype=np.int32)
+    stream = TokenStream.of_conversations([tokens], [marks], 1, len(lengths), 17)
+    for several, wanted in ((True, [6, 1, 6, 2, 5, 6]), (False, lengths)):
+        windows = ConversationWindows(stream, 5, several)
+        spans = [windows.span(number) for number in range(len(windows))]
+        assert [stop - start for start, stop in spans] == wanted
+        assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+        assert spans[-1][1] == len(stream)
+    with pytest.raises(InputError, match="at least 5: a conversation has 6 tokens"):
+        ConversationWindows(stream, 4, True)
