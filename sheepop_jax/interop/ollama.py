@@ -41,6 +41,7 @@ class Format:
 
 
 FORMATS = (
+    Format("sheepop", "<|{role}|>{content}<|end|>"),
     Format("chatml", "<|im_start|>{role}\n{content}<|im_end|>\n"),
     Format("llama3", "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"),
 )

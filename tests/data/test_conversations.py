@@ -158,7 +158,7 @@ def test_the_streams_hold_each_conversation_once(data):
 
 
 def test_small_units_give_the_same_stream_and_resume(chat_config, data, monkeypatch, tmp_path):
-    monkeypatch.setattr(encode, "_UNIT_BYTES", 200)
+    monkeypatch.setattr(encode, "_UNIT_BYTES", 30)  # less than half of most conversations
     monkeypatch.setattr(encoding, "_BATCH_BYTES", 90)
     split = prepare(chat_config(cache_dir=str(tmp_path / "units")))
     assert len(split.manifest["units"]) > 5
@@ -268,6 +268,19 @@ def test_long_conversations_are_dropped_or_lose_their_oldest_turns(chat_config, 
     # A longer window holds them all.
     whole = prepare(chat_config(rows, seq_len=400))
     assert whole.train[0].num_documents + whole.validation.num_documents == len(rows)
+
+
+def test_a_conversation_that_fills_a_window_is_kept(chat_config, data):
+    """The last of T + 1 tokens is a target only."""
+    streams = [*data.train, data.validation]
+    lengths = [len(ids) for stream in streams for ids, _ in conversations_of(stream)]
+    for seq_len, dropped in (
+        (max(lengths) - 1, 0),
+        (max(lengths) - 2, lengths.count(max(lengths))),
+    ):
+        found = prepare(chat_config(seq_len=seq_len))
+        number = found.train[0].num_documents + found.validation.num_documents
+        assert number == len(ROWS) - dropped
 
 
 def test_a_limit_of_bytes_cuts_no_conversation(chat_config):

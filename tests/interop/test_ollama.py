@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from sheepop_jax.data import chat_template
+from sheepop_jax.data import chat_template, chat_templates
 from sheepop_jax.data.preprocess.train_tokenizer import train_bpe
 from sheepop_jax.data.tokenizer import END_OF_TEXT, ChatSettings, Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.interop.ollama import FORMATS, modelfile, recognized
 
 RECORDED = json.loads((Path(__file__).parent / "chat_templates.json").read_text(encoding="utf-8"))
-TEMPLATES = RECORDED["templates"]
+TEMPLATES = RECORDED["templates"] | {"sheepop": chat_templates.TEMPLATES["sheepop"].jinja}
 CONTENT = train_bpe(iter(["a cat"]), 257).to_json()
 # Without white space around a text, which Llama 3's template removes, and Ollama's does not.
 TURNS = [
@@ -46,6 +46,8 @@ def expanded(template: str, messages: list[dict[str, str]]) -> str:
         ("chatml", False, "chatml", ""),
         ("qwen", False, "chatml", 'You answer, "shortly".'),
         ("llama3", True, "llama3", ""),
+        ("sheepop", False, "sheepop", ""),
+        ("sheepop", True, "sheepop", ""),
     ],
 )
 def test_a_well_known_template_is_recognized_and_written(name, bos, form, system):
@@ -107,4 +109,4 @@ def test_a_chat_model_needs_jinja(monkeypatch):
 
 
 def test_forms_differ():
-    assert len({form.name for form in FORMATS}) == len({form.turn for form in FORMATS}) == 2
+    assert len({form.name for form in FORMATS}) == len({form.turn for form in FORMATS}) == 3
