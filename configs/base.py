@@ -121,6 +121,11 @@ def get_config() -> ConfigDict:
     c.train.trackers = "tensorboard"
     # A run whose parameters, model section and tokenizer a new run starts from; "" = none
     c.train.init_from = ""
+    # Of that run, train only adapters W + (alpha / rank) A B of the linear layers (LoRA), with A of
+    # this many columns; 0 = train all parameters
+    c.train.lora_rank = 0
+    c.train.lora_alpha = 0.0  # 0 = the rank
+    c.train.lora_dropout = 0.0  # of the inputs of A
 
     c.checkpoint = ConfigDict()
     # Updates between checkpoints; 0 = only at the end. A checkpoint is also saved after each

@@ -289,7 +289,7 @@ def build_model(config: Config, vocab_size: int, machine: Runtime) -> Transforme
             "data.document_mask: using XLA attention instead of cuDNN, which has no document "
             "mask; it is slower and its memory grows with the square of data.seq_len"
         )
-    return Transformer(config.model, vocab_size, dtype, implementation)
+    return Transformer(config.model, vocab_size, dtype, implementation, config.train.lora)
 
 
 def _warn_of_many_epochs(config: Config, epochs: float) -> None:

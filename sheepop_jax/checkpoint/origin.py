@@ -1,7 +1,5 @@
 """The parameters and the tokenizer that a run takes from another one (`train.init_from`)."""
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sheepop_jax.checkpoint import storage
 from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
+from sheepop_jax.checkpoint.frozen import FrozenParams, sha256_of_params
 from sheepop_jax.checkpoint.run import Run, open_run
 from sheepop_jax.checkpoint.workdir import record_origin
 from sheepop_jax.config.initial import FIELD, check_model, tokenizer_of
@@ -33,15 +31,17 @@ class Origin:
 
     Attributes:
         directory: the new run.
-        run: the other one; not read once the new run has a checkpoint.
+        run: the other one; once the new run has a checkpoint, read only for its adapters.
         step: the checkpoint of the other run; None if the new one has a checkpoint.
         vocab_size: of the model.
+        frozen: the parameters that the new run's adapters adapt, if it has a checkpoint.
     """
 
     directory: Path
     run: Path
     step: int | None
     vocab_size: int
+    frozen: FrozenParams | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -61,8 +61,11 @@ class Origin:
             num_tokens: of the new run's tokenizer.
 
         Raises:
-            InputError: the checkpoint has been deleted or changed since it was chosen.
+            InputError: the checkpoint has been deleted or changed since it was chosen, or since the
+                adapters were trained.
         """
+        if self.frozen:
+            return self.frozen.load(target)
         if self.step is None:
             checkpoints = str(self.directory / "checkpoints")
             raise InputError(checkpoints, "no checkpoint", "the one that was there", "again")
@@ -128,7 +131,9 @@ def open_origin(config: Config, directory: Path) -> tuple[Config, Origin]:
     name = config.train.init_from
     chosen = distributed.broadcast_from_main(lambda: _choose(config, directory))
     data = replace(config.data, tokenizer=tokenizer_of(name))
-    return replace(config, data=data), Origin(directory, Path(name), **chosen)
+    adapts = chosen["step"] is None and config.train.lora is not None
+    frozen = FrozenParams.of(open_run(directory)) if adapts else None
+    return replace(config, data=data), Origin(directory, Path(name), **chosen, frozen=frozen)
 
 
 def _choose(config: Config, directory: Path) -> dict[str, Any]:
@@ -139,7 +144,12 @@ def _choose(config: Config, directory: Path) -> dict[str, Any]:
     _check_tokenizer(config, run.tokenizer)
     vocab_size = run.model().vocab_size
     if has_begun:
+        if config.train.lora:
+            FrozenParams.of(run).check(run.model())
         return {"step": None, "vocab_size": vocab_size}
+    if run.config.train.lora:
+        expected = "a run with all its parameters (this one has adapters of another)"
+        raise InputError(FIELD, name, expected, "'export --format hf' of it, and 'import' of that")
     check_model(config.model, run.config.model, name)
     target = jax.eval_shape(lambda: init_params(run.model(), 0))
 
@@ -179,26 +189,3 @@ def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
 def _not_whole(name: str, step: int, damage: DamagedCheckpoint) -> InputError:
     hint = f"another run, or 'checkpoints --ckpt {name} --delete {step} --force' for another step"
     return InputError(FIELD, name, f"a run with a valid step {step} ({damage})", hint)
-
-
-def sha256_of_params(params: Any) -> str:
-    """The hexadecimal SHA-256 of parameters, the same on any mesh.
-
-    In the order of their names, a line `NAME DTYPE[SHAPE]` and the row-major bytes of each. With
-    several processes, all must call this.
-    """
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for name, leaf in sorted((storage.name_of(path), leaf) for path, leaf in leaves):
-        array = _on_host(leaf)
-        digest.update(f"{name} {array.dtype.name}{json.dumps(array.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def _on_host(leaf: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    from jax.experimental import multihost_utils  # lazy: only for several processes
-
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -8,7 +8,7 @@ there needs a text file or the training data.
 import contextlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,7 @@ class Run:
         gzip_bits_per_byte: `gzip -9` on the run's validation bytes; NaN if imported.
         shards: the shard directory on the machine that trained it; the run itself if imported.
         imported: where an imported model came from; empty if trained here.
+        origin: the run, step and hash of the parameters that training started from; empty if none.
     """
 
     directory: Path
@@ -51,6 +52,7 @@ class Run:
     gzip_bits_per_byte: float
     shards: Path
     imported: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -71,6 +73,8 @@ class Run:
     ) -> tuple[Any, int]:
         """Loads the parameters of a checkpoint to the first local device.
 
+        Adapters are merged into the parameters of the run that they adapt, which must be there.
+
         Args:
             step: "latest", "best" or a step number; None is the best, or the latest if none was
                 evaluated.
@@ -82,9 +86,25 @@ class Run:
         If a training process deletes the checkpoint meanwhile, the newest is resolved again.
 
         Raises:
-            InputError: the checkpoint does not exist, is damaged or cannot be read.
+            InputError: the checkpoint does not exist, is damaged or cannot be read; or the run that
+                it adapts is missing or has changed.
         """
-        target = jax.eval_shape(lambda: init_params(self.model(), 0))
+        if self.config.train.lora:
+            from sheepop_jax.checkpoint.frozen import merged_params  # lazy: most runs need it not
+
+            params, found = merged_params(self, step)
+        else:
+            target = jax.eval_shape(lambda: init_params(self.model(), 0))
+            params, found = self.load(step, target)
+        return quantized(params) if quantize == "int8" else params, found
+
+    def load(self, step: str | int | None, target: Any) -> tuple[Any, int]:
+        """Loads what a checkpoint holds of the model to the first local device; see `params`.
+
+        Args:
+            step: as in `params`.
+            target: abstract parameters, or adapters.
+        """
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda leaf: leaf.update(sharding=here), target)
 
@@ -97,8 +117,7 @@ class Run:
                 hint = f"one of {others}" if others else "another run (this one has no other)"
                 raise InputError("step", got, f"a valid checkpoint ({damage})", hint) from None
 
-        params, found = self.checkpoints.read(step, load)
-        return quantized(params) if quantize == "int8" else params, found
+        return self.checkpoints.read(step, load)
 
     def prepared_data(self) -> "PreparedData":
         """Opens the run's shards, or prepares them again from its source.
@@ -159,6 +178,7 @@ def open_run(path: str | Path) -> Run:
         saved = json.loads((directory / "config.json").read_text())
         config = Config.from_saved(saved)
         imported, vocab_size = dict(saved.get("imported", {})), int(saved["vocab_size"])
+        origin = dict(saved.get("init_from", {}))
         if imported:
             identity, gzip_figure, shards = {}, math.nan, directory
         else:
@@ -175,7 +195,9 @@ def open_run(path: str | Path) -> Run:
     if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not more_rows):
         got, expected = f"{tokenizer.vocab_size} tokens", f"the run's {vocab_size}"
         raise InputError(str(directory / "tokenizer.json"), got, expected)
-    return Run(directory, config, tokenizer, vocab_size, identity, gzip_figure, shards, imported)
+    return Run(
+        directory, config, tokenizer, vocab_size, identity, gzip_figure, shards, imported, origin
+    )
 
 
 def _text_of(identity: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class TrainState:
         step: int32, batches consumed, the data cursor.
         updates: int32, updates applied: `step` minus skipped updates. Equals the optimizer's own
             counters.
-        params: fp32 parameters.
+        params: what is trained, fp32: the parameters, or adapters of them (`model/lora.py`).
         opt_state: the optimizer state.
     """
 

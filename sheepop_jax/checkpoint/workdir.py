@@ -33,6 +33,8 @@ IDENTITY = (
     "train.batch_size",
     "train.grad_accum_steps",
     "train.init_from",
+    "train.lora_rank",
+    "train.lora_alpha",
 )
 SAME_NUMBERS = ("model.remat",)  # trades memory for time; same results
 # The entry of `config.json` that says where the first parameters came from (`train.init_from`).

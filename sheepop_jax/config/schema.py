@@ -50,7 +50,13 @@ ADDED: dict[str, dict[str, Any]] = {
         "chat_loss": "assistant",
         "long_conversations": "drop",
     },
-    "train": {"trackers": "tensorboard", "init_from": ""},
+    "train": {
+        "trackers": "tensorboard",
+        "init_from": "",
+        "lora_rank": 0,
+        "lora_alpha": 0.0,
+        "lora_dropout": 0.0,
+    },
 }
 HUGE_INT = 10**300  # beyond the range of every float field
 
@@ -164,6 +170,32 @@ class ModelConfig(Section):
         """K, the number of key/value heads."""
         return self.num_kv_heads or self.num_heads
 
+    @property
+    def smallest_side(self) -> int:
+        """The smallest number of inputs or outputs of a linear layer: the largest useful rank."""
+        widths = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        return min(self.d_model, self.d_ff, *widths)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the linear layers (Hu et al. 2021, "LoRA"): W + alpha / rank · A B.
+
+    Attributes:
+        rank: r, the columns of A and rows of B.
+        alpha: the strength.
+        dropout: probability of dropping an input of A, in [0, 1).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+
+    @property
+    def scale(self) -> float:
+        """The factor of A B."""
+        return self.alpha / self.rank
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
@@ -213,6 +245,9 @@ class TrainConfig(Section):
     profile_steps: int
     trackers: str
     init_from: str
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
 
     prefix = "train."
 
@@ -222,7 +257,17 @@ class TrainConfig(Section):
         self.one_of("dtype", *DTYPES)
         self.count(1, "batch_size", "grad_accum_steps", "log_every", "max_skipped_steps")
         self.count(0, "num_steps", "num_epochs", "eval_every", "eval_batches", "sample_tokens")
-        self.count(0, "profile_steps")
+        self.count(0, "profile_steps", "lora_rank")
+        self.not_negative("lora_alpha")
+        self.fraction("lora_dropout")
+        self.require(
+            self.lora_rank == 0 or self.init_from != "",
+            "lora_rank",
+            "0, or train.init_from with the run whose layers it adapts",
+        )
+        for field in ("lora_alpha", "lora_dropout"):
+            unused = self.lora_rank == 0 and getattr(self, field) > 0
+            self.require(not unused, field, "0, or train.lora_rank above 0")
         self.require(
             set(self.tracker_names) <= set(TRACKERS),
             "trackers",
@@ -239,6 +284,13 @@ class TrainConfig(Section):
     def tracker_names(self) -> tuple[str, ...]:
         """The names in `trackers`."""
         return tuple(self.trackers.replace(" ", "").split(",")) if self.trackers else ()
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters that are trained; None trains all parameters."""
+        if self.lora_rank == 0:
+            return None
+        return LoraConfig(self.lora_rank, self.lora_alpha or self.lora_rank, self.lora_dropout)
 
     @property
     def sequences_per_update(self) -> int:
@@ -300,6 +352,16 @@ class Config(Section):
             "seq_len",
             f"at most {self.model.max_seq_len} (model.max_seq_len)",
             f"`model.max_seq_len={self.data.seq_len}`",
+        )
+        self.train.require(
+            self.train.lora_rank <= self.model.smallest_side,
+            "lora_rank",
+            f"at most {self.model.smallest_side}, the smallest side of a linear layer",
+        )
+        self.optimizer.require(
+            self.train.lora_rank == 0 or self.optimizer.name == "adamw",
+            "name",
+            "adamw where train.lora_rank is above 0",
         )
 
     @classmethod

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 # Dropout sites within a transformer block, folded into a row's key. Each causal block of queries
 # uses its own site for attention weights, starting at ATTENTION_WEIGHTS.
 ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, ATTENTION_WEIGHTS = range(3)
+ADAPTERS = 2**31  # the site of the adapters' inputs: beyond the number of any block
 
 
 def fold(keys_B: jax.Array | None, number: int) -> jax.Array | None:

@@ -1,4 +1,4 @@
-"""Linear layers, and int8 weight quantization for faster decoding.
+"""Linear layers, their low-rank adapters, and int8 weight quantization for faster decoding.
 
 Alphabet: V vocabulary (padded), D model width, M number of vectors.
 
@@ -9,7 +9,8 @@ lose less precision than bf16. Activations keep their dtype.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sheepop_jax.config.schema import ModelConfig
+from sheepop_jax.model.dropout import dropout
 
 LARGEST = 127  # symmetric range: -128 is not used
 
@@ -44,6 +46,46 @@ class Quantized:
         return self.values[rows] * self.scale[rows][..., None]
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("kernel", "lora_A", "lora_B", "keys_B"),
+    meta_fields=("scale", "rate"),
+)
+@dataclass(frozen=True)
+class Adapted:
+    """A matrix with a low-rank adapter that replaces a parameter: W + scale · A B.
+
+    The layer multiplies by A and then by B: their product is never formed.
+
+    Attributes:
+        kernel: W, fp32 [in, out]. First, since Flax compares the shape of the first leaf.
+        lora_A: fp32 [in, r].
+        lora_B: fp32 [r, out].
+        keys_B: one random key per row of the batch, for dropout; None for none.
+        scale: factor of the adapter.
+        rate: probability of dropping an input of A.
+    """
+
+    kernel: jax.Array
+    lora_A: jax.Array
+    lora_B: jax.Array
+    keys_B: jax.Array | None
+    scale: float
+    rate: float
+
+    def astype(self, dtype: Any) -> "Adapted":
+        """With the three matrices in another dtype."""
+        w, a, b = (jnp.asarray(x, dtype) for x in (self.kernel, self.lora_A, self.lora_B))
+        return replace(self, kernel=w, lora_A=a, lora_B=b)
+
+    def low_rank(self, x_MI: jax.Array) -> jax.Array:
+        """What the adapter adds to the layer's output: [M, in] → [M, out]."""
+        if self.keys_B is not None:
+            x_BTI = x_MI.reshape(len(self.keys_B), -1, x_MI.shape[1])
+            x_MI = dropout(x_BTI, self.rate, self.keys_B, 0).reshape(x_MI.shape)
+        return (x_MI @ self.lora_A) @ self.lora_B * self.scale
+
+
 @jax.jit
 def quantized(params: Any) -> Any:
     """Replaces each kernel and token embedding table with a `Quantized`; keeps other parameters.
@@ -69,7 +111,13 @@ def quantized(params: Any) -> Any:
 
 def promote_dtype(*arrays: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
     """Replaces Flax's `promote_dtype`: casts arrays to `dtype`; a `Quantized` stays int8."""
-    return [a if a is None or isinstance(a, Quantized) else jnp.asarray(a, dtype) for a in arrays]
+
+    def cast(a: Any) -> Any:
+        if isinstance(a, Adapted):
+            return a.astype(dtype)
+        return a if a is None or isinstance(a, Quantized) else jnp.asarray(a, dtype)
+
+    return [cast(a) for a in arrays]
 
 
 def dot_general(
@@ -79,12 +127,15 @@ def dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general` of two matrices, one of which may be `Quantized`.
+    """`jax.lax.dot_general` of two matrices, one of which may be `Quantized` or `Adapted`.
 
     Supports [M, in] times quantized [in, out], with a result in the vectors' dtype, and a quantized
     table [V, D] times [M, D], with an fp32 result. Sums are exact in int32 for up to
-    2^31 / 127² = 133,000 terms.
+    2^31 / 127² = 133,000 terms. Supports [M, in] times adapted [in, out].
     """
+    if isinstance(rhs, Adapted):
+        whole = dot_general(lhs, rhs.kernel, dimension_numbers, precision, preferred_element_type)
+        return whole + rhs.low_rank(lhs)
 
     def sums(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, None, jnp.int32)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sheepop_jax.config.schema import ModelConfig
+from sheepop_jax.config.schema import LoraConfig, ModelConfig
 from sheepop_jax.model.attention import Attention, Implementation, causal_mask, segment_mask
 from sheepop_jax.model.dropout import (
     ATTENTION_OUTPUT,
@@ -83,12 +83,14 @@ class Transformer(nn.Module):
         vocab_size: the tokenizer's vocabulary size; the embedding has `padded_vocab_size` rows.
         dtype: dtype of the activations.
         implementation: attention of a training step, from `flash_attention.choose_implementation`.
+        lora: the adapters that training adds to the parameters (`lora.py`); None trains them all.
     """
 
     config: ModelConfig
     vocab_size: int
     dtype: Any = jnp.float32
     implementation: Implementation = "xla"
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(

@@ -35,7 +35,9 @@ def bytes_sent(
     m, accum, cpu = config.model, config.train.grad_accum_steps, platform == "cpu"
     remat = m.remat != "none"
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    table, parameters = held(shapes, mesh).table, sum(held(shapes, mesh).parameters)
+    state = held(shapes, mesh)
+    table, trained = state.table, sum(state.parameters)
+    parameters = trained + state.frozen
     rows = config.train.batch_size / (data * fsdp)
     one, two = traced(model, config.data.seq_len, tensor)
     stream = rows * one.hidden
@@ -57,13 +59,15 @@ def bytes_sent(
         gathered = accum * (narrow * (1 + tpu + remat) * blocks + lookup_table)
         gathered += narrow * table * (1 if tpu else accum)
         scattered = narrow * blocks + tables
+    if state.frozen:  # of adapters, only small gradients
+        scattered = 2 * trained
     # All-reduced matmul results: those of each block (forward, recomputed, backward) and the
     # gradient of the logits' input. Only the CPU reduces the gradients of q, k and v separately.
     block = two.sums - one.sums if cpu else two.joint_sums - one.joint_sums
     sums = m.num_layers * rows * block + stream
     lookup = stream if platform == "tpu" else stream / narrow
     return {
-        "data": 2 * _others(data) * parameters,
+        "data": 2 * _others(data) * trained,
         "fsdp": _others(fsdp) * fsdp * (gathered + accum * scattered),
         "tensor": accum * 2 * _others(tensor) * (sums + lookup),
     }

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sheepop_jax.model.kv_cache import init_cache
-from sheepop_jax.model.transformer import Transformer, boxed_shapes, logits
+from sheepop_jax.model.lora import trained_shapes
+from sheepop_jax.model.transformer import Transformer, boxed_shapes, logits, output_embedding
 from sheepop_jax.planning.program import dot_flops
 
 
@@ -21,12 +22,22 @@ def flops_per_token(model: Transformer, time: int) -> float:
     slots, or of the sliding window: causal masking saves nothing. Vectors (norm scales, biases)
     count 2 FLOPs per component; tables used only for lookup count 0.
 
+    Of frozen parameters, below adapters, the backward pass computes no gradients, 2 FLOPs each; the
+    adapters' weights count 6 each.
+
     Args:
         model: the model, with its vocabulary.
         time: T, the sequence length.
     """
     one, two = (_forward(model, layers, time) for layers in (1, 2))
-    return 3.0 * (one + (model.config.num_layers - 1) * (two - one))
+    total = 3.0 * (one + (model.config.num_layers - 1) * (two - one))
+    if model.lora is None:
+        return total
+    params = nn.meta.unbox(boxed_shapes(model))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    frozen = sum(leaf.size for path, leaf in leaves if leaf.ndim == 1 or path[-1].key == "kernel")
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(trained_shapes(model))))
+    return total - 2.0 * (frozen + output_embedding(params).size) + 6.0 * adapters
 
 
 def _forward(model: Transformer, layers: int, time: int) -> int:

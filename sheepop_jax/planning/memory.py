@@ -18,6 +18,7 @@ from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.config.schema import Config, OptimizerConfig
 from sheepop_jax.errors import RunFailed
 from sheepop_jax.formatting import format_bytes
+from sheepop_jax.model.lora import trained_shapes
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer, boxed_shapes
 from sheepop_jax.planning.activations import FP32, Activations
@@ -70,12 +71,14 @@ class Shapes(NamedTuple):
     """An abstract training state.
 
     Attributes:
-        boxed: parameters with Flax's logical-axis metadata.
+        boxed: what is trained, with Flax's logical-axis metadata.
         state: a `TrainState` of `jax.ShapeDtypeStruct`s.
+        frozen: the parameters below adapters, as `boxed`; None if all parameters are trained.
     """
 
     boxed: Any
     state: Any
+    frozen: Any = None
 
 
 def abstract_state(config: Config, model: Transformer) -> Shapes:
@@ -87,11 +90,12 @@ def abstract_state(config: Config, model: Transformer) -> Shapes:
 @lru_cache(maxsize=4)
 def _abstract_state(config: OptimizerConfig, model: Transformer) -> Shapes:
     optimizer = make_optimizer(config, make_schedule(config, 2))
-    boxed = boxed_shapes(model)
+    boxed = trained_shapes(model)
     params = nn.meta.unbox(boxed)
+    frozen = boxed_shapes(model) if model.lora else None
     count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
-    return Shapes(boxed, TrainState(count, count, params, opt_state))
+    return Shapes(boxed, TrainState(count, count, params, opt_state), frozen)
 
 
 def estimate_memory(
@@ -109,8 +113,9 @@ def estimate_memory(
         platform: "cpu", "cuda" or "tpu".
         shapes: the result of `abstract_state`.
     """
-    parameters, optimizer, table = held(shapes, mesh)
-    own, fsdp = sum(parameters), mesh.shape["fsdp"]
+    parameters, optimizer, table, frozen = held(shapes, mesh)
+    trained, fsdp = sum(parameters), mesh.shape["fsdp"]
+    own = trained + frozen
     weights = _Weights(
         own=own,
         whole=own * fsdp,
@@ -120,12 +125,15 @@ def estimate_memory(
         narrow=1.0 if platform == "cpu" else np.dtype(model.dtype).itemsize / FP32,
         num_layers=config.model.num_layers,
     )
-    accumulated = own if config.train.grad_accum_steps > 1 else 0.0
+    accumulated = trained if config.train.grad_accum_steps > 1 else 0.0
     # Without data and fsdp axes, no gradients are exchanged.
     alone = mesh.size == mesh.shape["tensor"]
-    made, fresh = _gradients(weights, fsdp, alone, bool(accumulated))
+    if frozen:  # the adapters' gradients, all at once: they are small
+        made = fresh = trained
+    else:
+        made, fresh = _gradients(weights, fsdp, alone, bool(accumulated))
     gathered = _gathered(config, weights, fsdp, platform)
-    updating = _while_updating(config, own, optimizer, accumulated or made, platform)
+    updating = _while_updating(config, trained, optimizer, accumulated or made, platform)
     sizes = Activations.of(config, model, mesh, platform)
     residuals = sizes.kept + sizes.head
     instants = (
@@ -207,11 +215,19 @@ def _while_updating(
 
 
 class Held(NamedTuple):
-    """Bytes on one device: of each parameter, each optimizer array, and the token embedding."""
+    """Bytes on one device.
+
+    Attributes:
+        parameters: of each trained parameter.
+        optimizer: of each optimizer array.
+        table: of the token embedding.
+        frozen: of all parameters below adapters.
+    """
 
     parameters: list[float]
     optimizer: list[float]
     table: float
+    frozen: float
 
 
 def held(shapes: Shapes, mesh: Mesh | AbstractMesh) -> Held:
@@ -223,7 +239,11 @@ def held(shapes: Shapes, mesh: Mesh | AbstractMesh) -> Held:
 
     found = jax.tree.map(bytes_of, shapes.state, places)
     parameters, optimizer = map(jax.tree.leaves, (found.params, found.opt_state))
-    return Held(parameters, optimizer, found.params["embedding"])
+    if shapes.frozen is None:
+        return Held(parameters, optimizer, found.params["embedding"], 0.0)
+    below = nn.meta.unbox(shapes.frozen)
+    sizes = jax.tree.map(bytes_of, below, state_shardings(shapes.frozen, below, mesh))
+    return Held(parameters, optimizer, sizes["embedding"], sum(jax.tree.leaves(sizes)))
 
 
 def explain(error: jax.errors.JaxRuntimeError, estimate: MemoryEstimate) -> OutOfMemory | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from sheepop_jax.config.schema import Config
@@ -51,6 +52,7 @@ class Plan:
         device_kind: device name from JAX or the user.
         mesh: axis → size.
         parameters: number of parameters.
+        trained: number of those that the optimizer updates: all, or those of adapters.
         memory: bytes per device.
         device_memory: memory of a device in bytes; 0 if unknown.
         tokens: tokens per update, over all devices.
@@ -64,6 +66,7 @@ class Plan:
     device_kind: str
     mesh: dict[str, int]
     parameters: int
+    trained: int
     memory: MemoryEstimate
     device_memory: float
     tokens: int
@@ -94,9 +97,18 @@ class Plan:
     def summary(self) -> tuple[str, str]:
         """Returns two lines for the log at the start of a run."""
         return (
-            f"{format_count(self.parameters)} parameters on {self.on_devices()}; an update is "
-            f"{self.tokens:,} tokens and {self.flops:.3g} FLOPs",
+            f"{self.counts()} on {self.on_devices()}; an update is {self.tokens:,} tokens and {self.flops:.3g} FLOPs",
             f"each device needs {self.memory}{self.verdict()}",
+        )
+
+    def counts(self) -> str:
+        """The number of parameters, and of trained and frozen ones if not all are trained."""
+        total, frozen = format_count(self.parameters), self.parameters - self.trained
+        if not frozen:
+            return f"{total} parameters"
+        return (
+            f"{total} parameters ({format_count(self.trained)} trained, {format_count(frozen)} "
+            "frozen)"
         )
 
     def on_devices(self) -> str:
@@ -135,10 +147,12 @@ def make_plan(
     """
     shapes, platform = abstract_state(config, model), machine.platform
     tokens = config.train.sequences_per_update * config.data.seq_len
+    trained = _count(shapes.state.params)
     plan = Plan(
         device_kind=machine.device_kind,
         mesh=dict(mesh.shape),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes.state.params)),
+        parameters=trained + _count(shapes.frozen),
+        trained=trained,
         memory=estimate_memory(config, model, mesh, platform, shapes),
         device_memory=machine.device_memory,
         tokens=tokens,
@@ -158,6 +172,11 @@ def make_plan(
         return Advice(flags, total, _fits(total, plan.device_memory))
 
     return replace(plan, advice=tuple(_advice(config, plan, judge)))
+
+
+def _count(shapes: Any) -> int:
+    """The number of elements in a tree of shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(shapes)))
 
 
 def _fits(total: float, device_memory: float) -> bool:

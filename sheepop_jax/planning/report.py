@@ -31,7 +31,7 @@ def describe(plan: Plan, config: Config, model: Transformer, mfu: float) -> str:
     parts = [(text, getattr(memory, name)) for name, text in PARTS.items()]
     rows = [(text, value) for text, value in parts if value]
     lines = [
-        f"{format_count(plan.parameters)} parameters on {plan.on_devices()}",
+        f"{plan.counts()} on {plan.on_devices()}",
         f"vocabulary of {model.vocab_size:,}, activations in {np.dtype(model.dtype).name}, "
         f"attention by {model.implementation}, remat {config.model.remat}",
         "",

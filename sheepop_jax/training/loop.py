@@ -23,6 +23,7 @@ from sheepop_jax.data.batch import Batch
 from sheepop_jax.data.loader import TrainBatches
 from sheepop_jax.errors import RunFailed
 from sheepop_jax.formatting import format_seconds
+from sheepop_jax.model.lora import adapted
 from sheepop_jax.model.loss import CHUNK_ELEMENTS
 from sheepop_jax.model.partitioning import global_batch
 from sheepop_jax.model.transformer import Transformer
@@ -33,7 +34,7 @@ from sheepop_jax.training.metrics import MetricsLog
 from sheepop_jax.training.optimizer import make_optimizer, make_schedule
 from sheepop_jax.training.profile import Profile
 from sheepop_jax.training.progress import Progress
-from sheepop_jax.training.resume import restore_or_init
+from sheepop_jax.training.resume import load_frozen, restore_or_init
 from sheepop_jax.training.signals import StopRequested, StopSignal
 from sheepop_jax.training.step import StepMetrics, jit_step, make_train_step
 from sheepop_jax.training.throughput import Throughput
@@ -60,8 +61,8 @@ class Job:
         flops_per_token: model FLOPs per token, forward and backward.
         peak_flops: FLOP/s of all devices together; 0 if unknown.
         chunk_elements: logits computed at a time by the chunked loss (`loss.chunk_elements`).
-        load_params: abstract parameters with shardings → the parameters that a new run starts with;
-            None draws them.
+        load_params: abstract parameters with shardings → the parameters that a new run starts with,
+            or that the adapters of a new or resumed run adapt; None draws them.
         on_compiled: called before the first step with the train step's FLOPs and temporary bytes.
     """
 
@@ -118,8 +119,12 @@ class _Loop:
         self.checkpoints = CheckpointSaver(
             job.directory / "checkpoints", config.checkpoint.keep, self.held
         )
+        load_params = job.load_params
+        self.frozen: Any = None  # the parameters below the adapters
+        if job.model.lora and load_params:
+            self.frozen, load_params = load_frozen(job.model, job.mesh, load_params), None
         self.state, self.shardings, saved = restore_or_init(
-            job.model, self.optimizer, config.seed, job.mesh, self.checkpoints, job.load_params
+            job.model, self.optimizer, config.seed, job.mesh, self.checkpoints, load_params
         )
         self.step = self.saved_step = self.first_step = int(self.state.step)
         self.best = distributed.broadcast_from_main(self.checkpoints.best_score)
@@ -165,7 +170,7 @@ class _Loop:
                     with self._clock_stopped():
                         self.profile.turn(self.step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
-                    self.state, metrics = train_step(self.state, batch)
+                    self.state, metrics = train_step(self.state, batch, self.frozen)
                 self._account()  # fetch the previous step's metrics while this step runs
                 self.step, self.figures, self.in_flight = self.step + 1, {}, metrics
                 waiting_since = time.perf_counter()
@@ -224,7 +229,7 @@ class _Loop:
         log.info("compiling the train step")
         started = time.perf_counter()
         jitted = jit_step(step, self.shardings, job.mesh, config.model.remat)
-        compiled = jitted.lower(self.state, batch).compile()
+        compiled = jitted.lower(self.state, batch, self.frozen).compile()
         log.info("train step compiled in %.1f s", time.perf_counter() - started)
         wait_for_all("train step")  # compile times differ, e.g. with a cache in process 0 only
         if memory := compiled.memory_analysis():  # not every backend has one
@@ -306,7 +311,8 @@ class _Loop:
     def _evaluate(self) -> bool:
         """Evaluates, prints and logs; returns whether the validation loss is the best so far."""
         started = time.perf_counter()
-        self.figures = figures = self.job.evaluate(self.state.params)
+        params = self._params()
+        self.figures = figures = self.job.evaluate(params)
         train_seconds = self.throughput.seconds
         took = time.perf_counter() - started
         self.progress.report_validation(self.step, figures, took, train_seconds)
@@ -314,13 +320,18 @@ class _Loop:
             self.metrics.write(self.step, {**figures, "train_seconds": train_seconds})
             self.metrics.flush()
         if self.job.sample:
-            text = self.job.sample(self.state.params)
+            text = self.job.sample(params)
             self.progress.line("sample: " + text.strip("\n").replace("\n", "\n        "))
             if self.metrics:
                 self.metrics.write_sample(self.step, text)
         better = figures[BEST_METRIC] < self.best
         self.best = min(self.best, figures[BEST_METRIC])
         return better
+
+    def _params(self) -> Any:
+        """The parameters of the model, adapted if it has adapters."""
+        lora, trained = self.job.model.lora, self.state.params
+        return adapted(self.frozen, trained, lora) if lora else trained
 
     def _stop_if_moved(self) -> Path:
         """Where the run directory is now; stops with a save there if it was renamed.

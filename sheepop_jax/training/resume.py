@@ -1,4 +1,7 @@
-"""The initial state of a run: the newest valid checkpoint, or new or given parameters."""
+"""The initial state of a run: the newest valid checkpoint, or new or given parameters.
+
+The parameters below adapters (`model/lora.py`) are no part of it.
+"""
 
 import logging
 from collections.abc import Callable
@@ -8,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from sheepop_jax.checkpoint.checkpoints import DamagedCheckpoint
 from sheepop_jax.checkpoint.saver import CheckpointSaver
 from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.errors import InputError
+from sheepop_jax.model.lora import trained_shapes
 from sheepop_jax.model.partitioning import state_shardings
 from sheepop_jax.model.transformer import Transformer, boxed_shapes
 from sheepop_jax.runtime import distributed
@@ -54,8 +59,7 @@ def restore_or_init(
         return init_state(model, optimizer, seed)
 
     abstract = jax.eval_shape(fresh)
-    boxed = boxed_shapes(model)
-    shardings = state_shardings(boxed, abstract, mesh)
+    shardings = state_shardings(trained_shapes(model), abstract, mesh)
     target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)
     newest = distributed.broadcast_from_main(lambda: _newest_whole(checkpoints))
     if newest is None:
@@ -75,6 +79,20 @@ def restore_or_init(
     if distributed.is_main_process():
         checkpoints.tidy()
     return state, shardings, newest["figures"]
+
+
+def load_frozen(model: Transformer, mesh: Mesh, load_params: Callable[[Any], Any]) -> Any:
+    """The parameters below a model's adapters, sharded over the mesh.
+
+    Args:
+        model: a model with adapters.
+        mesh: the devices.
+        load_params: abstract parameters with shardings → the parameters.
+    """
+    boxed = boxed_shapes(model)
+    abstract = nn.meta.unbox(boxed)
+    shardings = state_shardings(boxed, abstract, mesh)
+    return load_params(jax.tree.map(lambda x, at: x.update(sharding=at), abstract, shardings))
 
 
 def _newest_whole(checkpoints: CheckpointSaver) -> dict[str, Any] | None:

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from sheepop_jax.checkpoint.state import TrainState
 from sheepop_jax.data.batch import Batch
+from sheepop_jax.model.lora import adapted, init_trained
 from sheepop_jax.model.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy_sum
 from sheepop_jax.model.partitioning import sum_over_replicas
-from sheepop_jax.model.transformer import Transformer, init_params, output_embedding
+from sheepop_jax.model.transformer import Transformer, output_embedding
 from sheepop_jax.runtime.xla_flags import init_compiler_options, step_compiler_options
 from sheepop_jax.training.optimizer import is_outlier
 
@@ -34,7 +35,7 @@ def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
     """The initial training state."""
-    params = init_params(model, seed)
+    params = init_trained(model, seed)
     # Two separate arrays: a buffer can be donated only once.
     step, updates = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(step, updates, params, optimizer.init(params))
@@ -46,7 +47,7 @@ def jit_init(init: Callable[..., Any], shardings: Any = None) -> Callable[..., A
 
 
 def jit_step(
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    step: Callable[..., tuple[TrainState, StepMetrics]],
     shardings: Any,
     mesh: Mesh,
     remat: str,
@@ -65,8 +66,11 @@ def make_train_step(
     seed: int,
     max_grad_zscore: float = 0.0,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Builds the train step, a function (state, batch) → (state, metrics) for `jit_step`.
+
+    A model with adapters takes its frozen parameters as a third argument: (state, batch, frozen).
+    Only the adapters are differentiated, updated and donated.
 
     The gradient is that of Σ weight · loss / Σ weight over all tokens of the batch [A, B, T],
     independent of how they are split into microbatches and over devices. Each replica of the mesh's
@@ -82,10 +86,15 @@ def make_train_step(
         max_grad_zscore: if positive, also skip gradients that `optimizer.is_outlier` finds.
         chunk_elements: logits that the chunked loss computes at a time.
     """
+    lora = model.lora
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
+    drops |= lora is not None and lora.dropout > 0
     dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
 
-    def microbatch_loss(params: Any, batch: Batch, dropout_keys_B: jax.Array | None) -> jax.Array:
+    def microbatch_loss(
+        trained: Any, frozen: Any, batch: Batch, dropout_keys_B: jax.Array | None
+    ) -> jax.Array:
+        params = trained if lora is None else adapted(frozen, trained, lora, dropout_keys_B)
         inputs_BT, targets_BT, weights_BT, segments_BT = batch
         hidden_BTD, _ = model.apply(
             {"params": params},
@@ -104,15 +113,17 @@ def make_train_step(
         rows = hidden_BTD, targets_BT, weights_BT
         return sum_over_replicas("fsdp", loss, output_embedding(params), rows, row_axis=0)
 
-    def gradient_sums(params: Any, microbatches: tuple[Batch, Any]) -> tuple[jax.Array, Any]:
+    def gradient_sums(
+        params: tuple[Any, Any], microbatches: tuple[Batch, Any]
+    ) -> tuple[jax.Array, Any]:
         def accumulate(sums: Any, microbatch: tuple[Batch, Any]) -> tuple[Any, None]:
-            new = jax.value_and_grad(microbatch_loss)(params, *microbatch)
+            new = jax.value_and_grad(microbatch_loss)(*params, *microbatch)
             return jax.tree.map(jnp.add, sums, new), None
 
         if len(microbatches[0].inputs) == 1:  # avoids a second copy of the gradients
             only = jax.tree.map(lambda x: x[0], microbatches)
-            return jax.value_and_grad(microbatch_loss)(params, *only)
-        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+            return jax.value_and_grad(microbatch_loss)(*params, *only)
+        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params[0])
         sums, _ = jax.lax.scan(accumulate, zero, microbatches)
         return sums
 
@@ -121,10 +132,12 @@ def make_train_step(
         rows = jnp.arange(microbatches * batch)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, rows).reshape(microbatches, batch)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Any = None
+    ) -> tuple[TrainState, StepMetrics]:
         keys_AB = dropout_keys(state.step, *batch.inputs.shape[:2]) if drops else None
         loss_sum, grad_sums = sum_over_replicas(
-            "data", gradient_sums, state.params, (batch, keys_AB), row_axis=1
+            "data", gradient_sums, (state.params, frozen), (batch, keys_AB), row_axis=1
         )
         tokens = jnp.sum(batch.weights)
         weight = jnp.maximum(tokens, 1.0)  # a batch without targets has zero gradients
