@@ -92,14 +92,19 @@ class FrozenParams:
         return InputError(str(self.path), got, expected, "putting that run back, or a link to it")
 
 
+def adapters_of(run: Run, step: str | int | None) -> tuple[Any, int]:
+    """The adapters of a run with adapters, and their step; arguments and errors as `Run.params`."""
+    model = run.model().clone(lora=run.config.train.lora)
+    return run.load(step, jax.eval_shape(lambda: init_trained(model, 0)))
+
+
 def merged_params(run: Run, step: str | int | None) -> tuple[Any, int]:
     """The parameters of a run with adapters, merged, and their step; see `Run.params`."""
     lora = run.config.train.lora
     if lora is None:
         raise ValueError(f"{run.directory} has no adapters")
-    model = run.model().clone(lora=lora)
-    adapters, found = run.load(step, jax.eval_shape(lambda: init_trained(model, 0)))
-    target = jax.eval_shape(lambda: init_params(model, 0))
+    adapters, found = adapters_of(run, step)
+    target = jax.eval_shape(lambda: init_params(run.model(), 0))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda leaf: leaf.update(sharding=here), target)
     return merged(FrozenParams.of(run).load(target), adapters, lora), found

@@ -25,6 +25,7 @@ DESCRIPTION = """\
 Write a run for other programs, and verify that they compute the same.
 
 hf    a Hugging Face model directory: transformers, vLLM, SGLang
+peft  the adapters of a run with train.lora_rank alone, for the PEFT library
 gguf  one file with weights and tokenizer, and a Modelfile: llama.cpp, Ollama, LM Studio
 
 The architecture follows from the model (docs/interop.md). A model that no architecture computes is
@@ -36,7 +37,7 @@ examples:
   python -m sheepop_jax export --ckpt runs/base --format gguf --dtype q8_0 --out exports/gguf
 
 exit codes: 0 exported, 1 the verification failed or a file cannot be written, 2 bad input"""
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "peft")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
@@ -72,7 +73,7 @@ def run(flags: argparse.Namespace) -> None:
     from sheepop_jax.checkpoint.run import open_run
 
     opened, out = open_run(flags.ckpt), Path(flags.out)
-    write = _hf if flags.format == "hf" else _gguf
+    write = {"hf": _hf, "gguf": _gguf, "peft": _peft}[flags.format]
     report = write(flags, opened, wanted, out)
     print(f"exported {opened.directory} to {out}")
     if report is not None:
@@ -117,6 +118,19 @@ def _gguf(
 
     _say("verifying")
     return _measured(lambda: verify_gguf(opened, params, out / GGUF_FILE, flags.dtype))
+
+
+def _peft(flags: argparse.Namespace, opened: "Run", wanted: str | int | None, out: Path) -> None:
+    from sheepop_jax.interop.export_peft import check_peft, export_peft
+
+    model = check_peft(opened, out, flags.dtype)
+    from sheepop_jax.checkpoint.frozen import FrozenParams, adapters_of
+
+    adapters, _ = adapters_of(opened, wanted)
+    base = FrozenParams.of(opened)
+    _say(f"writing adapters of {model.family.architecture}, of step {base.step} of {base.path}")
+    export_peft(opened, adapters, out)
+    _say(f"not verified: PEFT needs the base, 'export --ckpt {base.path} --step {base.step}'")
 
 
 def _measured(verify: "Callable[[], VerificationReport]") -> "VerificationReport":

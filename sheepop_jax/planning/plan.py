@@ -97,7 +97,8 @@ class Plan:
     def summary(self) -> tuple[str, str]:
         """Returns two lines for the log at the start of a run."""
         return (
-            f"{self.counts()} on {self.on_devices()}; an update is {self.tokens:,} tokens and {self.flops:.3g} FLOPs",
+            f"{self.counts()} on {self.on_devices()}; an update is {self.tokens:,} tokens and "
+            f"{self.flops:.3g} FLOPs",
             f"each device needs {self.memory}{self.verdict()}",
         )
 
