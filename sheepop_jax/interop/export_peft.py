@@ -71,15 +71,15 @@ def export_peft(run: Run, adapters: Mapping[str, Any], out: Path) -> HubModel:
     if lora is None:
         raise ValueError(f"{run.directory} has no adapters")
     with new_directory(out, "out") as pending:
-        config = json.dumps(_config(model, lora), indent=2)
+        config = json.dumps(peft_config(model, lora), indent=2)
         write_atomic(pending / CONFIG, config + "\n")
-        write_weights(pending, dict(_weights(model, adapters)), sys.maxsize)
+        write_weights(pending, dict(peft_tensors(model, adapters)), sys.maxsize)
         os.replace(pending / WEIGHTS, pending / ADAPTERS)
     return model
 
 
-def _config(model: HubModel, lora: LoraConfig) -> dict[str, Any]:
-    """The keys that PEFT reads; each layer's factor is its alpha / rank."""
+def peft_config(model: HubModel, lora: LoraConfig) -> dict[str, Any]:
+    """`adapter_config.json`, as PEFT reads it; each layer's factor is its alpha / rank."""
     modules = {_module(layer).rpartition(".")[2]: len(layer.paths) for layer in _layers(model)}
     joined = {name: parts for name, parts in modules.items() if parts > 1}
     return {
@@ -108,7 +108,8 @@ def _module(layer: Tensor) -> str:
     return layer.name.removesuffix(".weight")
 
 
-def _weights(model: HubModel, adapters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def peft_tensors(model: HubModel, adapters: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the file, by name."""
     for layer in _layers(model):
         a_RI, b_OR = _factors(layer, adapters)
         name = f"base_model.model.{_module(layer)}"
