@@ -142,6 +142,11 @@ def _prepare_data(
         Preview.check_length(config, len(_asked(config, data.tokenizer)))
     elif config.train.sample_tokens:
         Preview.check(config, data.tokenizer)
+    if origin and config.train.lora and data.tokenizer.vocab_size > origin.tokenizer.vocab_size:
+        added = data.tokenizer.vocab_size - origin.tokenizer.vocab_size
+        expected = f"0: the {added} tokens that the chat template adds would never be trained"
+        hint = "`data.chat_template` '' for a chat model, or training all parameters first"
+        raise InputError("train.lora_rank", config.train.lora_rank, expected, hint)
     vocab_size = _vocab_size(origin, data.tokenizer)
     distributed.broadcast_from_main(lambda: create_run(directory, config, data, vocab_size))
     return data

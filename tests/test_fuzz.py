@@ -84,6 +84,10 @@ SCALES: dict[str, list[Any]] = {
     "model.rope_scaling_factor": [1.0, 2.5, 8.0],
     "model.rope_high_freq_factor": [1.5, 4.0],
     "data.vocab_size": [257, 300, 5000],
+    # Above 0 only together, with a run.
+    "train.lora_rank": [0],
+    "train.lora_alpha": [0.0],
+    "train.lora_dropout": [0.0],
 }
 STRANGE: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.just("nan"), st.just(""), st.just(True), st.just(1.5), st.just(7), st.just([1]),

@@ -31,10 +31,13 @@ from sheepop_jax.training.step import init_state, jit_step, make_train_step
 from tests.tiny import MACHINE, TEXT, TINY, one_device
 
 LORA = LoraConfig(rank=3, alpha=7.5, dropout=0.0)
+DROPPING = replace(LORA, dropout=0.4)
 LAYERS = (
     ("attention", ("query", "key", "value", "output")),
     ("feed_forward", ("gate", "up", "down")),
 )
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,7 @@ ELSEWHERE = {
     "data.cache_dir",
     "train.num_epochs",
 }
+ELSEWHERE |= {f"train.lora_{name}" for name in ("rank", "alpha", "dropout")}  # test_lora.py
 
 
 def test_every_field_is_refused_or_taken_when_a_run_goes_on(
