@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sheepop_jax.checkpoint.checkpoints import Checkpoints, DamagedCheckpoint
 from sheepop_jax.checkpoint.frozen import FrozenParams, sha256_of_params
