@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from sheepop_jax.cli import interactive, sample
+from sheepop_jax.data.tokenizer import ChatSettings, Tokenizer
 from sheepop_jax.runtime import platform
 from tests.tiny import MACHINE, SAYS
 
@@ -325,3 +327,55 @@ def test_a_conversation_on_a_terminal(tiny_root: Path, terminal: Any) -> None:
     shown.type("\x04")
     assert shown.ends() == 0
     assert "Traceback" not in shown.seen
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory, tiny_root: Path) -> Path:
+    """The tiny run, with a tokenizer that has a chat template."""
+    run = tmp_path_factory.mktemp("chatty") / "run"
+    shutil.copytree(tiny_root / "run", run)
+    path = run / "tokenizer.json"
+    opened = Tokenizer.from_file(path)
+    # Without new ids, which the tiny model has no rows for.
+    chat = ChatSettings((), CHAT_TEMPLATE, {})
+    end = opened.token_text(opened.end_of_text)
+    path.write_text(
+        Tokenizer.with_stream_tokens(opened.to_json(), None, end, chat=chat).to_json(),
+        encoding="utf-8",
+    )
+    return run
+
+
+# Of the characters that the tiny run knows.
+CHAT_TEMPLATE = """\
+{% for message in messages %}\
+{{ ('e ' if message['role'] == 'user' else 'a ') + message['content'] + ' ' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"""
+
+
+def test_a_chat_model_answers_in_a_conversation(
+    chatty: Path, talk: Callable[..., tuple[int, str, str]], run_program: Any
+) -> None:
+    """Each answer is that of `sample.py` to the conversation so far, until /reset."""
+    lines = ["line 1", "", "says", "/reset", "says"]
+    code, out, _ = talk(lines, "--ckpt", str(chatty), "--temperature", "0")
+    assert code == 0
+
+    def answer(prompt: str, *flags: str) -> str:
+        words = ["--ckpt", str(chatty), *SHORT, "--temperature", "0", "--json", *flags]
+        code, out, err, _ = run_program("sample", [*words, "--prompt", prompt])
+        assert code == 0, err
+        return json.loads(out)["completion"]
+
+    first = answer("e line 1 a ")
+    assert answer("line 1", "--chat") == first
+    second = answer(f"e line 1 a {first} e says a ")
+    assert out == f"{first}\n{second}\n{answer('says', '--chat')}\n"
+
+
+def test_a_chat_needs_a_template(tiny_root: Path, run_program: Any) -> None:
+    words = ["--ckpt", str(tiny_root / "run"), "--chat", "--prompt", "a"]
+    code, out, err, _ = run_program("sample", words)
+    assert (code, out) == (2, "")
+    assert "--chat" in err.splitlines()[-1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sheepop_jax.cli.common import EXIT_INTERRUPTED, explained, print_text, wait_for_terminal
 from sheepop_jax.cli.sample import Window
+from sheepop_jax.data.chat import ChatEncoder
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
 from sheepop_jax.generation.requests import DEFAULT_MAX_NEW_TOKENS, Request, truncate_left
@@ -33,14 +34,19 @@ SAMPLING = {
     "presence_penalty": float,
     "frequency_penalty": float,
 }
-HELP = """\
+CONTINUES = """\
 Type a prompt, and the model continues it. The same prompt again gives its next sample.
 An empty line continues the last text, or starts a new document if there is none.
-
+"""
+ANSWERS = """\
+Type a message, and the model answers. It sees the conversation so far; the oldest turns are left
+out when they exceed the context.
+"""
+HELP = """
   Ctrl-C          end the text that is being written
   \\ at the end    continue the prompt on the next line
   \"\"\" ... \"\"\"     a prompt of several lines, or one that begins with /
-  /reset          forget the last text, and start with the first samples again
+  /reset          start anew: forget the last text or the conversation
   /exit, Ctrl-D   leave
 
 Settings; without a value, a command shows its setting:
@@ -65,12 +71,14 @@ class Session:
         self._last: Text | None = None
         self._samples: Counter[tuple[int, ...]] = Counter()
         self._is_writing = self._is_interrupted = False
+        self._chat = None if tokenizer.chat_template is None else ChatEncoder(tokenizer)
+        self._messages: list[dict[str, str]] = []  # of the conversation with a chat model
 
     def run(self) -> int:
         """Returns the exit code."""
         with contextlib.suppress(ImportError):  # not on every system; edits lines and has a history
             importlib.import_module("readline")
-        say("Type a prompt, or /help.")
+        say("Type a message, or /help." if self._chat else "Type a prompt, or /help.")
         is_leaving = False
         with self._interrupts():
             while True:
@@ -81,6 +89,8 @@ class Session:
                         return 0
                     if is_command:
                         self._command(text)
+                    elif self._chat:
+                        self._answer(self._chat, text)
                     else:
                         self._continue(text)
                 except InputError as error:
@@ -114,7 +124,7 @@ class Session:
             signal.set_wakeup_fd(wakeup)
 
     def _encode(self, text: str) -> list[int]:
-        """The ids of a prompt; the place for the template of a chat model."""
+        """The ids of a prompt."""
         self._tokenizer.check(text, "prompt")
         return self._window.fit(self._tokenizer.encode(text), self._tokenizer.prompt_start)
 
@@ -124,6 +134,23 @@ class Session:
             ids = self._so_far(self._last)
         else:
             ids, self._shown = self._encode(prompt), prompt
+        self._write(ids)
+
+    def _answer(self, chat: ChatEncoder, message: str) -> None:
+        """Answers a message; both become part of the conversation."""
+        if not message:
+            return
+        self._tokenizer.check(message, "prompt")
+        messages = [*self._messages, {"role": "user", "content": message}]
+        context = self._window.context
+        most = self._request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        ids = chat.answer_prompt(messages, context - min(most, context // 2))
+        self._window.length(ids)
+        shown = self._write(ids)
+        self._messages = [*messages, {"role": "assistant", "content": shown}]
+
+    def _write(self, ids: Sequence[int]) -> str:
+        """Writes and shows the text after a prompt."""
         key = tuple(ids)
         text = Text(
             self._tokenizer,
@@ -147,6 +174,7 @@ class Session:
             print(flush=True)
         if text.stop_reason == "end_of_text" and not text.shown:
             say("The model ended the text here.")
+        return text.shown
 
     def _so_far(self, last: Text) -> list[int]:
         """The ids of the last text, cut from the left to leave room for more."""
@@ -168,9 +196,9 @@ class Session:
         value = " ".join(values)
         if name == "help" and not value:
             settings = (f"  /{name:<20} {shown}" for name, shown in self._settings().items())
-            say(HELP + "\n".join(settings))
+            say((ANSWERS if self._chat else CONTINUES) + HELP + "\n".join(settings))
         elif name == "reset" and not value:
-            self._last, self._shown = None, ""
+            self._last, self._shown, self._messages = None, "", []
             self._samples.clear()
         elif name not in self._settings():
             rule, hint = "a command of /help", f"{QUOTES} around a prompt that begins with /"

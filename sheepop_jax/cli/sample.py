@@ -63,6 +63,7 @@ EPILOG = """\
 examples:
   python sample.py --ckpt runs/quickstart --prompt "def main"
   python sample.py --ckpt runs/quickstart -i                                       # type prompts
+  python sample.py --ckpt runs/chat --chat --prompt "What is 2 + 3?"
   python sample.py --ckpt runs/quickstart --prompt "import" --prompt "class" --num_samples 3
   python sample.py --ckpt runs/base --prompt_file story.txt --temperature 0        # greedy
   python sample.py --ckpt runs/base --prompt "Once" --stop '\\n\\n' --min_p 0.05
@@ -95,6 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="read a prompt from a file; - for stdin",
     )
+    text = "each prompt is a user's message, and the text the answer; for models trained on chats"
+    add("--chat", action="store_true", help=text)
     add("--keep_newline", action="store_true", help="keep the newline at the end of stdin")
     add(
         "--max_new_tokens",
@@ -334,10 +337,17 @@ def sample(flags: argparse.Namespace) -> int | None:
         )
     learned = run.config.model.position == "learned"
     window = Window(context, learned, flags.max_new_tokens, flags.truncate == "left")
+    if flags.chat and tokenizer.chat_template is None:
+        hint = "a run of configs/chat.py, or an imported chat model"
+        raise InputError("chat", flags.ckpt, "a run with a chat template", hint)
     prompts = []
     for name, prompt in named:  # check before loading the parameters
         tokenizer.check(prompt, name)
-        prompts.append(window.fit(tokenizer.encode(prompt), tokenizer.prompt_start, name))
+        if flags.chat:
+            prompts.append(question(tokenizer, prompt))
+            window.length(prompts[-1], name)
+        else:
+            prompts.append(window.fit(tokenizer.encode(prompt), tokenizer.prompt_start, name))
     longest = max(map(window.length, prompts), default=0)
     if longest > context:
         log.info(
@@ -368,7 +378,7 @@ def sample(flags: argparse.Namespace) -> int | None:
         for number in range(flags.num_samples)
     ]
     if is_streamed:
-        stream(engine(1), named[0][1], texts[0])
+        stream(engine(1), "" if flags.chat else named[0][1], texts[0])
         return None
     if flags.stop or flags.logprobs is not None:
         for _ in write(engine(min(len(texts), MOST_SLOTS)), texts):
@@ -391,9 +401,16 @@ def sample(flags: argparse.Namespace) -> int | None:
             if len(prompts) > 1:
                 which = f"prompt {number + 1} of {len(prompts)}, {which}"
             print(f"--- {which} ---")
-        print_text(prompt + text.shown)
+        print_text(text.shown if flags.chat else prompt + text.shown)
     sys.stdout.flush()
     return None
+
+
+def question(tokenizer: "Tokenizer", message: str) -> list[int]:
+    """The ids after which the model answers a message."""
+    from sheepop_jax.data.chat import ChatEncoder  # lazy: for chat models only
+
+    return ChatEncoder(tokenizer).prompt([{"role": "user", "content": message}])
 
 
 def as_record(tokenizer: "Tokenizer", prompt: str, text: Text) -> dict[str, Any]:

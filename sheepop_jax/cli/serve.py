@@ -111,6 +111,7 @@ def run(flags: argparse.Namespace) -> int:
     from sheepop_jax.generation.engine import Engine, EngineConfig
     from sheepop_jax.generation.requests import resolve_context
     from sheepop_jax.scoring import score
+    from sheepop_jax.serving.chat import chat_format
     from sheepop_jax.serving.service import ServedModel
     from sheepop_jax.serving.worker import Worker
 
@@ -127,6 +128,7 @@ def run(flags: argparse.Namespace) -> int:
         context=context,
         learned_positions=opened.config.model.position == "learned",
         slots=flags.slots,
+        chat=chat_format(opened.tokenizer),
     )
     listener = bind(access)
     with listener:

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +76,20 @@ class ChatEncoder:
         parts = self._parts(messages, begins_answer=True)
         [(ids, _)] = self.tokenizer.encode_parts([parts])
         return ids
+
+    def answer_prompt(self, messages: Messages, room: int) -> list[int]:
+        """`prompt` of a conversation without the oldest turns that exceed `room` tokens.
+
+        A turn is a message by the user and the answers to it, dropped whole. Instructions and the
+        last turn are kept.
+
+        Raises:
+            InputError: as `prompt`; or the last message is the assistant's.
+        """
+        if not messages or messages[-1]["role"] == "assistant":
+            got = "the assistant's" if messages else "none"
+            raise InputError("messages", got, "a message by the user at the end")
+        return within(messages, room, self.prompt)
 
     def examples(self, conversations: Sequence[Messages]) -> list[Example]:
         """Encodes conversations to train on.
@@ -159,6 +173,21 @@ class ChatEncoder:
             yield _Slot(int(slot[2]), not slot[1], not slot[3])
             position = slot.end()
         yield text[position:]
+
+
+def within(messages: Messages, room: int, encode: Callable[[Messages], list[int]]) -> list[int]:
+    """The ids of a conversation, without the oldest turns until at most `room` are left.
+
+    Those of its instructions and its last turn if even these are more.
+    """
+    kept = list(messages)
+    while len(ids := encode(kept)) > room:
+        begins = [place for place, message in enumerate(kept) if message["role"] == "user"]
+        if len(begins) < 2:
+            break
+        instructions = [message for message in kept[: begins[1]] if message["role"] == "system"]
+        kept = [*instructions, *kept[begins[1] :]]
+    return ids
 
 
 def with_chat_template(tokenizer: Tokenizer, name: str) -> Tokenizer:

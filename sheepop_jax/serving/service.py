@@ -9,7 +9,7 @@ from typing import Any
 
 from sheepop_jax.data.tokenizer import Tokenizer
 from sheepop_jax.errors import InputError
-from sheepop_jax.generation.requests import Request, new_token_limit
+from sheepop_jax.generation.requests import DEFAULT_MAX_NEW_TOKENS, Request, new_token_limit
 from sheepop_jax.serving import protocol
 from sheepop_jax.serving.answers import (
     Answer,
@@ -166,7 +166,7 @@ class Service:
         options = wanted.options
         self._check_texts(options.n)
         chat = self.model.chat
-        ids = tuple(self._encode_messages(wanted.messages))
+        ids = tuple(self._encode_messages(wanted.messages, self._chat_room(options.max_tokens)))
         texts = self._texts_to_write([ids], options, chat.stop)
         answer = ChatAnswer(
             self.model.name,
@@ -188,7 +188,7 @@ class Service:
         wanted = protocol.parse_tokenize(protocol.parse_json(body))
         tokenizer, content = self.model.tokenizer, wanted.content
         if not isinstance(content, str):
-            ids = self._encode_messages(content)
+            ids = self._encode_messages(content, self.model.context)
         else:
             named = {self.texts.special(id): id for id in self._stream_ids}
             if content in named:
@@ -219,7 +219,7 @@ class Service:
             "eos_token": self.texts.special(tokenizer.end_of_text),
             "pad_token": None,
             "add_bos_token": bos is not None,
-            "chat_template": None,
+            "chat_template": tokenizer.chat_template,
             "vocab_size": self.model.vocab_size,
             "model_max_length": self.model.context,
         }
@@ -233,6 +233,7 @@ class Service:
                 "created": self.created,
                 "owned_by": "sheepop_jax",
                 "max_model_len": self.model.context,
+                "chat": self.model.chat.is_template,
             }
         ]
 
@@ -371,9 +372,15 @@ class Service:
         self._check_ids("prompt", prompt)
         return prompt, tokenizer.decode(prompt) if echo else ""
 
-    def _encode_messages(self, messages: Sequence[Any]) -> list[int]:
+    def _encode_messages(self, messages: Sequence[Any], room: int) -> list[int]:
         with _refusals("messages"):
-            return self.model.chat.encode(self.model.tokenizer, messages)
+            return self.model.chat.encode(self.model.tokenizer, messages, room)
+
+    def _chat_room(self, max_tokens: int | None) -> int:
+        """The tokens of the context for the conversation before an answer."""
+        context = self.model.context
+        answer = DEFAULT_MAX_NEW_TOKENS if max_tokens is None else max_tokens
+        return context - min(answer, context // 2)
 
     @property
     def _stream_ids(self) -> list[int]:
