@@ -87,7 +87,6 @@ def prepare(
         _SOURCES_FORMAT,
         signatures,
         [{name: f[name] for name in SOURCE_FIELDS} for f in fields],
-        *(["chat", config.broken_rows] if config.is_chat else []),
     ]
     cache = Cache(config.cache_path, state, known=all(signatures))
     work = _Preparation(config, sources, given, cache, check, format)
