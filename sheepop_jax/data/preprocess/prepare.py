@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 # Kinds of source that a directory may hold, besides text.
 _IN_DIRECTORIES = ("json", "csv", "quoted_tsv", "parquet", "pdf")
 
-_LONGER = "a longer `data.seq_len`, or `data.long_conversations=truncate`"
 _SOURCES_FORMAT = 2  # incremented when the same sources would give another text
 
 
@@ -238,9 +237,12 @@ def _stream_of(sides: list[EncodedSide], field: str, path: str) -> TokenStream:
 def _require_windows(config: DataConfig, data: PreparedData) -> None:
     """Requires at least one window of training text per source, or one token if padded."""
     least = config.seq_len + 1 if config.packing == "stream" else 2
+    longer = "a longer `data.seq_len`"
+    if config.long_conversations == "drop":
+        longer += ", or `data.long_conversations=truncate`"
     if config.is_chat and not len(data.validation):
         expected = "one that holds a conversation of the validation split: all are longer"
-        raise InputError("data.seq_len", config.seq_len, expected, _LONGER)
+        raise InputError("data.seq_len", config.seq_len, expected, longer)
     for part, stream in zip(config.parts, data.train, strict=True):
         if len(stream) >= least:
             continue
@@ -248,7 +250,7 @@ def _require_windows(config: DataConfig, data: PreparedData) -> None:
         expected = f"at most {len(stream) - 1}: the training split{of} has {len(stream)} tokens"
         if config.is_chat:
             expected = f"one that holds a conversation of the training split{of}: all are longer"
-            raise InputError("data.seq_len", config.seq_len, expected, _LONGER)
+            raise InputError("data.seq_len", config.seq_len, expected, longer)
         if len(stream) == 1:
             expected = f"training text{of}, not only validation text"
         hint = "a smaller `data.seq_len`, or more text"
