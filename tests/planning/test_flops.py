@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sheepop_jax.config.schema import LoraConfig
 from sheepop_jax.model.transformer import Transformer
 from sheepop_jax.planning.flops import flops_per_token
 from sheepop_jax.planning.program import dot_flops
@@ -47,6 +48,16 @@ def test_options_of_the_architecture(make_config):
     block = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d + 2 * 14
     expected = 6 * (128 * d + 2 * block + d) + 12 * 2 * 4 * q
     assert flops_per_token(Transformer(config.model, VOCAB), config.data.seq_len) == expected
+
+
+def test_frozen_weights_have_no_gradients(make_config):
+    config = make_config({"model.num_kv_heads": 6})
+    d, f, layers, rank, time = 60, 79, 2, 4, 13
+    weights = 128 * d + layers * (4 * d * d + 2 * d * f + 4 * d) + 2 * d
+    adapters = layers * rank * (4 * 2 * d + 2 * (d + f))
+    model = Transformer(config.model, VOCAB, lora=LoraConfig(rank, 8.0, 0.0))
+    expected = 4 * weights + 6 * adapters + 12 * layers * time * d
+    assert flops_per_token(model, time) == expected
 
 
 def test_inner_jaxprs_are_counted():

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from sheepop_jax.config.schema import MeshConfig
 from sheepop_jax.data.batch import Batch
+from sheepop_jax.model.lora import trained_shapes
 from sheepop_jax.model.partitioning import (
     abstract_mesh,
     batch_sharding,
@@ -62,8 +64,16 @@ def compiled(config, model, mesh):
     schedule = make_schedule(config.optimizer, 9)
     optimizer = make_optimizer(config.optimizer, schedule)
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    shardings = state_shardings(boxed_shapes(model), state, mesh)
-    state = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
+    shardings = state_shardings(trained_shapes(model), state, mesh)
+
+    def laid_out(tree, places):
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), tree, places)
+
+    state, frozen = laid_out(state, shardings), None
+    if model.lora:
+        boxed = boxed_shapes(model)
+        frozen = nn.meta.unbox(boxed)
+        frozen = laid_out(frozen, state_shardings(boxed, frozen, mesh))
     train = config.train
     shape = (train.grad_accum_steps, train.batch_size, config.data.seq_len)
     place = batch_sharding(mesh, 1)
@@ -71,7 +81,8 @@ def compiled(config, model, mesh):
     batch = Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=place) for kind in kinds))
     step = make_train_step(model, optimizer, schedule, 0)
     with jax.set_mesh(mesh):
-        return jit_step(step, shardings, mesh, config.model.remat).lower(state, batch).compile()
+        jitted = jit_step(step, shardings, mesh, config.model.remat)
+        return jitted.lower(state, batch, frozen).compile()
 
 
 def said_by_the_compiler(config, model, mesh):
@@ -83,7 +94,7 @@ def said_by_the_compiler(config, model, mesh):
 
 def check(make_config, vocab, fields, sizes=(1, 1, 1)):
     config = make_config(fields)
-    model = Transformer(config.model, vocab)
+    model = Transformer(config.model, vocab, lora=config.train.lora)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     expected = estimate_memory(config, model, mesh, "cpu", abstract_state(config, model))
     said = said_by_the_compiler(config, model, mesh)
@@ -133,6 +144,29 @@ def test_the_estimate_on_a_mesh(make_config, sizes):
     if jax.device_count() != 8:  # XLA_FLAGS of the user's own win over conftest's
         pytest.skip("needs 8 devices (see conftest.py)")
     check(make_config, *draw(SEED + 100 + MESHES.index(sizes), sizes), sizes)
+
+
+ADAPTED = {"train.init_from": "another", "train.lora_rank": 8, "model.num_kv_heads": 0}
+
+
+def test_adapters_within_15_percent(make_config):
+    fields = {"d_model": 256, "num_heads": 4, "d_ff": 768, "max_seq_len": 512}
+    wide = {f"model.{name}": value for name, value in fields.items()}
+    check(make_config, 1000, {**ADAPTED, **wide, "data.seq_len": 64, "train.batch_size": 4})
+
+
+def test_only_adapters_have_gradients_and_optimizer_state(make_config):
+    config = make_config({**ADAPTED, "train.batch_size": 1, "model.d_ff": 80})
+    model = Transformer(config.model, 97, lora=config.train.lora)
+    found = estimate_memory(
+        config, model, abstract_mesh(MeshConfig(1, 1, 1), 1), "cuda", abstract_state(config, model)
+    )
+    d, f, layers, rank = 60, 80, 2, 8
+    trained = layers * rank * (4 * 2 * d + 2 * (d + f))
+    frozen = 128 * d + layers * (4 * d * d + 2 * d * f + 4 * d) + 2 * d
+    assert found.parameters == 4 * (trained + frozen)
+    assert found.optimizer == 4 * (2 * trained + 128 + 3)
+    assert found.gradients <= 4 * 2 * trained
 
 
 def test_what_lowers_it(make_config):

@@ -244,12 +244,9 @@ def copied(trained, tmp_path) -> Path:
 
 
 def test_a_run_resumed_in_the_middle_is_the_same_bit_for_bit(trained, words, tmp_path):
-    half = tmp_path / "half"
-    train(words(trained / "base"), half)
+    half = shutil.copytree(trained / "lora", tmp_path / "half")
     shutil.rmtree(half / "checkpoints/00000004")
     train(words(trained / "base"), half)
-    for name in ("params", "optimizer"):
-        assert (half / "checkpoints/00000004" / name).is_dir()
     ours, theirs = (adapters_of(open_run(run), 4)[0] for run in (half, trained / "lora"))
     assert bytes_of(ours) == bytes_of(theirs)
     two = adapters_of(open_run(half), 2)[0]
