@@ -358,20 +358,20 @@ def test_a_chat_model_answers_in_a_conversation(
     chatty: Path, talk: Callable[..., tuple[int, str, str]], run_program: Any
 ) -> None:
     """Each answer is that of `sample.py` to the conversation so far, until /reset."""
-    lines = ["line 1", "", "says", "/reset", "says"]
-    code, out, _ = talk(lines, "--ckpt", str(chatty), "--temperature", "0")
+    lines = ["1", "", "2", "/reset", "2"]
+    flags = ["--ckpt", str(chatty), "--max_new_tokens", "4", "--temperature", "1"]
+    code, out, _ = talk(lines, *flags)
     assert code == 0
 
-    def answer(prompt: str, *flags: str) -> str:
-        words = ["--ckpt", str(chatty), *SHORT, "--temperature", "0", "--json", *flags]
-        code, out, err, _ = run_program("sample", [*words, "--prompt", prompt])
+    def answer(prompt: str, *more: str) -> str:
+        code, out, err, _ = run_program("sample", [*flags, "--json", "--prompt", prompt, *more])
         assert code == 0, err
         return json.loads(out)["completion"]
 
-    first = answer("e line 1 a ")
-    assert answer("line 1", "--chat") == first
-    second = answer(f"e line 1 a {first} e says a ")
-    assert out == f"{first}\n{second}\n{answer('says', '--chat')}\n"
+    first = answer("e 1 a ")
+    assert answer("1", "--chat") == first
+    second = answer(f"e 1 a {first} e 2 a ")
+    assert out == f"{first}\n{second}\n{answer('2', '--chat')}\n"
 
 
 def test_a_chat_needs_a_template(tiny_root: Path, run_program: Any) -> None:
