@@ -106,6 +106,8 @@ def _training(run: Run, step: int) -> Iterator[tuple[str, str]]:
         return
     if config.train.init_from:
         yield "parameters at the start", Path(config.train.init_from).name
+    if lora := config.train.lora:
+        yield "trained", f"adapters (LoRA) of rank {lora.rank}, alpha {lora.alpha:g}; merged"
     sources = [_source(part.config) for part in config.data.parts]
     yield "text", ", ".join(dict.fromkeys(sources))
     for side in ("train", "validation"):

@@ -133,8 +133,8 @@ def dropped_rng(patch):
     def made(*arguments):
         step = make(*arguments)
 
-        def stepped(state, batch):
-            new, metrics = step(dataclasses.replace(state, step=0 * state.step), batch)
+        def stepped(state, *others):
+            new, metrics = step(dataclasses.replace(state, step=0 * state.step), *others)
             return dataclasses.replace(new, step=state.step + 1), metrics
 
         return stepped

@@ -1,5 +1,6 @@
 """What the tests of the server share."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,13 @@ def process_env_of_module() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium; tests that need it are skipped without it."""
+    with start_browser() as browser:
+        yield browser
+
+
+@contextlib.contextmanager
+def start_browser() -> Iterator[Any]:
+    """Until its end, Playwright's event loop is the thread's: nothing else may run one."""
     names = ("chromium", "chromium-browser", "google-chrome")
     chromium = next(filter(None, map(shutil.which, names)), None)
     if chromium is None:

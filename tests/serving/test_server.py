@@ -19,6 +19,7 @@ from sheepop_jax.interop.import_hf import import_hf
 from sheepop_jax.interop.lm_eval import Adapter
 from sheepop_jax.scoring import score
 from tests.serving.load import Known, Load, bear
+from tests.serving.conftest import start_browser
 from tests.serving.processes import ROOT, Served, serving
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -130,6 +131,13 @@ def test_chat_continues_the_transcript(written, client):
     own = [piece.choices[0] for piece in pieces if piece.choices[0].index == 1]
     assert "".join(piece.delta.content or "" for piece in own) == wanted[1]
     assert last.choices == [] and last.usage.total_tokens == answer.usage.total_tokens
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """One for a single test: others of this module run event loops."""
+    with start_browser() as browser:
+        yield browser
 
 
 def test_the_page_asks_for_the_key_and_streams(served, client, opened, expect):

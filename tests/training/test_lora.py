@@ -53,7 +53,7 @@ def small(make_config, random_params) -> Any:
 
     params = random_params(model)
     adapters = jax.tree.map(draw, jax.eval_shape(lambda: init_trained(model, 0)))
-    tokens = rng.integers(0, 50, (2, 4, 14)).astype(np.int32)
+    tokens = rng.integers(0, 50, (4, 2, 14)).astype(np.int32)
     rows = [np.ascontiguousarray(part) for part in (tokens[..., :-1], tokens[..., 1:])]
     batch = Batch(*rows, np.ones(rows[0].shape, np.float32), None)
     return SimpleNamespace(
@@ -359,6 +359,7 @@ def test_the_commands_take_a_run_of_adapters(trained, tmp_path, capsys):
     lora, base = str(trained / "lora"), str(trained / "base")
     assert run("export", "--ckpt", lora, "--format", "hf", "--out", str(tmp_path / "hf")) == 0
     assert run("export", "--ckpt", lora, "--format", "peft", "--out", str(tmp_path / "peft")) == 0
+    assert "of rank 4, alpha 8; merged" in (tmp_path / "hf/README.md").read_text()
     shown = capsys.readouterr()
     assert f"of step 4 of {base}" in shown.err
     names = {"adapter_config.json", "adapter_model.safetensors"}
