@@ -18,8 +18,8 @@ from sheepop_jax.generation.requests import GenerationConfig, SamplingConfig
 from sheepop_jax.interop.import_hf import import_hf
 from sheepop_jax.interop.lm_eval import Adapter
 from sheepop_jax.scoring import score
-from tests.serving.load import Known, Load, bear
 from tests.serving.conftest import start_browser
+from tests.serving.load import Known, Load, bear
 from tests.serving.processes import ROOT, Served, serving
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
