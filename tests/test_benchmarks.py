@@ -83,7 +83,7 @@ def test_a_contest_from_command_to_table(tmp_path):
     found = json.loads((tmp_path / "loss.json").read_text())
     assert [row["loss"] for row in found["rows"]] == ["chunked", "whole"]
     assert all(row["ms"] > 0 and row["peak, MB"] > 100 for row in found["rows"])
-    assert found["rows"][1]["time, of whole"] == 1
+    assert found["rows"][1]["time / whole"] == 1
     header, line, *rows = result.stdout.split("\n\n")[0].splitlines()
     assert header.startswith("| tokens | loss | ms |") and line.startswith("| --: | :-- | --: |")
     assert len(rows) == 2 and found["about"]["jax"] in result.stdout
