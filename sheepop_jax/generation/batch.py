@@ -123,7 +123,7 @@ class Batch:
     @property
     def cache(self) -> Cache:
         """Keys and values of all rows."""
-        return Cache(self.keys, self.values, np.int32(self.index), self.start_B)  # type: ignore
+        return Cache(self.keys, self.values, np.int32(self.index), self.start_B)
 
     @property
     def slots(self) -> int:
@@ -145,8 +145,8 @@ class Batch:
         """Copies the cache of a row, to join another batch."""
         taken = take_row(self.cache, np.int32(row), slots=slots)
         # Numbers from the host, as those of a prefilled text: `advance` is compiled for both.
-        index: Any = np.int32(self.index - self.start_B[row])
-        return Cache(taken.keys, taken.values, index, np.zeros(1, np.int32))  # type: ignore
+        index = np.int32(self.index - self.start_B[row])
+        return Cache(taken.keys, taken.values, index, np.zeros(1, np.int32))
 
     def advance(
         self, steps: int, idle: Joining | None

@@ -272,7 +272,7 @@ class _Prompt:
     def cache(self) -> Cache:
         """The cache of the tokens so far."""
         start_1 = np.array([self._pad], np.int32)
-        return Cache(self._keys, self._values, np.int32(self._index), start_1)  # type: ignore
+        return Cache(self._keys, self._values, np.int32(self._index), start_1)
 
     @property
     def idle(self) -> Joining:

@@ -32,8 +32,8 @@ class Cache:
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    index: jax.Array
-    start: jax.Array
+    index: Any  # a host that knows both passes NumPy
+    start: Any
 
     def positions(self, length: int) -> jax.Array:
         """int32 positions [B, T] of the next T tokens; padding gets 0."""
